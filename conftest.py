@@ -1,0 +1,169 @@
+"""What the tests of this project share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+SMALL_IMAGE = (64, 48)  # (W, H), instead of 160x120
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # the tensors are tiny, and results do not depend on the number of cores
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def camera_at(position, yaw):
+    """world_to_camera (4, 4) of a level camera; yaw 0 looks along world +y, x right, y down, z forward."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    right, forward = np.array([c, s, 0]), np.array([-s, c, 0])
+    rotation = np.stack([right, [0, 0, -1], forward])  # rows: camera axes in the world
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = rotation, -rotation @ position
+    return matrix
+
+
+def _scene(rng, voxels, views, num_classes, image_size, extent=(21, 15, 11), voxel_size=0.1):
+    """One scene of a batch as arrays: random voxels in a box, cameras that look into it, depth maps splatted."""
+    width, height = image_size
+    cells = rng.choice(np.prod(extent), voxels, replace=False)
+    grid = np.stack(np.unravel_index(cells, extent), 1)  # (M, 3)
+    world = (grid + 0.5 + rng.uniform(-0.3, 0.3, grid.shape)) * voxel_size + [3.0, -2.0, 0.5]
+    middle = world.mean(0)
+    intrinsics = np.array([[0.9 * width, 0, (width - 1) / 2], [0, 0.9 * width, (height - 1) / 2], [0, 0, 1]])
+    matrices, depths = [], []
+    for i in range(views):
+        yaw = 2 * np.pi * i / views + 0.3
+        matrix = camera_at(middle - 2.2 * np.array([-np.sin(yaw), np.cos(yaw), 0]), yaw)
+        camera = world @ matrix[:3, :3].T + matrix[:3, 3]
+        depth = np.zeros((height, width))
+        for x, y, z in camera:
+            column = round(intrinsics[0, 0] * x / z + intrinsics[0, 2])
+            row = round(intrinsics[1, 1] * y / z + intrinsics[1, 2])
+            if z > 0 and 0 <= column < width and 0 <= row < height:
+                depth[row, column] = z if depth[row, column] == 0 else min(z, depth[row, column])
+        matrices.append(matrix)
+        depths.append(depth)
+    normal = rng.normal(size=(voxels, 3))
+    return {
+        "grid_coord": grid.astype(np.int32), "color": rng.uniform(-1, 1, (voxels, 3)),
+        "normal": normal / np.linalg.norm(normal, axis=1, keepdims=True),
+        "coord": (world - [*middle[:2], world[:, 2].min()]), "world_coord": world,
+        "segment": rng.integers(-1, num_classes, voxels),
+        "image": rng.integers(0, 256, (views, 3, height, width)).astype(np.uint8),
+        "depth": np.array(depths).reshape(views, height, width),
+        "world_to_camera": np.array(matrices).reshape(views, 4, 4), "intrinsics": np.tile(intrinsics, (views, 1, 1)),
+    }
+
+
+def _make_batch(voxels=(150, 90), views=(2, 2), num_classes=5, image_size=SMALL_IMAGE, seed=0, **scene):
+    """A batch as data.collate makes it, of made-up scenes with these numbers of voxels and views."""
+    rng = np.random.default_rng(seed)
+    scenes = [_scene(rng, m, v, num_classes, image_size, **scene) for m, v in zip(voxels, views)]
+    batch = {"names": [f"scene_{i}" for i in range(len(scenes))]}
+    for key in scenes[0]:
+        value = torch.from_numpy(np.concatenate([s[key] for s in scenes]))
+        batch[key] = value.float() if value.dtype == torch.float64 else value
+    batch["batch_index"] = torch.repeat_interleave(torch.arange(len(scenes)), torch.tensor(voxels))
+    batch["view_batch"] = torch.repeat_interleave(torch.arange(len(scenes)), torch.tensor(views))
+    batch["point_to_voxel"] = torch.arange(sum(voxels))
+    batch["point_segment"], batch["point_batch"] = batch["segment"], batch["batch_index"]
+    return batch
+
+
+def _make_model(name="bifusion", pretrained=False, num_classes=5, seed=0):
+    """Baseline3D or BiFusion of a few ten thousand parameters; pretrained only sets the flag that protects a tower."""
+    from model import IN_CHANNELS, Baseline3D, BiFusion, ClipTower, SparseUNet
+
+    torch.manual_seed(seed)
+    unet = SparseUNet(IN_CHANNELS, stem=8, encoder=(8, 16), encoder_blocks=(1, 1), decoder=(16, 8),
+                      decoder_blocks=(1, 1))
+    if name == "baseline":
+        return Baseline3D(unet, 16, num_classes)
+    from open_clip.modified_resnet import ModifiedResNet
+
+    visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8)
+    return BiFusion(unet, ClipTower(visual, 16, pretrained), 16, num_classes, depth_tolerance=0.05)
+
+
+def _train_steps(model, setting, batch, steps=4, lr=1e-2, optimizer=None):
+    """Train in a setting as train.py does and return the optimiser; gradients of the last step are left in place."""
+    from losses import LOSS_WEIGHTS, weighted_sum
+    from stages import apply_setting, clip_by_branch, parameter_groups, set_rates
+    from train import loss_terms
+
+    optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, lr, 0.05))
+    apply_setting(model, setting)
+    model.train()
+    set_rates(optimizer, setting, lr)
+    for _ in range(steps):
+        loss = weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS["bifusion"])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        assert all(torch.isfinite(norm) for norm in clip_by_branch(model, setting.clip).values())
+        optimizer.step()
+    return optimizer
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    return _make_batch
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def train_steps():
+    return _train_steps
+
+
+@pytest.fixture(scope="session")
+def tiny_rooms(tmp_path_factory):
+    """Folder of 4 train and 2 val generated rooms with frames of 64x48, thinned to every 8th point."""
+    import rooms
+
+    root = tmp_path_factory.mktemp("data") / "rooms"
+    rooms.generate(root, train=4, val=2, workers=1, image_size=SMALL_IMAGE)
+    for path in root.glob("*/*/*.npy"):
+        np.save(path, np.load(path)[::8])
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_train(tiny_rooms):
+    """Function: run train.main on the tiny rooms with big voxels and small frames, and return the lines of its log.
+
+    run_train(out, "--stage", 1, ...); images of 64x48, voxels of 25 cm, 2 frames, CPU, no worker processes.
+    """
+    from report import read_log
+    from train import RECIPES, main
+
+    def run(out, *flags):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(RECIPES["small"], "image_size", SMALL_IMAGE)
+            patch.setitem(RECIPES["small"], "voxel_size", 0.25)
+            patch.setitem(RECIPES["small"], "views", 2)
+            patch.setitem(RECIPES["small"], "batch_size", 2)
+            main(["--out", str(out), "--device", "cpu", "--workers", "0",
+                  *([] if "--resume" in flags else ["--data", str(tiny_rooms)]), *map(str, flags)])
+        return read_log(out / "log.jsonl")[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(run_train, tmp_path_factory):
+    """The whole curriculum in 24 epochs: (run folder, lines of the log)."""
+    out = tmp_path_factory.mktemp("runs") / "bifusion"
+    with contextlib.chdir(out.parent) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+        return out, run_train(out, "--compress", 129 / 24)

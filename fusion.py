@@ -1,0 +1,272 @@
+"""Points into images and features back: projection, visibility, view sampling, range standardisation, gate, FiLM.
+
+Needs torch only and imports no other file of this project: copy it and it works. The use in short:
+
+    links = link_views(points, world_to_camera, intrinsics, depth)       # which view sees which point, where
+    feat_2d, seen = sample_views(feature_maps, links, image_size, len(points))
+    feat_2d, feat_3d = standardise_2d(feat_2d), standardise_3d(feat_3d)  # Standardise: equal width, equal RMS
+    feat_2d, feat_3d = film(feat_2d, feat_3d, coord, normal)             # FiLM: geometry modulates both
+    alpha = gate(feat_2d, feat_3d, seen)                                 # SimpleFusion or LiteFusionGate
+    fused = blend(feat_2d, feat_3d, alpha)                               # alpha f2d + (1 - alpha) f3d
+
+Axes: N points (voxels), V views, L links (pairs of a point and a view that sees it), C, D channels, H, W image size.
+Project the coordinates of the scan itself, never augmented ones: the cameras do not turn with the augmentation.
+
+Sources: gate and FiLM as BiFusion defines them; FiLM after Perez et al. (2018); LayerNorm after Ba et al. (2016);
+visibility by comparing with a depth map as in BPNet (Hu et al. 2021) and OpenScene (Peng et al. 2023), with z > 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DEPTH_TOLERANCE = 0.05  # metres between a point and the depth map, BPNet's value
+
+
+class Links(NamedTuple):
+    """Every pair of a point and a view that sees it, sorted by point, then by view."""
+
+    point: torch.Tensor  # (L,) int64, row of the point
+    view: torch.Tensor  # (L,) int64, index of the view
+    uv: torch.Tensor  # (L, 2) float, pixels (column, row); an integer is the centre of a pixel
+
+
+def project_points(points, world_to_camera, intrinsics):
+    """Project world points into one image with a pinhole camera.
+
+    Args:
+        points:          (N, 3) float, world frame, metres.
+        world_to_camera: (4, 4) float, rigid; camera looks along +z, x right, y down.
+        intrinsics:      (3, 3) float, pixels, for the image size in use.
+
+    Returns:
+        uv:    (N, 2) float, pixels (column, row), unrounded; may lie outside the image; finite but
+               meaningless where depth <= 0.
+        depth: (N,) float, metres along +z.
+
+    Raises:
+        ValueError: points is not (N, 3).
+
+    Source: pinhole model, Hartley & Zisserman (2004), ch. 6.
+    """
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"points must be (N, 3), got {tuple(points.shape)}")
+    camera = points @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]  # (N, 3) camera frame
+    depth = camera[:, 2]
+    z = torch.where(depth > 0, depth, torch.ones_like(depth)).clamp(min=1e-6)
+    uv = (camera @ intrinsics.T)[:, :2] / z[:, None]  # (N, 2)
+    return uv, depth
+
+
+@torch.no_grad()
+def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE, chunk=8192):
+    """Find every view that sees a point: in front of the camera, inside the image, agreeing with the depth map.
+
+    Same projection as `project_points`, for all views at once: camera and intrinsics are one 3x4 matrix a view, the
+    image borders are tested without a division, and only points inside an image are divided and looked up in its
+    depth map. Points go through in chunks, so memory is bounded by chunk * V.
+
+    Args:
+        points:          (N, 3) float, world frame, metres, NOT augmented.
+        world_to_camera: (V, 4, 4) float.
+        intrinsics:      (V, 3, 3) float, pixels, for the depth maps' size.
+        depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen).
+        tolerance:       metres by which a point may differ from the depth map.
+        chunk:           points handled at a time.
+
+    Returns:
+        Links. No view or no visible point gives empty links.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    num_views, height, width = depth.shape
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"points must be (N, 3), got {tuple(points.shape)}")
+    if world_to_camera.shape != (num_views, 4, 4) or intrinsics.shape != (num_views, 3, 3):
+        raise ValueError(
+            f"depth holds {num_views} views, so world_to_camera must be ({num_views}, 4, 4) and intrinsics "
+            f"({num_views}, 3, 3); got {tuple(world_to_camera.shape)} and {tuple(intrinsics.shape)}"
+        )
+    camera = (intrinsics.double() @ world_to_camera.double()[:, :3]).to(points.dtype)  # (V, 3, 4)
+    x_matrix, y_matrix, z_matrix = camera.unbind(1)  # (V, 4) each
+    flat_depth = depth.reshape(-1)  # (V*H*W,)
+    found = []
+    for start in range(0, len(points) if num_views else 0, chunk):
+        part = points[start : start + chunk]  # (n, 3)
+        x = torch.addmm(x_matrix[:, 3], part, x_matrix[:, :3].T)  # (n, V), u * z
+        y = torch.addmm(y_matrix[:, 3], part, y_matrix[:, :3].T)  # (n, V), v * z
+        z = torch.addmm(z_matrix[:, 3], part, z_matrix[:, :3].T)  # (n, V), metres
+        half = 0.5 * z
+        inside = (z > 1e-6) & (x >= -half) & (y >= -half)  # a pixel reaches half a pixel around its centre
+        inside &= (x < z * (width - 0.5)) & (y < z * (height - 0.5))
+        pair = inside.view(-1).nonzero().squeeze(1)  # (l,) flat index in (n, V), sorted by point
+        view = pair % num_views
+        z = z.view(-1)[pair]
+        u, v = x.view(-1)[pair] / z, y.view(-1)[pair] / z
+        column, row = u.round().long().clamp_(0, width - 1), v.round().long().clamp_(0, height - 1)
+        reading = flat_depth[(view * height + row) * width + column]
+        keep = ((reading - z).abs() <= tolerance) & (reading > 0)
+        keep = keep.nonzero().squeeze(1)
+        pair = pair[keep]
+        found.append((pair // num_views + start, view[keep], torch.stack([u[keep], v[keep]], 1)))
+    if not found:
+        none = torch.zeros(0, dtype=torch.long, device=points.device)
+        return Links(none, none, points.new_zeros(0, 2))
+    return Links(*(torch.cat(column) for column in zip(*found)))
+
+
+def sample_views(feature_maps, links, image_size, num_points):
+    """Bring image features to the points: bilinear in every view that sees a point, then the mean over its views.
+
+    The whole is one product of a sparse matrix (4 corners a link) with the maps; no (V, N, C) tensor is made.
+
+    Args:
+        feature_maps: (V, C, h, w) float; may be coarser than the image.
+        links:        Links into images of image_size.
+        image_size:   (W, H) of the images in which links.uv counts pixels.
+        num_points:   N.
+
+    Returns:
+        feat_2d: (N, C) float, 0 where no view sees the point. Differentiable in feature_maps.
+        seen:    (N,) bool, True where at least one view sees the point.
+    """
+    _, channels, h, w = feature_maps.shape
+    count = torch.bincount(links.point, minlength=num_points)  # (N,) views that see the point
+    scale = links.uv.new_tensor([w / image_size[0], h / image_size[1]])
+    position = (links.uv + 0.5) * scale - 0.5  # (L, 2) in map pixels
+    position = position.clamp(min=0).minimum(position.new_tensor([w - 1, h - 1]))  # the border repeats outside
+    low = position.floor()
+    fraction = position - low
+    column, row = low.long().unbind(1)
+    right, below = (column + 1).clamp(max=w - 1), (row + 1).clamp(max=h - 1)
+    base = links.view * (h * w)
+    index = torch.stack([base + row * w + column, base + row * w + right,
+                         base + below * w + column, base + below * w + right], 1)  # (L, 4)
+    fx, fy = fraction.unbind(1)
+    weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], 1)  # (L, 4)
+    weight = weight / count[links.point].to(weight.dtype)[:, None]
+    table = feature_maps.permute(0, 2, 3, 1).reshape(-1, channels)  # (V*h*w, C)
+    offsets = F.pad(4 * count.cumsum(0), (1, 0))  # (N + 1,) links are sorted by point, so each point is one bag
+    feat_2d = F.embedding_bag(index.view(-1), table, offsets, mode="sum", include_last_offset=True,
+                              per_sample_weights=weight.view(-1).to(table.dtype))
+    return feat_2d, count > 0
+
+
+class Standardise(nn.Module):
+    """Range standardisation: Linear + LayerNorm, so both branches enter the fusion with one width and RMS 1.
+
+    Neither part has a bias or a scale to learn, so the output is the same for x and for 1000 x, and no branch can grow
+    over the other during training. eps is small enough to hold from input scales of 1e-4 on.
+
+    forward: (N, in_channels) float -> (N, dim) float of RMS 1 a row; rows of zeros stay zero.
+    """
+
+    def __init__(self, in_channels, dim):
+        super().__init__()
+        self.linear = nn.Linear(in_channels, dim, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-10, elementwise_affine=False)
+
+    def forward(self, feat):
+        if feat.shape[-1] != self.linear.in_features:
+            raise ValueError(f"features have {feat.shape[-1]} channels, expected {self.linear.in_features}; "
+                             "build Standardise with the branch's own width")
+        return self.norm(self.linear(feat))
+
+
+class SimpleFusion(nn.Module):
+    """The gate that starts simple: alpha = 0.5 wherever a view sees the voxel, 0 elsewhere. Nothing to learn."""
+
+    def forward(self, feat_2d, feat_3d, seen):
+        """(N, D), (N, D), (N,) bool -> alpha (N,) float."""
+        return 0.5 * seen.to(feat_3d.dtype)
+
+
+class LiteFusionGate(nn.Module):
+    """alpha = sigmoid(MLP([feat_2d, feat_3d]: 2 D -> 64 -> 1)), 0 where no view sees the voxel.
+
+    The last layer starts at zero, so alpha starts at 0.5 exactly as SimpleFusion: switching over changes nothing.
+    """
+
+    def __init__(self, dim, hidden=64):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, feat_2d, feat_3d, seen):
+        """(N, D), (N, D), (N,) bool -> alpha (N,) float in [0, 1]."""
+        logit = self.mlp(torch.cat([feat_2d, feat_3d], 1)).squeeze(1)  # (N,)
+        return torch.sigmoid(logit) * seen.to(logit.dtype)
+
+
+class FiLM(nn.Module):
+    """(1 + gamma) f + beta on both branches, gamma and beta (N, D) from the geometry of the voxel.
+
+    Conditioned on geometry alone: a FiLM that reads the other branch is a way round the gate. The same modulation for
+    both branches: geometry tells how to read a feature, wherever it came from. The last layer starts at zero, so FiLM
+    starts as the identity. The code is coarse on purpose (wavelengths of 4 and 8 m in the plane): a code fine enough
+    to name a place learns the training rooms by heart.
+
+    Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018.
+    """
+
+    def __init__(self, dim, hidden=64):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(GEOMETRY_CHANNELS, hidden), nn.ReLU(), nn.Linear(hidden, 2 * dim))
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, feat_2d, feat_3d, coord, normal):
+        """Modulate both branches alike.
+
+        Args:
+            feat_2d, feat_3d: (N, D) float.
+            coord:  (N, 3) float, metres, xy from the middle of the scene, z = height above the floor.
+            normal: (N, 3) float, unit, 0 where unknown.
+
+        Returns:
+            feat_2d, feat_3d: (N, D) float; rows of feat_2d that no view sees get a value too, which the gate ignores.
+        """
+        gamma, beta = self.mlp(geometry_code(coord, normal)).chunk(2, 1)  # (N, D) each
+        return (1 + gamma) * feat_2d + beta, (1 + gamma) * feat_3d + beta
+
+
+GEOMETRY_CHANNELS = 16
+
+
+def geometry_code(coord, normal):
+    """Height, coarse position and normal of every voxel as numbers of order 1.
+
+    Args: coord (N, 3) metres, normal (N, 3) unit, as in `FiLM.forward`.
+    Returns: (N, 16): normal (3), height (1), sin and cos of x, y at 8 and 4 m and of the height at 4 and 2 m (12).
+    """
+    turns = coord.new_tensor([[1 / 8, 1 / 8, 1 / 4], [1 / 4, 1 / 4, 1 / 2]])  # (2, 3) turns a metre
+    angle = (2 * torch.pi * coord[:, None] * turns).flatten(1)  # (N, 6)
+    return torch.cat([normal, coord[:, 2:], angle.sin(), angle.cos()], 1)
+
+
+def blend(feat_2d, feat_3d, alpha):
+    """fused = alpha feat_2d + (1 - alpha) feat_3d; (N, D), (N, D), (N,) -> (N, D). alpha 0 gives feat_3d exactly."""
+    return feat_3d + alpha[:, None] * (feat_2d - feat_3d)
+
+
+@torch.no_grad()
+def fusion_stats(feat_2d, feat_3d, alpha, seen):
+    """What to watch in a fusion: plain floats, over the voxels that a view sees; None where there is none.
+
+    Returns a dict: fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean over voxels between the branches), and
+    seen_share (of all voxels).
+    """
+    stats = {"seen_share": seen.float().mean().item()}
+    if not seen.any():
+        return stats | dict.fromkeys(("fusion_2d_ratio", "rms_2d", "rms_3d", "cosine"))
+    f2d, f3d = feat_2d[seen].float(), feat_3d[seen].float()
+    return stats | {
+        "fusion_2d_ratio": alpha[seen].float().mean().item(),
+        "rms_2d": f2d.square().mean().sqrt().item(),
+        "rms_3d": f3d.square().mean().sqrt().item(),
+        "cosine": F.cosine_similarity(f2d, f3d, dim=1).mean().item(),
+    }

@@ -1,0 +1,343 @@
+"""The networks: SparseUNet, ClipTower, and Baseline3D and BiFusion put together from them; PRESETS; build_model.
+
+    Baseline3D   voxels -> SparseUNet -> Standardise -> semantic head
+    BiFusion     the same, and frames -> ClipTower -> sampled at the voxels -> Standardise; FiLM, gate, blend -> head
+
+BiFusion is a Baseline3D: with its 2D branch off (fusion "identity") it computes exactly what Baseline3D computes.
+Importing this file imports spconv and, for an image tower, open_clip.
+
+Axes: M voxels of all scenes of a batch, V views of all scenes, C, D channels, K classes, H, W image size.
+
+Sources: U-Net layout of SpUNet-v1m1 (Pointcept), the spconv form of Mask3D's Res16UNet34C (Schult et al. 2023) after
+MinkowskiNet (Choy et al. 2019); ModifiedResNet of CLIP (Radford et al. 2021) as open_clip builds it.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
+
+IN_CHANNELS = 6  # colour and normal of a voxel
+MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
+VIEW_CHUNK = 32  # images that go through the tower at a time
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PRESETS = {
+    "small": {
+        "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
+                 "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1)},
+        "dim": 64,
+        "tower": {"layers": (1, 1, 1, 1), "width": 32},
+    },
+    "base": {
+        "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),
+                 "decoder": (256, 128, 96, 96), "decoder_blocks": (2, 2, 2, 2)},
+        "dim": 256,
+        "tower": None,  # CLIP ViT-B/16: not built yet
+    },
+}
+
+
+def import_spconv():
+    """spconv.pytorch without the warning that torch.fx logs when spconv is first imported."""
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    import spconv.pytorch as spconv
+
+    return spconv
+
+
+class VoxelBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics."""
+
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-3, momentum=0.01)
+
+    def forward(self, feat):
+        if self.training and len(feat) < 2:
+            return F.batch_norm(feat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(feat)
+
+
+class SparseBlock(nn.Module):
+    """Residual block: SubM3 - BN - ReLU - SubM3 - BN, plus the input (1x1 + BN where the widths differ), ReLU."""
+
+    def __init__(self, in_channels, channels, level):
+        super().__init__()
+        spconv = import_spconv()
+        key = f"level{level}"  # convolutions of one level share their neighbour table
+        self.conv1 = spconv.SubMConv3d(in_channels, channels, 3, bias=False, indice_key=key)
+        self.bn1 = VoxelBatchNorm(channels)
+        self.conv2 = spconv.SubMConv3d(channels, channels, 3, bias=False, indice_key=key)
+        self.bn2 = VoxelBatchNorm(channels)
+        self.project = nn.Identity()
+        if in_channels != channels:
+            self.project = nn.Sequential(nn.Linear(in_channels, channels, bias=False), VoxelBatchNorm(channels))
+
+    def forward(self, x):
+        residual = self.project(x.features)
+        x = self.conv1(x)
+        x = self.conv2(x.replace_feature(F.relu(self.bn1(x.features))))
+        return x.replace_feature(F.relu(self.bn2(x.features) + residual))
+
+
+class SparseUNet(nn.Module):
+    """Sparse residual U-Net on voxels.
+
+    Stem SubM 5^3; a level down is a strided convolution 2^3 and residual blocks; a level up is the inverse convolution,
+    the skip of that level concatenated, residual blocks. All sparse convolutions are bias-free.
+
+    Args:
+        in_channels:    channels of a voxel.
+        stem:           width of the stem.
+        encoder, encoder_blocks: width and number of blocks of each level, from fine to coarse.
+        decoder, decoder_blocks: the same for the way up, from coarse to fine.
+    """
+
+    def __init__(self, in_channels, stem, encoder, encoder_blocks, decoder, decoder_blocks):
+        super().__init__()
+        spconv = import_spconv()
+        self.levels = len(encoder)
+        self.out_channels = decoder[-1]
+        self.stem = spconv.SubMConv3d(in_channels, stem, 5, bias=False, indice_key="stem")
+        self.stem_bn = VoxelBatchNorm(stem)
+        self.down, self.down_bn, self.encoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.up, self.up_bn, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        widths = (stem, *encoder)
+        for level in range(self.levels):
+            self.down.append(spconv.SparseConv3d(widths[level], widths[level + 1], 2, stride=2, bias=False,
+                                          indice_key=f"down{level}"))
+            self.down_bn.append(VoxelBatchNorm(widths[level + 1]))
+            self.encoder.append(nn.Sequential(*(SparseBlock(widths[level + 1], widths[level + 1], level + 1)
+                                                for _ in range(encoder_blocks[level]))))
+        channels = encoder[-1]
+        for width, blocks, level in zip(decoder, decoder_blocks, reversed(range(self.levels))):
+            self.up.append(spconv.SparseInverseConv3d(channels, width, 2, bias=False, indice_key=f"down{level}"))
+            self.up_bn.append(VoxelBatchNorm(width))
+            self.decoder.append(nn.Sequential(*(SparseBlock(width + widths[level] if b == 0 else width, width, level)
+                                                for b in range(blocks))))
+            channels = width
+        self.convs = [(m, m.algo) for m in self.modules() if hasattr(m, "indice_key")]  # with spconv's default algorithm
+
+    def forward(self, feat, grid_coord, batch_index, num_scenes):
+        """(M, in_channels), (M, 3) int >= 0, (M,) int, B -> (M, out_channels)."""
+        spconv = import_spconv()
+        for conv, default in self.convs:
+            conv.algo = default if feat.is_cuda else spconv.ConvAlgo.Native  # spconv has one algorithm on CPU
+        step = 2**self.levels  # a strided convolution drops what lies beyond the last whole cell
+        shape = [(extent // step + 1) * step for extent in grid_coord.amax(0).tolist()]
+        indices = torch.cat([batch_index[:, None].int(), grid_coord.int()], 1).contiguous()  # (M, 4)
+        x = spconv.SparseConvTensor(feat, indices, shape, num_scenes)
+        x = self.stem(x)
+        x = x.replace_feature(F.relu(self.stem_bn(x.features)))
+        skips = []
+        for down, bn, blocks in zip(self.down, self.down_bn, self.encoder):
+            skips.append(x.features)
+            x = down(x)
+            x = blocks(x.replace_feature(F.relu(bn(x.features))))
+        for up, bn, blocks in zip(self.up, self.up_bn, self.decoder):
+            x = up(x)
+            x = blocks(x.replace_feature(torch.cat([F.relu(bn(x.features)), skips.pop()], 1)))
+        return x.features  # (M, out_channels)
+
+
+class RGBDConv(nn.Module):
+    """A convolution on RGB that also reads depth: conv(rgb) + conv_depth(depth), conv_depth starting at zero.
+
+    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added.
+    forward: (V, 4, H, W), depth last.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.rgb = conv
+        self.depth = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        nn.init.zeros_(self.depth.weight)
+
+    def forward(self, rgbd):
+        return self.rgb(rgbd[:, :3]) + self.depth(rgbd[:, 3:])
+
+
+class ClipTower(nn.Module):
+    """Dense features from CLIP's image tower: an open_clip ModifiedResNet without its last stage and attention pool.
+
+    The maps of strides 4, 8 and 16 are brought to one width by 1x1 convolutions and summed at stride 4 (the neck).
+
+    Args:
+        visual:       open_clip ModifiedResNet.
+        out_channels: channels of the map.
+        pretrained:   True where visual holds trained weights: stages.py then protects it.
+    """
+
+    def __init__(self, visual, out_channels, pretrained=False):
+        super().__init__()
+        self.pretrained = pretrained
+        self.out_channels = out_channels
+        visual.layer4 = visual.attnpool = None  # stride 32 is too coarse for voxels
+        visual.conv1 = RGBDConv(visual.conv1)
+        self.visual = visual
+        widths = [layer[-1].conv3.out_channels for layer in (visual.layer1, visual.layer2, visual.layer3)]
+        self.neck = nn.ModuleList(nn.Conv2d(width, out_channels, 1, bias=False) for width in widths)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, image, depth):
+        """(V, 3, H, W) uint8, (V, H, W) metres -> (V, out_channels, H/4, W/4)."""
+        return torch.cat([self.encode(i, d) for i, d in zip(image.split(VIEW_CHUNK), depth.split(VIEW_CHUNK))])
+
+    def encode(self, image, depth):
+        """One chunk of `forward`."""
+        rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as CLIP was trained
+        depth = (depth / MAX_DEPTH).clamp(0, 1).unsqueeze(1)  # (V, 1, H, W) in 0..1, 0 = no reading
+        x = self.visual.stem(torch.cat([rgb, depth], 1))  # (V, width, H/4, W/4)
+        out = 0
+        for layer, lateral in zip((self.visual.layer1, self.visual.layer2, self.visual.layer3), self.neck):
+            x = layer(x)
+            y = lateral(x)
+            if torch.is_tensor(out):
+                y = F.interpolate(y, out.shape[-2:], mode="bilinear", align_corners=False)
+            out = out + y
+        return out  # (V, out_channels, H/4, W/4)
+
+    def parts(self):
+        """Parameters by part of stages.PARTS."""
+        ends = [*self.visual.conv1.parameters(), *self.visual.layer3.parameters()]
+        known = {id(p) for p in ends}
+        return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
+                "2d": list(self.neck.parameters())}
+
+
+class Baseline3D(nn.Module):
+    """The 3D baseline: sparse U-Net, standardisation, semantic head."""
+
+    def __init__(self, unet, dim, num_classes):
+        super().__init__()
+        self.unet = unet
+        self.standardise_3d = Standardise(unet.out_channels, dim)
+        self.semantic_head = nn.Linear(dim, num_classes)
+        self.setting = None  # stages.Setting in force; the baseline has nothing to switch
+
+    def forward(self, batch):
+        """Segment a batch of scenes.
+
+        Args:
+            batch: dict as data.collate makes it: names list of B str, grid_coord (M, 3) int, batch_index (M,) int64,
+                   color (M, 3), normal (M, 3).
+
+        Returns:
+            dict: logits (M, K), feat_3d (M, D).
+        """
+        feat_3d = self.encode_3d(batch)
+        return {"logits": self.semantic_head(feat_3d), "feat_3d": feat_3d}
+
+    def encode_3d(self, batch):
+        """-> feat_3d (M, D) of RMS 1."""
+        feat = torch.cat([batch["color"], batch["normal"]], 1)  # (M, 6)
+        feat = self.unet(feat, batch["grid_coord"], batch["batch_index"], len(batch["names"]))
+        return self.standardise_3d(feat)
+
+    def parts(self):
+        """Parameters by part of stages.PARTS, each in exactly one."""
+        return {"3d": [*self.unet.parameters(), *self.standardise_3d.parameters(), *self.semantic_head.parameters()]}
+
+
+class BiFusion(Baseline3D):
+    """Baseline3D with an image tower, FiLM and a gate. What is active is read from `setting` (stages.apply_setting)."""
+
+    def __init__(self, unet, tower, dim, num_classes, depth_tolerance):
+        super().__init__(unet, dim, num_classes)
+        self.tower = tower
+        self.depth_tolerance = depth_tolerance
+        self.standardise_2d = Standardise(tower.out_channels, dim)
+        self.film = FiLM(dim)
+        self.gates = nn.ModuleDict({"simple": SimpleFusion(), "learned": LiteFusionGate(dim)})
+        self.head_2d = nn.Linear(dim, num_classes)
+        self.head_3d = nn.Linear(dim, num_classes)
+
+    def forward(self, batch):
+        """Segment a batch of scenes from voxels and frames.
+
+        Args:
+            batch: as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8,
+                   depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64.
+
+        Returns:
+            dict: logits (M, K), feat_3d (M, D); with a fusion other than "identity" also feat_2d (M, D), seen (M,)
+            bool, alpha (M,), logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats).
+        """
+        setting = self.setting
+        feat_3d = self.encode_3d(batch)
+        if setting.fusion == "identity":
+            return {"logits": self.semantic_head(feat_3d), "feat_3d": feat_3d}
+        feat_2d, seen = self.encode_2d(batch)
+        out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen,
+               "logits_2d": self.head_2d(feat_2d), "logits_3d": self.head_3d(feat_3d)}
+        if setting.film:
+            feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
+        alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
+        fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
+        stats = fusion_stats(feat_2d, feat_3d, alpha, seen)
+        return out | {"logits": self.semantic_head(fused), "alpha": alpha, "stats": stats}
+
+    def encode_2d(self, batch):
+        """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
+        image, depth, voxels = batch["image"], batch["depth"], batch["world_coord"]
+        feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
+        seen = torch.zeros(len(voxels), dtype=torch.bool, device=voxels.device)
+        if len(image):
+            maps = self.tower(image, depth)  # (V, C, h, w)
+            size = image.shape[:1:-1]  # (W, H)
+            rows = [(batch["batch_index"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
+            views = [(batch["view_batch"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
+            parts = []
+            for row, view in zip(rows, views):
+                links = link_views(voxels[row], batch["world_to_camera"][view], batch["intrinsics"][view],
+                                   depth[view], self.depth_tolerance)
+                parts.append(sample_views(maps[view], links, size, len(row)))
+            order = torch.cat(rows)
+            feat_2d = feat_2d.index_copy(0, order, torch.cat([feat for feat, _ in parts]))
+            seen = seen.index_copy(0, order, torch.cat([s for _, s in parts]))
+        return self.standardise_2d(feat_2d), seen
+
+    def parts(self):
+        """Parameters by part of stages.PARTS, each in exactly one."""
+        parts = super().parts() | self.tower.parts()
+        parts["2d"] = [*parts["2d"], *self.standardise_2d.parameters()]
+        return parts | {"branch": [*self.head_2d.parameters(), *self.head_3d.parameters()],
+                        "gate": list(self.gates.parameters()), "film": list(self.film.parameters())}
+
+    def train(self, mode=True):
+        """As nn.Module.train, but the batch norm of a protected tower keeps its pretrained statistics."""
+        super().train(mode)
+        if self.setting is None or "tower" not in self.setting.parts:
+            self.tower.visual.eval()
+        return self
+
+
+def build_model(name, preset, num_classes, depth_tolerance=0.05):
+    """Build "baseline" or "bifusion" in a preset.
+
+    Args:
+        name: "baseline" or "bifusion".  preset: a key of PRESETS.  num_classes: K.
+        depth_tolerance: metres by which a voxel may differ from a depth map and count as seen.
+
+    Raises:
+        KeyError: unknown name or preset.  ValueError: a preset without an image tower, asked for BiFusion.
+    """
+    if preset not in PRESETS:
+        raise KeyError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
+    sizes = PRESETS[preset]
+    if name not in ("baseline", "bifusion"):
+        raise KeyError(f"unknown model {name!r}; choose from ['baseline', 'bifusion']")
+    unet = SparseUNet(IN_CHANNELS, **sizes["unet"])
+    if name == "baseline":
+        return Baseline3D(unet, sizes["dim"], num_classes)
+    if sizes["tower"] is None:
+        raise ValueError(f"preset {preset!r} has no image tower yet; take --preset small, or --model baseline")
+    from open_clip.modified_resnet import ModifiedResNet
+
+    visual = ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"])
+    return BiFusion(unet, ClipTower(visual, sizes["dim"]), sizes["dim"], num_classes, depth_tolerance)

@@ -1,0 +1,345 @@
+"""Tests of fusion.py: cameras, visibility, sampling, standardisation, gates, FiLM."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusion import (DEPTH_TOLERANCE, GEOMETRY_CHANNELS, FiLM, LiteFusionGate, Links, SimpleFusion, Standardise, blend,
+                    fusion_stats, geometry_code, link_views, project_points, sample_views)
+
+INTRINSICS = torch.tensor([[100.0, 0, 40], [0, 120, 30], [0, 0, 1]])
+WIDTH, HEIGHT = 81, 61
+
+
+def random_cameras(views, seed=0):
+    """(V, 4, 4) rigid world_to_camera near the origin and (V, 3, 3) intrinsics."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.eye(4).repeat(views, 1, 1)
+    rotation = torch.linalg.qr(torch.randn(views, 3, 3, generator=generator))[0]
+    matrix[:, :3, :3] = rotation * torch.linalg.det(rotation)[:, None, None]
+    matrix[:, :3, 3] = torch.randn(views, 3, generator=generator)
+    return matrix, INTRINSICS.repeat(views, 1, 1)
+
+
+def slow_links(points, world_to_camera, intrinsics, depth, tolerance):
+    """Visibility word by word, point after point, view after view: list of (point, view, u, v)."""
+    found = []
+    for n, point in enumerate(points.tolist()):
+        for v in range(len(depth)):
+            matrix, k = world_to_camera[v].tolist(), intrinsics[v].tolist()
+            x, y, z = (sum(matrix[r][c] * point[c] for c in range(3)) + matrix[r][3] for r in range(3))
+            if z <= 0:
+                continue
+            column, row = k[0][0] * x / z + k[0][2], k[1][1] * y / z + k[1][2]
+            if not (-0.5 <= column < depth.shape[2] - 0.5 and -0.5 <= row < depth.shape[1] - 0.5):
+                continue
+            reading = depth[v, math.floor(row + 0.5), math.floor(column + 0.5)].item()
+            if reading > 0 and abs(reading - z) <= tolerance:
+                found.append((n, v, column, row))
+    return found
+
+
+def test_a_known_camera_gives_the_pixels_computed_by_hand():
+    points = torch.tensor([[0.0, 0, 2], [1, 0, 2], [0, -0.5, 2], [0.2, 0.1, 4]])
+    uv, depth = project_points(points, torch.eye(4), INTRINSICS)
+    assert torch.allclose(uv, torch.tensor([[40.0, 30], [90, 30], [40, 0], [45, 33]]))
+    assert torch.allclose(depth, torch.tensor([2.0, 2, 2, 4]))
+
+
+def test_a_turned_and_moved_camera_sees_what_stands_before_it():
+    # camera at (1, 2, 0.5), looking along world +x, its right is world -y, its down is world -z
+    rotation = torch.tensor([[0.0, -1, 0], [0, 0, -1], [1, 0, 0]])
+    world_to_camera = torch.eye(4)
+    world_to_camera[:3, :3] = rotation
+    world_to_camera[:3, 3] = -rotation @ torch.tensor([1.0, 2, 0.5])
+    uv, depth = project_points(torch.tensor([[3.0, 2, 0.5], [3, 1, 0.5], [3, 2, 1]]), world_to_camera, INTRINSICS)
+    assert torch.allclose(depth, torch.tensor([2.0, 2, 2]))
+    assert torch.allclose(uv, torch.tensor([[40.0, 30], [90, 30], [40, 0]]))  # 1 m to the right, 0.5 m up
+
+
+def test_projection_agrees_with_a_slow_loop():
+    world_to_camera, intrinsics = random_cameras(1)
+    points = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)) * 3
+    uv, depth = project_points(points, world_to_camera[0], intrinsics[0])
+    for n, point in enumerate(points.tolist()):
+        x, y, z = (sum(world_to_camera[0, r, c].item() * point[c] for c in range(3)) + world_to_camera[0, r, 3].item()
+                   for r in range(3))
+        assert depth[n].item() == pytest.approx(z, abs=1e-5)
+        if z > 0.01:
+            expected = torch.tensor([100 * x / z + 40, 120 * y / z + 30])
+            assert torch.allclose(uv[n], expected, rtol=1e-4, atol=1e-3)
+    assert torch.isfinite(uv).all()
+
+
+def test_project_then_unproject_returns_the_point():
+    world_to_camera, intrinsics = (m[0].double() for m in random_cameras(1, seed=3))
+    points = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 4
+    uv, depth = project_points(points, world_to_camera, intrinsics)
+    front = depth > 0.05
+    assert front.sum() > 50
+    pixel = torch.cat([uv, torch.ones_like(depth)[:, None]], 1) * depth[:, None]
+    camera = pixel @ torch.linalg.inv(intrinsics).T
+    back = (camera - world_to_camera[:3, 3]) @ world_to_camera[:3, :3]
+    assert torch.allclose(back[front], points[front], atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 2), (1, 4, 3)])
+def test_points_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"points must be \(N, 3\)"):
+        project_points(torch.zeros(shape), torch.eye(4), INTRINSICS)
+    with pytest.raises(ValueError, match=r"points must be \(N, 3\)"):
+        link_views(torch.zeros(shape), torch.eye(4)[None], INTRINSICS[None], torch.ones(1, 4, 4))
+
+
+def test_cameras_that_do_not_match_the_depth_maps_are_refused():
+    with pytest.raises(ValueError, match="depth holds 2 views"):
+        link_views(torch.zeros(1, 3), torch.eye(4)[None], INTRINSICS[None], torch.ones(2, 4, 4))
+
+
+@pytest.mark.parametrize(("point", "reading", "seen"), [
+    ((0.0, 0, 2), 2.0, True),
+    ((0.0, 0, 2), 2.04, True),
+    ((0.0, 0, 2), 1.9, False),  # something stands before it
+    ((0.0, 0, 2), 2.1, False),  # the camera looks through where it should be
+    ((0.0, 0, 2), 0.0, False),  # no reading
+    ((0.0, 0, 0.03), 0.0, False),  # within the tolerance of 'no reading'
+    ((0.0, 0, -2), 2.0, False),  # behind the camera
+    ((0.0, 0, 0), 2.0, False),  # in the camera
+    ((0.805, 0, 2), 2.0, True),  # column 80.25, the last pixel
+    ((0.815, 0, 2), 2.0, False),  # column 80.75, beyond it
+    ((-0.805, 0, 2), 2.0, True),  # column -0.25, the first pixel
+    ((-0.815, 0, 2), 2.0, False),
+    ((0.0, 0.505, 2), 2.0, True),  # row 60.3
+    ((0.0, 0.515, 2), 2.0, False),
+    ((0.0, -0.515, 2), 2.0, False),
+])
+def test_a_point_is_seen_only_in_front_inside_and_at_the_measured_depth(point, reading, seen):
+    depth = torch.full((1, HEIGHT, WIDTH), reading)
+    links = link_views(torch.tensor([point]), torch.eye(4)[None], INTRINSICS[None], depth)
+    assert len(links.point) == int(seen)
+
+
+def test_the_depth_of_the_nearest_pixel_decides():
+    depth = torch.zeros(1, HEIGHT, WIDTH)
+    depth[0, 31, 42] = 2.0  # row 31, column 42
+    points = torch.tensor([[0.04, 1 / 60, 2], [0.048, 1 / 60, 2], [0.052, 1 / 60, 2], [0.04, 0.8 / 120, 2]])
+    links = link_views(points, torch.eye(4)[None], INTRINSICS[None], depth)  # columns 42, 42.4, 42.6; row 30.4
+    assert links.point.tolist() == [0, 1]
+
+
+def test_links_agree_with_project_points_and_a_slow_loop():
+    world_to_camera, intrinsics = random_cameras(4, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    points = torch.randn(300, 3, generator=generator)
+    depth = torch.rand(4, HEIGHT, WIDTH, generator=generator) * 2
+    depth[torch.rand(depth.shape, generator=generator) < 0.2] = 0
+    links = link_views(points, world_to_camera, intrinsics, depth, tolerance=0.5)
+    expected = slow_links(points, world_to_camera, intrinsics, depth, 0.5)
+    assert len(expected) > 30
+    assert list(zip(links.point.tolist(), links.view.tolist())) == [pair[:2] for pair in expected]
+    assert torch.allclose(links.uv, torch.tensor([pair[2:] for pair in expected]), atol=2e-3)
+    for view in range(4):
+        uv, _ = project_points(points, world_to_camera[view], intrinsics[view])
+        here = links.view == view
+        assert torch.allclose(links.uv[here], uv[links.point[here]], atol=2e-3)
+
+
+def test_links_are_sorted_by_point_then_view_whatever_the_chunk():
+    world_to_camera, intrinsics = random_cameras(3, seed=7)
+    points = torch.randn(100, 3)
+    depth = torch.full((3, HEIGHT, WIDTH), 1.5)
+    whole = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0)
+    order = whole.point * 3 + whole.view
+    assert len(order) > 5
+    assert (order[1:] > order[:-1]).all()
+    for chunk in (1, 7, 100):
+        parts = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0, chunk=chunk)
+        assert torch.equal(parts.point, whole.point)
+        assert torch.equal(parts.view, whole.view)
+        assert torch.allclose(parts.uv, whole.uv, atol=1e-4)
+
+
+def test_far_from_the_origin_a_point_still_meets_its_pixel():
+    shift = torch.tensor([40.0, -60, 3])
+    world_to_camera = torch.eye(4)
+    world_to_camera[:3, 3] = -shift
+    points = torch.tensor([[0.3, 0.2, 2]]) + shift
+    links = link_views(points, world_to_camera[None], INTRINSICS[None], torch.full((1, HEIGHT, WIDTH), 2.0))
+    assert torch.allclose(links.uv, torch.tensor([[55.0, 42]]), atol=5e-3)
+
+
+@pytest.mark.parametrize(("views", "num_points"), [(0, 5), (2, 0), (0, 0)])
+def test_no_view_or_no_point_gives_no_link_and_zero_features(views, num_points):
+    links = link_views(torch.randn(num_points, 3), torch.eye(4).repeat(views, 1, 1), INTRINSICS.repeat(views, 1, 1),
+                       torch.ones(views, HEIGHT, WIDTH))
+    assert len(links.point) == len(links.view) == len(links.uv) == 0
+    maps = torch.randn(views, 6, 4, 5, requires_grad=True)
+    feat, seen = sample_views(maps, links, (WIDTH, HEIGHT), num_points)
+    assert feat.shape == (num_points, 6)
+    assert not feat.any()
+    assert not seen.any()
+    feat.sum().backward()
+
+
+def test_no_visible_point_gives_zero_features_and_a_zero_gradient():
+    maps = torch.randn(1, 3, 4, 5, requires_grad=True)
+    links = link_views(torch.tensor([[0.0, 0, -1], [9, 9, 1]]), torch.eye(4)[None], INTRINSICS[None],
+                       torch.ones(1, HEIGHT, WIDTH))
+    feat, seen = sample_views(maps, links, (WIDTH, HEIGHT), 2)
+    assert not feat.any()
+    assert not seen.any()
+    feat.sum().backward()
+    assert not maps.grad.any()
+
+
+def made_up_links(num_points, views, width, height, seed=0):
+    """Links at random pixels, some on the outermost half pixel; about half of all pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = (torch.rand(num_points, views, generator=generator) < 0.5).nonzero()
+    uv = torch.rand(len(pairs), 2, generator=generator) * torch.tensor([width, height]) - 0.5
+    return Links(pairs[:, 0], pairs[:, 1], uv)
+
+
+def slow_sample(maps, links, image_size, num_points):
+    """Bilinear sampling with repeated borders and the mean over views, one link after the other."""
+    _, channels, h, w = maps.shape
+    total, count = torch.zeros(num_points, channels, dtype=maps.dtype), [0] * num_points
+    for n, v, (u, r) in zip(links.point.tolist(), links.view.tolist(), links.uv.tolist()):
+        x = min(max((u + 0.5) * w / image_size[0] - 0.5, 0), w - 1)
+        y = min(max((r + 0.5) * h / image_size[1] - 0.5, 0), h - 1)
+        x0, y0 = math.floor(x), math.floor(y)
+        x1, y1 = min(x0 + 1, w - 1), min(y0 + 1, h - 1)
+        fx, fy = x - x0, y - y0
+        value = ((1 - fx) * (1 - fy) * maps[v, :, y0, x0] + fx * (1 - fy) * maps[v, :, y0, x1]
+                 + (1 - fx) * fy * maps[v, :, y1, x0] + fx * fy * maps[v, :, y1, x1])
+        total[n] += value
+        count[n] += 1
+    return torch.stack([t / max(c, 1) for t, c in zip(total, count)]), torch.tensor(count) > 0
+
+
+@pytest.mark.parametrize("map_size", [(48, 64), (12, 16), (5, 7), (1, 1)])
+def test_sampling_agrees_with_a_slow_loop_and_is_the_mean_over_views(map_size):
+    maps = torch.randn(3, 4, *map_size, dtype=torch.float64)
+    links = made_up_links(40, 3, 64, 48)
+    links = links._replace(uv=links.uv.double())
+    feat, seen = sample_views(maps, links, (64, 48), 40)
+    expected, expected_seen = slow_sample(maps, links, (64, 48), 40)
+    assert torch.allclose(feat, expected, atol=1e-12)
+    assert torch.equal(seen, expected_seen)
+    assert 0 < seen.sum() < 40
+    assert not feat[~seen].any()
+
+
+def test_sampling_agrees_with_grid_sample():
+    maps = torch.randn(1, 4, 12, 16)
+    uv = torch.rand(50, 2) * torch.tensor([64.0, 48]) - 0.5
+    links = Links(torch.arange(50), torch.zeros(50, dtype=torch.long), uv)
+    feat, _ = sample_views(maps, links, (64, 48), 50)
+    grid = (uv + 0.5) / torch.tensor([64.0, 48]) * 2 - 1
+    expected = F.grid_sample(maps, grid[None, None], mode="bilinear", padding_mode="border", align_corners=False)
+    assert torch.allclose(feat, expected[0, :, 0].T, atol=1e-5)
+
+
+def test_a_map_of_image_size_is_read_at_pixel_centres_exactly():
+    maps = torch.randn(1, 2, 6, 8)
+    links = Links(torch.arange(2), torch.zeros(2, dtype=torch.long), torch.tensor([[3.0, 5], [7, 0]]))
+    feat, _ = sample_views(maps, links, (8, 6), 2)
+    assert torch.equal(feat, torch.stack([maps[0, :, 5, 3], maps[0, :, 0, 7]]))
+
+
+def test_gradient_of_sampling_is_the_numerical_one():
+    links = made_up_links(6, 2, 8, 6)
+    links = links._replace(uv=links.uv.double())
+    maps = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: sample_views(m, links, (8, 6), 6)[0], (maps,))
+
+
+def test_standardise_gives_unit_rms_and_forgets_the_scale_of_its_input():
+    standardise = Standardise(32, 16)
+    feat = torch.randn(200, 32)
+    reference = standardise(feat)
+    for scale in (1e-4, 1e-2, 1e2, 1e4):
+        out = standardise(scale * feat)
+        assert out.square().mean(1).sqrt().sub(1).abs().max() < 0.1
+        assert torch.allclose(out, reference, atol=0.1)
+    assert torch.allclose(standardise(1e4 * feat), standardise(feat), atol=1e-4)
+
+
+def test_standardise_keeps_a_row_of_zeros_and_its_gradient_is_finite():
+    standardise = Standardise(8, 4)
+    feat = torch.zeros(3, 8, requires_grad=True)
+    out = standardise(feat)
+    assert not out.any()
+    out.sum().backward()
+    assert torch.isfinite(feat.grad).all()
+
+
+def test_standardise_says_which_width_it_expects():
+    with pytest.raises(ValueError, match="features have 7 channels, expected 8"):
+        Standardise(8, 4)(torch.randn(3, 7))
+
+
+@pytest.mark.parametrize("gate", [SimpleFusion(), LiteFusionGate(8)])
+def test_every_gate_starts_at_one_half_where_seen_and_is_zero_elsewhere(gate):
+    seen = torch.tensor([True, False, True, False])
+    alpha = gate(torch.randn(4, 8), torch.randn(4, 8), seen)
+    assert torch.equal(alpha, torch.tensor([0.5, 0, 0.5, 0]))
+
+
+def test_blend_is_the_weighted_mean_and_exact_at_zero():
+    feat_2d, feat_3d, alpha = torch.randn(50, 8), torch.randn(50, 8), torch.rand(50)
+    expected = alpha[:, None] * feat_2d + (1 - alpha[:, None]) * feat_3d
+    assert torch.allclose(blend(feat_2d, feat_3d, alpha), expected, atol=1e-6)
+    assert torch.equal(blend(feat_2d, feat_3d, torch.zeros(50)), feat_3d)
+
+
+def test_film_gives_both_branches_the_same_modulation_and_reads_geometry_alone():
+    film = FiLM(8)
+    for parameter in film.parameters():
+        torch.nn.init.normal_(parameter)
+    coord, normal = torch.randn(20, 3), F.normalize(torch.randn(20, 3), dim=1)
+    feat = torch.randn(20, 8)
+    a, b = film(feat, feat, coord, normal)
+    assert torch.equal(a, b)
+    zero, one = film(torch.zeros(20, 8), torch.ones(20, 8), coord, normal)  # beta, 1 + gamma + beta
+    other, _ = film(feat, torch.randn(20, 8), coord, normal)
+    assert torch.equal(other, a)  # what stands on the other side changes nothing
+    assert torch.allclose(a, (one - zero) * feat + zero, atol=1e-4)
+    moved, _ = film(feat, feat, coord + 0.7, normal)
+    assert not torch.allclose(moved, a)
+
+
+def test_geometry_code_has_its_width_and_stays_of_order_one():
+    coord = torch.rand(500, 3) * torch.tensor([10.0, 10, 3]) - torch.tensor([5.0, 5, 0])
+    code = geometry_code(coord, F.normalize(torch.randn(500, 3), dim=1))
+    assert code.shape == (500, GEOMETRY_CHANNELS)
+    assert code.abs().max() <= 3
+
+
+def test_fusion_stats_count_seen_voxels_only():
+    feat_2d, feat_3d = torch.tensor([[3.0, 4], [9, 9]]), torch.tensor([[4.0, 3], [7, 7]])
+    stats = fusion_stats(feat_2d, feat_3d, torch.tensor([0.25, 0.0]), torch.tensor([True, False]))
+    assert stats["seen_share"] == 0.5
+    assert stats["fusion_2d_ratio"] == 0.25
+    assert stats["rms_2d"] == pytest.approx(math.sqrt(12.5))
+    assert stats["cosine"] == pytest.approx(24 / 25)
+    nothing = fusion_stats(feat_2d, feat_3d, torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+    assert nothing == {"seen_share": 0.0, "fusion_2d_ratio": None, "rms_2d": None, "rms_3d": None, "cosine": None}
+
+
+def test_the_default_tolerance_is_five_centimetres():
+    assert DEPTH_TOLERANCE == 0.05
+
+
+@pytest.mark.gpu
+def test_links_and_samples_are_the_same_on_a_gpu():
+    world_to_camera, intrinsics = random_cameras(4, seed=5)
+    points, depth, maps = torch.randn(300, 3), torch.rand(4, HEIGHT, WIDTH) * 2, torch.randn(4, 8, 15, 20)
+    here = link_views(points, world_to_camera, intrinsics, depth, tolerance=0.5)
+    there = link_views(points.cuda(), world_to_camera.cuda(), intrinsics.cuda(), depth.cuda(), tolerance=0.5)
+    assert torch.equal(here.point, there.point.cpu())
+    feat, _ = sample_views(maps, here, (WIDTH, HEIGHT), 300)
+    feat_gpu, _ = sample_views(maps.cuda(), there, (WIDTH, HEIGHT), 300)
+    assert torch.allclose(feat, feat_gpu.cpu(), atol=1e-3)

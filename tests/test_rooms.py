@@ -1,0 +1,261 @@
+"""Tests of rooms.py: same bytes for the same seed, exact geometry, clean labels, nothing half-made."""
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial import cKDTree
+
+import rooms
+from data import CLASS_NAMES
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small data set, made by two processes."""
+    folder = tmp_path_factory.mktemp("rooms")
+    assert rooms.generate(folder, train=1, val=1, seed=3, workers=2) == 2
+    return folder
+
+
+@pytest.fixture(scope="module", params=["train", "val"])
+def scene(request, root):
+    """One scene folder as a dict: points, and the list of frames (image, depth, camera_to_world)."""
+    folder = root / request.param / "room_0000"
+    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    frames = [(np.array(Image.open(folder / "color" / f"{i}.jpg")),
+               np.array(Image.open(folder / "depth" / f"{i}.png")) / 1000,
+               np.loadtxt(folder / "pose" / f"{i}.txt")) for i in range(rooms.FRAMES)]
+    return {**arrays, "folder": folder, "frames": frames,
+            "intrinsics": np.loadtxt(folder / "intrinsic" / "intrinsic_depth.txt")[:3, :3]}
+
+
+@pytest.fixture(scope="module")
+def room():
+    return rooms.make_room(np.random.default_rng(5))
+
+
+def folder_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def slow_cast(room, origin, direction):
+    """First hit (t, box) of one ray in float64: cuts every plane of every box and asks whether the cut lies on it."""
+    best, best_box = np.inf, 0
+    for box, (center, half, yaw) in enumerate(zip(room["box_center"], room["box_half"], room["box_yaw"])):
+        turn = np.array([[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
+        o, d = turn @ (origin - center), turn @ direction
+        for axis in range(3):
+            for sign in (-1, 1):
+                if box == 0 and axis == 2 and sign == 1:
+                    continue                                      # there is no ceiling
+                t = (sign * half[axis] - o[axis]) / d[axis]
+                others = np.delete(np.abs(o + t * d) - half, axis)
+                if 0 < t < best and (others <= 0).all():
+                    best, best_box = t, box
+    return best, best_box
+
+
+def test_the_same_seed_gives_the_same_bytes_with_one_and_two_processes(root, tmp_path):
+    rooms.generate(tmp_path, train=1, val=1, seed=3, workers=1)
+    first, second = folder_bytes(root), folder_bytes(tmp_path)
+    assert sorted(first) == sorted(second)
+    assert all(first[name] == second[name] for name in first)
+
+
+def test_scenes_and_seeds_differ(root, tmp_path):
+    assert not np.array_equal(*(np.load(root / split / "room_0000" / "color.npy")[:100] for split in ("train", "val")))
+    rooms.write_scene(tmp_path / "other", (4, 0, 0))
+    assert not np.array_equal(np.load(tmp_path / "other" / "color.npy")[:100],
+                              np.load(root / "train" / "room_0000" / "color.npy")[:100])
+
+
+def test_a_scene_folder_has_all_files_in_the_agreed_form(scene):
+    count = len(scene["coord"])
+    assert count > 30_000
+    expected = {"coord": ((count, 3), "f4"), "normal": ((count, 3), "f4"), "color": ((count, 3), "u1"),
+                "segment20": ((count,), "i4"), "instance": ((count,), "i4"), "superpoint": ((count,), "i4")}
+    for name, (shape, kind) in expected.items():
+        assert scene[name].shape == shape and scene[name].dtype == np.dtype(kind), name
+    np.testing.assert_allclose(np.linalg.norm(scene["normal"], axis=1), 1, atol=1e-5)
+    for image, depth, pose in scene["frames"]:
+        assert image.shape == (120, 160, 3) and depth.shape == (120, 160) and pose.shape == (4, 4)
+    intrinsic = scene["folder"] / "intrinsic"
+    assert (intrinsic / "intrinsic_color.txt").read_bytes() == (intrinsic / "intrinsic_depth.txt").read_bytes()
+    assert np.loadtxt(intrinsic / "intrinsic_color.txt").shape == (4, 4)
+
+
+def test_labels_instances_and_superpoints_are_consistent(scene):
+    segment, instance, superpoint = scene["segment20"], scene["instance"], scene["superpoint"]
+    assert segment.min() >= 0 and segment.max() < len(CLASS_NAMES)
+    shell = (segment == rooms.WALL) | (segment == rooms.FLOOR)
+    np.testing.assert_array_equal(instance == -1, shell)
+    for i in range(instance.max() + 1):
+        assert len(np.unique(segment[instance == i])) == 1
+    np.testing.assert_array_equal(np.unique(superpoint), np.arange(superpoint.max() + 1))
+    rows = np.unique(np.stack([superpoint, segment, instance]), axis=1)
+    assert rows.shape[1] == superpoint.max() + 1          # one class and one instance each
+    low, high = np.full((superpoint.max() + 1, 3), np.inf), np.full((superpoint.max() + 1, 3), -np.inf)
+    np.minimum.at(low, superpoint, scene["coord"])
+    np.maximum.at(high, superpoint, scene["coord"])
+    assert np.linalg.norm(high - low, axis=1).max() < 1.5
+
+
+def test_every_class_has_a_sampler_and_the_members_of_a_group_wear_different_patterns():
+    assert set(rooms.CLASSES) | {"wall", "floor"} == set(CLASS_NAMES)
+    assert sum(len(names) for names, _, _ in rooms.GROUPS) == len(CLASS_NAMES) - 2
+    for names, _, sampler in rooms.GROUPS:
+        assert {rooms.CLASSES[name][1] for name in names} == {sampler}
+        if len(names) > 1:
+            assert len({rooms.CLASSES[name][2] for name in names}) == len(names) <= len(rooms.PATTERNS)
+
+
+def test_all_patterns_have_the_same_mean_and_variance():
+    cells = (np.arange(2000) + 0.5) / 2000
+    u, v = np.meshgrid(cells, cells)
+    for pattern, period in enumerate((1, np.sqrt(2), 1)):
+        sign = rooms.pattern_sign(pattern, u * period, v * period)
+        assert set(np.unique(sign)) == {-1, 1}
+        assert abs(sign.mean()) < 1e-3, rooms.PATTERNS[pattern]      # so the variance is 1 within 1e-6
+
+
+def neighbour_correlation(coord, color, voxel_size, step):
+    """Correlation of the mean colours (N,) of voxels that lie `step` (3,) voxels apart."""
+    cells, row = np.unique(np.floor(coord / voxel_size).astype(int), axis=0, return_inverse=True)
+    row = row.ravel()
+    mean = np.bincount(row, color) / np.bincount(row)
+    value = dict(zip(map(tuple, cells), mean))
+    pairs = [(v, value[other]) for cell, v in value.items() if (other := tuple(np.add(cell, step))) in value]
+    return np.corrcoef(np.array(pairs).T)[0, 1]
+
+
+def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
+    rng = np.random.default_rng(0)
+    figures = {pattern: [] for pattern in range(len(rooms.PATTERNS))}
+    for _ in range(25):
+        room = rooms.make_room(rng)
+        points = rooms.sample_points(room, rng)
+        for thing in range(2, len(room["thing_label"])):
+            mine = points["instance"] == thing - 2
+            color = (points["color"][mine] / 255 - room["thing_color"][thing]).mean(axis=1)
+            # stripes run upwards: voxels above one another would agree if the points still showed them
+            up = neighbour_correlation(points["coord"][mine], color, 0.05, (0, 0, 1))
+            figures[int(room["thing_pattern"][thing])].append((color.mean(), color.std(), up))
+    means = np.array([np.mean(rows, axis=0) for rows in figures.values()])        # (patterns, 3)
+    np.testing.assert_allclose(means[:, 0], 0, atol=0.005)
+    np.testing.assert_allclose(means[:, 1], rooms.CONTRAST, atol=0.005)
+    np.testing.assert_allclose(means[:, 2], means[:, 2].mean(), atol=0.02)
+
+
+def test_ray_casting_agrees_with_a_slow_independent_one(room):
+    rng = np.random.default_rng(1)
+    origin = np.array([room["size"][0] / 2, room["size"][1] / 2, 2.1])
+    directions = rng.normal(size=(300, 3)) - (0, 0, 0.7)
+    t, box = rooms.cast_rays(room, origin, directions)
+    slow = [slow_cast(room, origin, direction) for direction in directions]
+    np.testing.assert_allclose(t, [hit for hit, _ in slow], atol=1e-4)
+    np.testing.assert_array_equal(box, [which for _, which in slow])
+    assert (box > 0).any() and np.isinf(t).any()
+
+
+def test_noise_free_depth_is_the_distance_along_the_axis_through_the_pixel_centre(room):
+    intrinsics = rooms.intrinsics_for((40, 30), 1.2)
+    pose = rooms.look(np.array([room["size"][0] / 2, room["size"][1] / 2, 2.1]), 0.7, 0.6)
+    _, depth = rooms.render(room, pose, intrinsics, (40, 30))
+    for u, v in ((0, 0), (39, 29), (20, 15), (7, 22), (33, 4)):
+        ray = pose[:3, :3] @ np.linalg.inv(intrinsics) @ (u, v, 1)
+        hit, _ = slow_cast(room, pose[:3, 3], ray)
+        assert depth[v, u] == pytest.approx(hit if np.isfinite(hit) else 0, abs=1e-3)
+
+
+def test_depth_pixels_project_back_onto_the_points(scene):
+    tree = cKDTree(scene["coord"])
+    for _, depth, pose in scene["frames"]:
+        v, u = np.nonzero(depth)
+        z = depth[v, u]
+        camera = np.stack([u, v, np.ones_like(u)], axis=1) @ np.linalg.inv(scene["intrinsics"]).T * z[:, None]
+        distance, _ = tree.query(camera @ pose[:3, :3].T + pose[:3, 3])
+        # point spacing, plus the sensor's noise; faces that look down have no points
+        assert np.quantile(distance - 0.004 * z ** 2, 0.99) < 0.06
+
+
+def test_cameras_are_rigid_level_and_in_free_space(scene, root):
+    split = ("train", "val").index(scene["folder"].parent.name)
+    room = rooms.make_room(np.random.default_rng((3, split, 0)))         # the scene's own room
+    for _, depth, pose in scene["frames"]:
+        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-5)
+        assert np.linalg.det(pose[:3, :3]) > 0
+        assert abs(pose[2, 0]) < 1e-6 and pose[2, 1] < 0                 # x is level, y points down
+        assert (pose[:3, 3] > 0.2).all() and (pose[:2, 3] < room["size"][:2] - 0.2).all()
+        assert not rooms.inside_boxes(room, pose[None, :3, 3], 0.01).any()
+        assert (depth > 0).mean() > 0.5
+
+
+def test_frames_together_see_most_points(scene):
+    seen = np.zeros(len(scene["coord"]), dtype=bool)
+    for _, depth, pose in scene["frames"]:
+        camera = (scene["coord"] - pose[:3, 3]) @ pose[:3, :3]
+        pixel = camera @ scene["intrinsics"].T
+        front = camera[:, 2] > 0.05
+        u, v = np.round(pixel[:, :2] / np.where(front, pixel[:, 2], 1)[:, None]).astype(int).T
+        rows = np.flatnonzero(front & (u >= 0) & (u < 160) & (v >= 0) & (v < 120))
+        seen[rows] |= np.abs(depth[v[rows], u[rows]] - camera[rows, 2]) < 0.05
+    assert seen.mean() > 0.6
+
+
+def test_rooms_of_many_seeds_can_be_made_and_their_furniture_does_not_overlap():
+    for seed in range(30):
+        room = rooms.make_room(np.random.default_rng(seed))
+        assert len(room["thing_label"]) >= 2 + 6
+        for box, thing in list(enumerate(room["box_thing"]))[1:]:
+            corners = np.array(np.meshgrid(*[(-0.999, 0, 0.999)] * 3)).reshape(3, -1).T
+            local = corners * room["box_half"][box]
+            c, s = np.cos(room["box_yaw"][box]), np.sin(room["box_yaw"][box])
+            world = local @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + room["box_center"][box]
+            assert (world > 0).all() and (world < room["size"]).all()
+            others = room["box_thing"] != thing           # the shell stays row 0
+            rest = {**room, **{key: room[key][others] for key in ("box_center", "box_half", "box_yaw")}}
+            assert not rooms.inside_boxes(rest, world).any()
+
+
+def test_an_interrupted_run_leaves_no_half_made_scene_and_the_next_completes_it(root, tmp_path, monkeypatch):
+    save, calls = np.save, []
+
+    def fail_midway(path, array):
+        calls.append(path)
+        if len(calls) == 9:                      # in the middle of the second scene's points
+            raise KeyboardInterrupt
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", fail_midway)
+    with pytest.raises(KeyboardInterrupt):
+        rooms.generate(tmp_path, train=1, val=1, seed=3, workers=1)
+    assert (tmp_path / "train" / "room_0000").is_dir()
+    assert not list((tmp_path / "val").iterdir())
+    monkeypatch.undo()
+    before = (tmp_path / "train" / "room_0000" / "coord.npy").stat().st_mtime_ns
+    assert rooms.generate(tmp_path, train=1, val=1, seed=3, workers=1) == 1
+    assert (tmp_path / "train" / "room_0000" / "coord.npy").stat().st_mtime_ns == before
+    assert folder_bytes(tmp_path) == folder_bytes(root)
+
+
+def test_a_second_run_makes_only_what_is_missing(root):
+    assert rooms.generate(root, train=1, val=1, seed=3) == 0
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"image_size": (320, 240)}])
+def test_other_settings_for_an_existing_folder_are_refused(root, change):
+    with pytest.raises(ValueError, match="--out or delete"):
+        rooms.generate(root, train=1, val=1, **{"seed": 3, **change})
+
+
+@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"workers": 0}, {"image_size": (0, 120)}])
+def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, wrong):
+    with pytest.raises(ValueError, match="expected"):
+        rooms.generate(tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_other_scenes_is_left_alone(tmp_path):
+    (tmp_path / "train" / "scene0000_00").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not generated rooms"):
+        rooms.generate(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]

@@ -1,0 +1,417 @@
+"""Train BiFusion or its 3D baseline through the curriculum.
+
+    python train.py --stage 1                         # stage 1 on generated rooms (made on first use)
+    python train.py                                   # the whole curriculum: stages 1, 2, 3
+    python train.py --model baseline                  # the 3D baseline, same epochs, data and rates
+    python train.py --preset base --data data/scannet # full size, on prepared ScanNet
+    python train.py --resume --out runs/bifusion      # go on where a run stopped
+
+A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import CLASS_NAMES, SceneDataset, loader
+from losses import LOSS_WEIGHTS, alignment_loss, branch_loss, semantic_loss, weighted_sum
+from metrics import semantic_iou
+from model import PRESETS, build_model
+from report import draw_curves, read_log
+from stages import (PARTS, PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
+                    setting_at, stage_epochs)
+
+ROOMS = "data/rooms"  # generated on first use
+WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
+MAX_SKIPPED_IN_A_ROW = 10
+
+# What a preset trains with unless a flag says otherwise.
+RECIPES = {
+    "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 4, "lr": 3e-3,
+              "weight_decay": 0.05},
+    "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
+             "weight_decay": 0.05},
+}
+
+
+def option(default, text, choices=None):
+    """One field of Config: default, help text and choices, from which its flag is made."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Everything a run can be told; each field is a flag of the same name."""
+
+    model: str = option("bifusion", "which model", ("bifusion", "baseline"))
+    preset: str = option("small", "size of the networks and their recipe", tuple(PRESETS))
+    stage: int = option(0, "one stage of the curriculum alone; 0 = all in turn", (0, *STAGES))
+    plan: str = option("full", "; ".join(f"{k}: {v}" for k, v in PLANS.items()), tuple(PLANS))
+    compress: float = option(1.0, "divide the length of every stage by this")
+    data: str = option(ROOMS, "folder with train/ and val/ scene folders")
+    out: str = option("", "run folder; default runs/MODEL")
+    seed: int = option(0, "of the weights, the order of the scenes and the augmentation")
+    resume: bool = option(False, "go on from last.pt of the run folder, with that run's own settings")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    workers: int = option(2, "worker processes that load scenes; 0 = in the main process")
+    voxel_size: float = option(None, "metres")
+    views: int = option(None, "frames of a scene in a training step; evaluation takes twice as many")
+    batch_size: int = option(None, "scenes a step")
+    lr: float = option(None, "base learning rate")
+    weight_decay: float = option(None, "of AdamW")
+
+
+HOW_NOT_WHAT = ("stage", "resume", "device", "workers", "out")  # may differ when a run goes on
+
+
+def parse_config(argv=None):
+    """Flags -> Config. A run that goes on (--resume, --stage 2, --stage 3) takes its settings from its config.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        shown = "the preset's" if f.default is None else f.default
+        text = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, choices=f.metadata["choices"],
+                                default=argparse.SUPPRESS, help=text)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    config.out = config.out or f"runs/{config.model}"
+    saved = Path(config.out, "config.json")
+    if config.resume or config.stage > 1:
+        if not saved.exists():
+            sys.exit(f"{saved} not found: there is no run to go on from. Start it with: "
+                     f"python train.py --stage 1 --model {config.model} --out {config.out}")
+        known = json.loads(saved.read_text())
+        for name, value in known.items():
+            if name in HOW_NOT_WHAT or name not in Config.__dataclass_fields__:
+                continue
+            if name in given and given[name] != value:
+                sys.exit(f"--{name.replace('_', '-')} {given[name]} differs from {value} of the run in {config.out}; "
+                         "leave the flag out, or start a new run with another --out")
+            setattr(config, name, value)
+    elif Path(config.out, "log.jsonl").exists():
+        sys.exit(f"{config.out} already holds a run. Go on with it: python train.py --resume --out {config.out}; "
+                 "or choose another --out, or delete the folder")
+    recipe = RECIPES[config.preset]
+    for name in ("voxel_size", "views", "batch_size", "lr", "weight_decay"):
+        if getattr(config, name) is None:
+            plan_b = PLAN_B if config.plan == "B" else {}
+            setattr(config, name, plan_b.get(name, recipe[name]))
+    try:
+        stage_epochs(config.compress)
+        torch.device(config.device)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(str(error))
+    return config
+
+
+def learning_rate(config, progress):
+    """Linear warm-up, then half a cosine to 0 over the whole curriculum; progress is the share of it done."""
+    if progress < WARM_UP:
+        return config.lr * (0.01 + 0.99 * progress / WARM_UP)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def loss_terms(out, batch, setting):
+    """The loss terms of a setting that apply to this output, unweighted: dict of scalars."""
+    index, scenes = batch["batch_index"], len(batch["names"])
+    terms = {"semantic": semantic_loss(out["logits"], batch["segment"], index, scenes)}
+    if "branch" in setting.losses and "logits_2d" in out:
+        terms["branch"] = branch_loss(out["logits_2d"], out["logits_3d"], batch["segment"], out["seen"], index, scenes)
+    if "alignment" in setting.losses and "feat_2d" in out:
+        terms["alignment"] = alignment_loss(out["feat_3d"], out["feat_2d"], out["seen"], index, scenes)
+    return terms
+
+
+@torch.no_grad()
+def evaluate(model, scenes, device):
+    """Val mIoU over points (not voxels), as metrics.semantic_iou gives it; scenes without labels are left out."""
+    model.eval()
+
+    def pairs():
+        for batch in scenes:
+            batch = to_device(batch, device)
+            predicted = model(batch)["logits"].argmax(1)[batch["point_to_voxel"]]  # (N,)
+            yield batch["point_segment"].cpu(), predicted.cpu()
+
+    return semantic_iou(pairs(), range(len(CLASS_NAMES)))
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def save_checkpoint(path, model, optimizer, config, epoch):
+    """Everything needed to go on after this epoch; written beside path, then renamed, so path is always whole."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+             "config": dataclasses.asdict(config), "num_classes": model.semantic_head.out_features,
+             "torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint without running any code of it. Raises ValueError where it is broken or not ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    missing = {"model", "optimizer", "epoch", "config", "num_classes"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {sorted(missing)}")
+    return state
+
+
+def load_model(path, device="cpu"):
+    """Rebuild the model of a checkpoint, ready for prediction. Returns model, Config, checkpoint."""
+    state = load_checkpoint(path, device)
+    config = Config(**state["config"])
+    model = build_model(config.model, config.preset, state["num_classes"], depth_tolerance(config)).to(device)
+    load_weights(model, state, path)
+    apply_setting(model, setting_at(state["epoch"] + 0.999, config.compress, config.plan, is_pretrained(model)))
+    return model.eval(), config, state
+
+
+def load_weights(model, state, path):
+    wrong = model.load_state_dict({k: v for k, v in state["model"].items()
+                                   if k in model.state_dict() and v.shape == model.state_dict()[k].shape}, strict=False)
+    extra = sorted(set(state["model"]) - set(model.state_dict()))
+    if wrong.missing_keys or extra:
+        raise ValueError(f"{path} belongs to another model: {len(wrong.missing_keys)} weights are missing or of "
+                         f"another shape (first: {wrong.missing_keys[:3]}), {len(extra)} unknown (first: {extra[:3]})")
+
+
+def depth_tolerance(config):
+    """A voxel's mean point lies up to about half a voxel off the surface where the surface bends."""
+    return max(0.05, config.voxel_size / 2)
+
+
+def is_pretrained(model):
+    return hasattr(model, "tower") and model.tower.pretrained
+
+
+def summary(log, bounds, number):
+    """The table at the end of a stage."""
+    lines = [line for line in log if line["stage"] == number]
+    if not lines:
+        return ""
+    last, first, end = lines[-1], *bounds[number]
+
+    def show(value, form="{:.3f}"):
+        return "-" if value is None else form.format(value)
+
+    minutes = sum(line["seconds"] for line in lines) / 60
+    rows = {
+        "epochs": f"{first}-{end}",
+        "loss": f"{show(lines[0]['loss'])} -> {show(last['loss'])}",
+        "val mIoU": f"{show(lines[0]['val_miou'])} -> {show(last['val_miou'])}"
+                    f"   best {show(max((x['val_miou'] for x in lines if x['val_miou'] is not None), default=None))}",
+        "fusion_2d_ratio": show(last["fusion_2d_ratio"]),
+        "voxels seen": show(last["seen_share"], "{:.0%}"),
+        "skipped steps": str(sum(line["skipped_steps"] for line in lines)),
+        "time": f"{minutes:.1f} min",
+        "peak memory": f"{last['peak_memory_mb']:.0f} MB",
+    }
+    width = max(map(len, rows))
+    title = f"stage {number}: {STAGES[number].name}"
+    return "\n".join([f"\n{title}", "-" * 44, *(f"{k:<{width}}  {v}" for k, v in rows.items()), "-" * 44])
+
+
+def write_log(path, log):
+    """The whole log, one line an epoch; written beside path, then renamed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    os.replace(temporary, path)
+
+
+def finite(value):
+    """A float for the log: None where it is missing or not finite."""
+    return round(float(value), 6) if value is not None and math.isfinite(value) else None
+
+
+def mean_of(values):
+    values = [v for v in values if v is not None]
+    return finite(sum(values) / len(values)) if values else None
+
+
+def train(config):
+    # ---- seed, device, output folder
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    device = torch.device(config.device)
+    run = Path(config.out)
+    bounds = stage_epochs(config.compress)
+    total_epochs = bounds[3][1] + 1
+
+    # ---- data
+    recipe = RECIPES[config.preset]
+    if config.data == ROOMS and not Path(ROOMS).exists():
+        import rooms
+
+        print(f"{ROOMS} not found: generating furnished rooms (once)")
+        rooms.generate(ROOMS)
+    use_images = config.model == "bifusion" and config.plan != "A"
+    common = {"voxel_size": config.voxel_size, "image_size": recipe["image_size"], "seed": config.seed}
+    views = config.views if use_images else 0
+    train_set = SceneDataset(config.data, "train", augment=True, views=views, **common)
+    val_set = SceneDataset(config.data, "val", augment=False, views=2 * views, **common)
+    train_loader = loader(train_set, config.batch_size, config.workers, shuffle=True, seed=config.seed)
+    val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
+
+    # ---- model, optimiser
+    model = build_model(config.model, config.preset, len(CLASS_NAMES), depth_tolerance(config)).to(device)
+    pretrained = is_pretrained(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay))
+    weights = LOSS_WEIGHTS[config.model]
+
+    # ---- where to start: anew, from the stage before, or from last.pt
+    start, log = 0, []
+    if config.resume or config.stage > 1:
+        source = run / ("last.pt" if config.resume else f"stage{config.stage - 1}.pt")
+        if not source.exists():
+            sys.exit(f"{source} not found. It is made by: python train.py --stage {max(1, config.stage - 1)} "
+                     f"--model {config.model} --out {config.out}")
+        state = load_checkpoint(source, device)
+        load_weights(model, state, source)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        start = state["epoch"] + 1
+        log = [line for line in read_log(run / "log.jsonl")[0] if line["epoch"] < start]
+        write_log(run / "log.jsonl", log)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1))
+    end = bounds[config.stage][1] if config.stage else total_epochs - 1
+    best = max((line["val_miou"] for line in log if line["val_miou"] is not None), default=-1.0)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters) on {device}; {len(train_set)} train and "
+          f"{len(val_set)} val scenes of {config.data}; epochs {start}-{end} of {total_epochs}; {run}/")
+    if use_images and not pretrained:
+        print("image tower: from scratch (no pretrained weights); it trains from stage 2 on")
+
+    skipped_in_a_row, bar = 0, None
+    steps = len(train_loader)
+    for epoch in range(start, end + 1):
+        # ---- stage and rates
+        began = time.time()
+        setting = setting_at(epoch, config.compress, config.plan, pretrained)
+        if bar is None or epoch == bounds[setting.stage][0]:
+            last = min(end, bounds[setting.stage][1])
+            bar = tqdm(total=(last - epoch + 1) * steps, desc=f"stage {setting.stage} {setting.name}", unit="step",
+                       dynamic_ncols=True)
+        apply_setting(model, setting)
+        model.train()
+        train_loader.batch_sampler.set_epoch(epoch)
+        sums, norms, stats, losses, skipped = {}, {}, [], [], 0
+        for step, batch in enumerate(train_loader):
+            # ---- batch
+            batch = to_device(batch, device)
+            now = epoch + step / steps
+            model.setting = setting_at(now, config.compress, config.plan, pretrained)  # the ramp moves with every step
+            lr = learning_rate(config, now / total_epochs)
+            set_rates(optimizer, setting, lr)
+
+            # ---- forward and losses
+            out = model(batch)
+            terms = loss_terms(out, batch, setting)
+            loss = weighted_sum(terms, weights)
+
+            # ---- finite? -> backward -> clip -> step
+            optimizer.zero_grad(set_to_none=True)
+            norm = {}
+            if torch.isfinite(loss):
+                loss.backward()
+                norm = clip_by_branch(model, setting.clip)
+            if norm and all(torch.isfinite(n) for n in norm.values()):
+                optimizer.step()
+                skipped_in_a_row = 0
+                losses.append(loss.item())
+                for name, value in norm.items():
+                    norms.setdefault(name, []).append(value.item())
+                for name, term in terms.items():
+                    sums.setdefault(name, []).append(term.item())
+                if "stats" in out:
+                    stats.append(out["stats"])
+            else:
+                skipped += 1
+                skipped_in_a_row += 1
+                bar.write(f"epoch {epoch} step {step}: skipped, not finite; scenes {', '.join(batch['names'])}; "
+                          f"terms { {k: v.item() for k, v in terms.items()} }; gradient norms "
+                          f"{ {k: v.item() for k, v in norm.items()} }")
+                if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
+                             f"{run / 'last.pt'}; try --plan B, or a lower --lr")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {log[-1]['val_miou'] or 0 if log else 0:.3f}, "
+                                f"2D {stats[-1]['fusion_2d_ratio'] or 0 if stats else 0:.2f}")
+            bar.update()
+
+        # ---- evaluate, log, save
+        result = evaluate(model, val_loader, device)
+        miou = finite(result["miou"])
+        line = {
+            "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(losses),
+            "losses": {name: mean_of(values) for name, values in sums.items()},
+            "val_miou": miou, "val_iou": [finite(v) for v in result["iou"]],
+            "fusion_ramp": finite(model.setting.ramp),
+            **{name: mean_of([s[name] for s in stats])
+               for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
+            "grad_norm": {name: mean_of(values) for name, values in norms.items()},
+            "skipped_steps": skipped, "steps": steps,
+            "lr": {g["name"]: finite(g["lr"]) for g in optimizer.param_groups if g["name"] in setting.parts},
+            "seconds": round(time.time() - began, 2), "peak_memory_mb": round(peak_memory_mb(device)),
+        }
+        log.append(line)
+        write_log(run / "log.jsonl", log)
+        save_checkpoint(run / "last.pt", model, optimizer, config, epoch)
+        if miou is not None and miou > best:
+            best = miou
+            save_checkpoint(run / "best.pt", model, optimizer, config, epoch)
+        if epoch == bounds[setting.stage][1]:
+            bar.close()
+            save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch)
+            draw_curves(log, run / "curves.png")
+            print(summary(log, bounds, setting.stage), flush=True)
+    return log
+
+
+def peak_memory_mb(device):
+    """Peak of the main process on CPU, of PyTorch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    try:
+        train(config)
+    except (FileNotFoundError, ValueError) as error:  # bad input: the message says what to do, a traceback hides it
+        sys.exit(f"error: {error}")
+    print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
+          else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
+
+
+if __name__ == "__main__":
+    main()
