@@ -239,11 +239,13 @@ def summary(log, bounds, number):
     return "\n".join([f"\n{title}", "-" * 44, *(f"{k:<{width}}  {v}" for k, v in rows.items()), "-" * 44])
 
 
-def write_log(path, log):
-    """The whole log, one line an epoch; written beside path, then renamed."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
-    os.replace(temporary, path)
+def append_line(path, line):
+    """Add an epoch to the log, on a line of its own even where a killed run left half a line."""
+    half = path.exists() and not path.read_bytes().endswith(b"\n")
+    if half:
+        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def finite(value):
@@ -300,7 +302,6 @@ def train(config):
         torch.set_rng_state(state["torch_rng"].cpu())
         start = state["epoch"] + 1
         log = [line for line in read_log(run / "log.jsonl")[0] if line["epoch"] < start]
-        write_log(run / "log.jsonl", log)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1))
     end = bounds[config.stage][1] if config.stage else total_epochs - 1
@@ -361,14 +362,14 @@ def train(config):
                           f"terms { {k: v.item() for k, v in terms.items()} }; gradient norms "
                           f"{ {k: v.item() for k, v in norm.items()} }")
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                    sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
-                             f"{run / 'last.pt'}; try --plan B, or a lower --lr")
+                    break
             bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {log[-1]['val_miou'] or 0 if log else 0:.3f}, "
                                 f"2D {stats[-1]['fusion_2d_ratio'] or 0 if stats else 0:.2f}")
             bar.update()
 
         # ---- evaluate, log, save
-        result = evaluate(model, val_loader, device)
+        diverged = skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        result = {"miou": None, "iou": []} if diverged else evaluate(model, val_loader, device)
         miou = finite(result["miou"])
         line = {
             "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(losses),
@@ -383,7 +384,10 @@ def train(config):
             "seconds": round(time.time() - began, 2), "peak_memory_mb": round(peak_memory_mb(device)),
         }
         log.append(line)
-        write_log(run / "log.jsonl", log)
+        append_line(run / "log.jsonl", line)
+        if diverged:
+            sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
+                     f"{run / 'last.pt'}; try --plan B, or a lower --lr")
         save_checkpoint(run / "last.pt", model, optimizer, config, epoch)
         if miou is not None and miou > best:
             best = miou

@@ -1,0 +1,527 @@
+"""The scene folder: reading it, voxels, augmentation, superpoints from points, batches.
+
+    <root>/{train,val,test}/<scene>/
+      coord.npy (N,3) m   color.npy (N,3) 0..255   normal.npy (N,3), optional
+      segment20.npy (N,) -1 = ignore   instance.npy (N,) -1 = none   superpoint.npy (N,), all three optional
+      color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
+      intrinsic/intrinsic_color.txt
+
+This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them; a folder without frames is a
+valid 3D-only scene, one without labels can be predicted but not trained on.
+
+The camera and the augmentation: voxels are made from augmented coordinates, and every voxel keeps `world_coord`, the
+mean of its points' unaugmented coordinates. Only world_coord is ever projected. Images change in colour alone.
+
+Axes: N points, M voxels, V views, S superpoints, K classes, H, W image size.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import map_coordinates, uniform_filter1d
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+IGNORE = -1
+CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
+               "counter", "desk", "curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub",
+               "otherfurniture")
+NYU40_IDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
+CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its classes
+    (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
+    (214, 39, 40), (197, 176, 213), (148, 103, 189), (196, 156, 148), (23, 190, 207), (247, 182, 210), (219, 219, 141),
+    (255, 127, 14), (158, 218, 229), (44, 160, 44), (112, 128, 144), (227, 119, 194), (82, 84, 163)], np.uint8)
+CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_scene(folder, num_classes=len(CLASS_NAMES), superpoints=False):
+    """Read one scene folder, frames apart.
+
+    Returns:
+        dict: name str, coord (N, 3) f32 metres, color (N, 3) u8, normal (N, 3) f32 unit (estimated where absent),
+        segment (N,) int64 or None, instance (N,) int64 or None, frame_ids list of int in numeric order (frames with
+        image, depth and a finite pose), frames_skipped int (pose not finite); with superpoints=True also superpoint
+        (N,) int64, computed where absent.
+
+    Raises:
+        FileNotFoundError: no such folder, or no coord.npy in it.
+        ValueError: a file that is truncated or of another shape, lengths that differ, labels out of range, coordinates
+            or colours that are not finite; the message names the file, what was expected and what was found.
+    """
+    folder = Path(folder)
+    if not (folder / "coord.npy").is_file():
+        raise FileNotFoundError(f"{folder} is no scene folder: it has no coord.npy (N, 3)")
+    coord = _read_array(folder / "coord.npy", (None, 3)).astype(np.float32)
+    n = len(coord)
+    if n == 0:
+        raise ValueError(f"{folder / 'coord.npy'}: expected at least one point, found none")
+    scene = {"name": folder.name, "coord": coord, "segment": None, "instance": None}
+    color = _read_array(folder / "color.npy", (n, 3))
+    for what, values in (("coordinates", coord), ("colours", color)):
+        broken = int((~np.isfinite(values)).any(1).sum())
+        if broken:
+            raise ValueError(f"scene {folder.name}: {broken} of {n} points have {what} that are not finite; "
+                             "remove these points from all files of the scene")
+    if color.min() < 0 or color.max() > 255:
+        raise ValueError(f"{folder / 'color.npy'}: expected colours in 0..255, found {color.min()}..{color.max()}")
+    scene["color"] = color.astype(np.uint8)
+    if (folder / "normal.npy").is_file():
+        normal = np.nan_to_num(_read_array(folder / "normal.npy", (n, 3)).astype(np.float32))
+        scene["normal"] = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
+    else:
+        scene["normal"] = estimate_normals(coord)
+    for key, file in (("segment", "segment20.npy"), ("instance", "instance.npy")):
+        if (folder / file).is_file():
+            scene[key] = _read_array(folder / file, (n,)).astype(np.int64)
+    if scene["segment"] is not None:
+        low, high = scene["segment"].min(), scene["segment"].max()
+        if low < IGNORE or high >= num_classes:
+            raise ValueError(f"{folder / 'segment20.npy'}: expected labels {IGNORE}..{num_classes - 1}, "
+                             f"found {low}..{high}")
+    if superpoints:
+        stored = folder / "superpoint.npy"
+        scene["superpoint"] = (_read_array(stored, (n,)).astype(np.int64) if stored.is_file()
+                               else superpoints_from_points(coord, scene["normal"]))
+    scene["frame_ids"], scene["frames_skipped"] = _usable_frames(folder)
+    return scene
+
+
+def load_frames(folder, frame_ids, image_size):
+    """Read frames, resized to one size, with intrinsics to match.
+
+    Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
+    resized to image_size. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
+
+    Args:
+        folder: scene folder.  frame_ids: list of int.  image_size: (W, H).
+
+    Returns:
+        dict: image (V, 3, H, W) u8, depth (V, H, W) f32 metres (0 = no reading), world_to_camera (V, 4, 4) f32,
+        intrinsics (V, 3, 3) f32 for image_size.
+
+    Raises:
+        ValueError: an image or a matrix that cannot be read; the message names the file.
+    """
+    folder, (width, height) = Path(folder), image_size
+    frames = {"image": np.zeros((len(frame_ids), 3, height, width), np.uint8),
+              "depth": np.zeros((len(frame_ids), height, width), np.float32),
+              "world_to_camera": np.zeros((len(frame_ids), 4, 4), np.float32),
+              "intrinsics": np.zeros((len(frame_ids), 3, 3), np.float32)}
+    if not frame_ids:
+        return frames
+    camera = _read_matrix(folder / "intrinsic" / "intrinsic_color.txt", (3, 4))[:3, :3]
+    for i, frame in enumerate(frame_ids):
+        image, size = _read_image(_image_path(folder, frame), image_size, "RGB", Image.Resampling.BILINEAR)
+        depth, _ = _read_image(folder / "depth" / f"{frame}.png", image_size, None, Image.Resampling.NEAREST)
+        frames["image"][i] = image.transpose(2, 0, 1)
+        frames["depth"][i] = depth.astype(np.float32) / 1000  # mm -> m
+        pose = _read_matrix(folder / "pose" / f"{frame}.txt", (4,))
+        frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
+        frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
+        frames["world_to_camera"][i, 3, 3] = 1
+        scale = np.array([width / size[0], height / size[1]])
+        frames["intrinsics"][i] = camera
+        frames["intrinsics"][i, :2] *= scale[:, None]
+        frames["intrinsics"][i, :2, 2] += 0.5 * scale - 0.5
+    return frames
+
+
+def _read_array(path, shape):
+    """A .npy of this shape (None = any length; a trailing axis of 1 is dropped), never a pickle."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; a scene folder needs it") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: expected an array of numbers, found a file that cannot be read: {error}") from None
+    if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
+        want = "(" + ", ".join("N" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{path}: expected shape {want}, found {array.shape}")
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: expected numbers, found {array.dtype}")
+    return array
+
+
+def _read_matrix(path, rows):
+    """A text file of a 4x4 (or 3x3) matrix; rows lists the numbers of rows allowed."""
+    try:
+        matrix = np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a matrix as text, found a file that cannot be read: {error}") from None
+    if matrix.shape not in [(r, r) for r in rows]:
+        raise ValueError(f"{path}: expected {' or '.join(f'{r}x{r}' for r in rows)} numbers, found {matrix.shape}")
+    return matrix
+
+
+def _read_image(path, image_size, mode, resampling):
+    """An image as an array of image_size, and the (W, H) of the file."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            if mode:
+                image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+                image = image.convert(mode)
+            elif image.mode not in ("I;16", "I", "L"):
+                raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
+            return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: expected an image, found a file that cannot be read: {error}") from None
+
+
+def _image_path(folder, frame):
+    path = folder / "color" / f"{frame}.jpg"
+    return path if path.exists() else path.with_suffix(".png")
+
+
+def _usable_frames(folder):
+    """Ids of the frames that have all three files and a finite pose, in numeric order; number of poses not finite."""
+    ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
+    ids = [i for i in ids if _image_path(folder, i).exists() and (folder / "depth" / f"{i}.png").exists()]
+    finite = [i for i in ids if np.isfinite(_read_matrix(folder / "pose" / f"{i}.txt", (4,))).all()]
+    if ids and not finite:
+        warnings.warn(f"scene {folder.name}: none of its {len(ids)} frames has a finite pose; used 3D-only",
+                      stacklevel=3)
+    return finite, len(ids) - len(finite)
+
+
+# -------------------------------------------------------------------------------------------------------------- voxels
+
+
+def voxelise(coord, voxel_size):
+    """Points -> voxels of a regular grid that starts at the points' lowest corner.
+
+    The cell's number and the point's number are packed into one 64-bit integer, so a single plain sort (which NumPy
+    runs in vector instructions, unlike an argsort) groups the points.
+
+    Args:
+        coord: (N, 3) float, metres, finite.  voxel_size: metres.
+
+    Returns:
+        grid_coord:     (M, 3) int64 >= 0, in ascending order (x first): the order of the points does not matter.
+        point_to_voxel: (N,) int64, row of grid_coord of each point.
+
+    Raises:
+        ValueError: an extent of so many voxels that cell and point do not fit 63 bits.
+    """
+    n = len(coord)
+    axes = []
+    for axis in range(3):
+        values = np.ascontiguousarray(coord[:, axis])
+        axes.append(((values - values.min()) / values.dtype.type(voxel_size)).astype(np.int64))
+    shape = [int(a.max()) + 1 for a in axes]
+    bits = max(1, (n - 1).bit_length())
+    if (shape[0] * shape[1] * shape[2]).bit_length() + bits > 63:
+        raise ValueError(f"{n} points span {shape[0]} x {shape[1]} x {shape[2]} voxels of {voxel_size} m, which "
+                         "overflows; take a larger voxel size, or check the units (metres) and outliers")
+    key = (axes[0] * shape[1] + axes[1]) * shape[2] + axes[2]
+    key <<= bits
+    key |= np.arange(n)
+    key.sort()
+    order = key & ((1 << bits) - 1)
+    key >>= bits
+    first = np.empty(n, bool)
+    first[0] = True
+    np.not_equal(key[1:], key[:-1], out=first[1:])
+    point_to_voxel = np.empty(n, np.int64)
+    point_to_voxel[order] = np.cumsum(first) - 1
+    cell, z = np.divmod(key[first], shape[2])
+    x, y = np.divmod(cell, shape[1])
+    return np.stack([x, y, z], 1), point_to_voxel
+
+
+def voxel_means(values, point_to_voxel, num_voxels):
+    """(N, C) -> (M, C) f32: the mean over each voxel's points."""
+    count = np.bincount(point_to_voxel, minlength=num_voxels)
+    sums = [np.bincount(point_to_voxel, values[:, c], num_voxels) for c in range(values.shape[1])]
+    return (np.stack(sums, 1) / count[:, None]).astype(np.float32)
+
+
+def voxel_majority(labels, point_to_voxel, num_voxels, num_classes):
+    """(N,) -> (M,) int64: the most frequent label among a voxel's labelled points (the lowest on a tie).
+
+    IGNORE only where no point of the voxel is labelled.
+    """
+    labelled = labels != IGNORE
+    key = point_to_voxel[labelled] * num_classes + labels[labelled]
+    votes = np.bincount(key, minlength=num_voxels * num_classes).reshape(num_voxels, num_classes)
+    return np.where(votes.any(1), votes.argmax(1), IGNORE)
+
+
+def estimate_normals(coord, neighbours=12, chunk=50_000):
+    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours, turned to the middle of the
+    scene (from which a room is seen). In chunks, so memory stays bounded. Zero where it is not defined."""
+    tree, middle = cKDTree(coord), coord.mean(0)
+    k = min(neighbours, len(coord))
+    normal = np.zeros_like(coord, dtype=np.float32)
+    for start in range(0, len(coord) if k >= 3 else 0, chunk):
+        part = coord[start : start + chunk]
+        near = coord[tree.query(part, k)[1]].astype(np.float64)  # (n, k, 3)
+        near -= near.mean(1, keepdims=True)
+        axes = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1]  # ascending spread
+        out = axes[:, :, 0]
+        away = np.einsum("nc,nc->n", out, middle - part) < 0
+        normal[start : start + chunk] = np.where(away[:, None], -out, out)
+    return normal
+
+
+def superpoints_from_points(coord, normal, angle=20.0, offset=0.03, neighbours=8, cell=1.0, smallest=20):
+    """Over-segment a scan from its points alone: no mesh, no compiled extension.
+
+    Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
+    neither point off the other's tangent plane), cut at a coarse grid so that a wall is not one piece, tiny ones given
+    to the nearest larger one.
+
+    Args:
+        coord, normal: (N, 3) float, metres and unit.
+        angle:  degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
+        cell:   metres, edge of the coarse grid.  smallest: points below which a piece is merged.
+
+    Returns:
+        (N,) int64, ids 0..S-1.
+    """
+    n, k = len(coord), min(neighbours + 1, len(coord))
+    distance, near = (a.reshape(n, k) for a in cKDTree(coord).query(coord, k))
+    reach = 3 * np.median(distance[:, 1:]) if k > 1 else 0.0
+    a, b = np.repeat(np.arange(n), k), near.ravel()
+    step = coord[b] - coord[a]
+    off = np.maximum(np.abs((step * normal[a]).sum(1)), np.abs((step * normal[b]).sum(1)))
+    smooth = np.abs((normal[a] * normal[b]).sum(1)) > np.cos(np.radians(angle))
+    keep = smooth & (off < offset) & (distance.ravel() <= reach)
+    graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(n, n))
+    piece = connected_components(graph, directed=False)[1]
+    corner = ((coord - coord.min(0)) // cell).astype(np.int64)
+    piece = np.unique(np.column_stack([piece, corner]), axis=0, return_inverse=True)[1].ravel()
+    large = np.bincount(piece)[piece] >= smallest
+    if large.any() and not large.all():
+        piece[~large] = piece[large][cKDTree(coord[large]).query(coord[~large])[1]]
+    return np.unique(piece, return_inverse=True)[1].ravel().astype(np.int64)
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+# Each takes what it changes and a numpy Generator and returns new arrays; coord is (N, 3) f32 metres.
+
+
+def flip(coord, normal, rng):
+    """Mirror x and y, each with probability 0.5."""
+    sign = np.array([*rng.choice([-1, 1], 2), 1], np.float32)
+    return coord * sign, normal * sign
+
+
+def rotate(coord, normal, rng):
+    """Turn about z by any angle, about x and y by up to pi / 64."""
+    turn = np.eye(3)
+    for axis, limit in ((0, np.pi / 64), (1, np.pi / 64), (2, np.pi)):
+        angle = rng.uniform(-limit, limit)
+        c, s, (i, j) = np.cos(angle), np.sin(angle), [a for a in range(3) if a != axis]
+        single = np.eye(3)
+        single[[i, i, j, j], [i, j, i, j]] = c, -s, s, c
+        turn = single @ turn
+    turn = turn.T.astype(np.float32)
+    return coord @ turn, normal @ turn
+
+
+def scale(coord, rng):
+    """Scale by 0.9 to 1.1."""
+    return coord * np.float32(rng.uniform(0.9, 1.1))
+
+
+def elastic(coord, rng, spacing, magnitude):
+    """Shift points by smooth noise: Gaussian on a grid of this spacing (m), box-blurred, times magnitude (m)."""
+    low = coord.min(0)
+    shape = np.ceil((coord.max(0) - low) / spacing).astype(int) + 3
+    noise = rng.standard_normal((3, *shape), np.float32)
+    for axis in (1, 2, 3, 1, 2, 3):
+        noise = uniform_filter1d(noise, 3, axis=axis, mode="constant")
+    position = ((coord - low) / spacing + 1).T
+    shift = [map_coordinates(n, position, order=1, mode="nearest") for n in noise]
+    return coord + np.float32(magnitude) * np.stack(shift, 1)
+
+
+def jitter(coord, rng):
+    """5 mm of noise on every point."""
+    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32)
+
+
+def recolor(color, rng):
+    """Colours (N, 3) f32 0..255: auto-contrast with probability 0.2, one shift of all by up to 5 %, noise of 5 %."""
+    if rng.random() < 0.2:
+        low, high = color.min(0), color.max(0)
+        blend = np.float32(rng.random())
+        color = (1 - blend) * color + blend * (color - low) * (255 / np.maximum(high - low, 1))
+    color = color + rng.uniform(-1, 1, 3).astype(np.float32) * np.float32(0.05 * 255)
+    color = color + np.float32(0.05 * 255) * rng.standard_normal(color.shape, np.float32)
+    return color.clip(0, 255)
+
+
+def augment_points(coord, normal, rng):
+    """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
+    coord, normal = rotate(*flip(coord, normal, rng), rng)
+    coord = scale(coord, rng)
+    if rng.random() < 0.5:
+        coord = elastic(elastic(coord, rng, 0.2, 0.4), rng, 0.8, 1.6)
+    return jitter(coord, rng), normal
+
+
+def augment_images(image, rng):
+    """(V, 3, H, W) u8 -> the same: brightness and contrast of each view by up to 20 %. Pixels stay where they are."""
+    gain = rng.uniform(0.8, 1.2, (len(image), 1, 1, 1)).astype(np.float32)
+    offset = rng.uniform(-25, 25, (len(image), 1, 1, 1)).astype(np.float32)
+    return ((image - np.float32(127)) * gain + (127 + offset)).clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def scene_item(scene, frames, voxel_size, num_classes=len(CLASS_NAMES), rng=None):
+    """One scene as the networks take it.
+
+    Args:
+        scene: dict of `load_scene`.  frames: dict of `load_frames`.  voxel_size: metres.
+        rng:   numpy Generator for the augmentation; None = none.
+
+    Returns:
+        dict of arrays, the keys of `collate` for one scene.
+    """
+    coord, color, normal = scene["coord"], scene["color"].astype(np.float32), scene["normal"]
+    image = frames["image"]
+    if rng is not None:
+        coord, normal = augment_points(coord, normal, rng)
+        color = recolor(color, rng)
+        image = augment_images(image, rng)
+    grid_coord, point_to_voxel = voxelise(coord, voxel_size)
+    m = len(grid_coord)
+    means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
+    voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
+    middle = voxel_coord.mean(0)
+    voxel_coord = voxel_coord - np.array([middle[0], middle[1], voxel_coord[:, 2].min()], np.float32)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    segment = scene["segment"]
+    if segment is None:
+        segment = np.full(len(coord), IGNORE, np.int64)
+    return {
+        "name": scene["name"], "grid_coord": grid_coord.astype(np.int32), "coord": voxel_coord,
+        "world_coord": world_coord, "color": color / np.float32(127.5) - 1, "normal": normal / np.maximum(length, 1e-6),
+        "segment": voxel_majority(segment, point_to_voxel, m, num_classes), "point_segment": segment,
+        "point_to_voxel": point_to_voxel, **frames, "image": image,
+    }
+
+
+class SceneDataset(torch.utils.data.Dataset):
+    """The scenes of one split. dataset[i] or dataset[(epoch, i)]; what is random depends on (seed, epoch, i) alone.
+
+    Args:
+        root, split: folder and "train", "val" or "test".
+        voxel_size:  metres.
+        augment:     True: augmented, and `views` random frames; False: as it is, and `views` evenly spaced frames.
+        views:       frames of a scene (all, where it has fewer); 0 reads no image.
+        image_size:  (W, H) of the frames.
+
+    Raises:
+        FileNotFoundError: no such folder or no scene in it.
+    """
+
+    def __init__(self, root, split, *, voxel_size, augment=False, views=0, image_size=(160, 120),
+                 num_classes=len(CLASS_NAMES), seed=0):
+        folder = Path(root, split)
+        self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
+        if not self.folders:
+            raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python rooms.py --out {root}, or give "
+                                    "--data a folder with train/ and val/ scene folders")
+        self.voxel_size, self.augment, self.views, self.image_size = voxel_size, augment, views, tuple(image_size)
+        self.num_classes, self.seed = num_classes, seed
+        self._cache, self._cached_bytes = {}, 0
+
+    def __len__(self):
+        return len(self.folders)
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        scene = self._once(i, lambda: load_scene(self.folders[i], self.num_classes))
+        ids = scene["frame_ids"]
+        count = min(self.views, len(ids))
+        if self.augment:
+            chosen = np.sort(rng.permutation(len(ids))[:count])
+        else:
+            chosen = np.linspace(0, len(ids) - 1, count).round().astype(int)
+        single = [self._once((i, ids[c]), lambda c=c: load_frames(self.folders[i], [ids[c]], self.image_size))
+                  for c in chosen]
+        empty = load_frames(self.folders[i], [], self.image_size)
+        frames = {k: np.concatenate([empty[k], *(f[k] for f in single)]) for k in empty}
+        return scene_item(scene, frames, self.voxel_size, self.num_classes, rng if self.augment else None)
+
+    def _once(self, key, read):
+        """What was read before, as long as the cache has room."""
+        if key in self._cache:
+            return self._cache[key]
+        value = read()
+        size = sum(v.nbytes for v in value.values() if isinstance(v, np.ndarray))
+        if self._cached_bytes + size <= CACHE_BYTES:
+            self._cache[key] = value
+            self._cached_bytes += size
+        return value
+
+
+def collate(items):
+    """Scenes -> one batch.
+
+    Returns:
+        dict of tensors: names (list of B str);
+        grid_coord (M, 3) int32, batch_index (M,) int64, color (M, 3) f32 in [-1, 1], normal (M, 3) f32 augmented,
+        coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel,
+        world_coord (M, 3) f32 NOT augmented, segment (M,) int64;
+        image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
+        view_batch (V,) int64, the scene of each view;
+        point_to_voxel (N,) int64 row of the batch's voxels, point_segment (N,) int64, point_batch (N,) int64.
+    """
+    batch = {"names": [item["name"] for item in items]}
+    for key in items[0]:
+        if key != "name":
+            batch[key] = torch.from_numpy(np.concatenate([item[key] for item in items]))
+    for key, like in (("batch_index", "grid_coord"), ("view_batch", "image"), ("point_batch", "point_segment")):
+        counts = torch.tensor([len(item[like]) for item in items])
+        batch[key] = torch.repeat_interleave(torch.arange(len(items)), counts)
+    first = np.cumsum([0] + [len(item["grid_coord"]) for item in items])
+    batch["point_to_voxel"] += torch.from_numpy(first)[batch["point_batch"]]
+    return batch
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) pairs, so order and augmentation follow from (seed, epoch) in any worker process."""
+
+    def __init__(self, length, batch_size, shuffle, seed):
+        self.length, self.batch_size, self.shuffle, self.seed, self.epoch = length, batch_size, shuffle, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return -(-self.length // self.batch_size)
+
+    def __iter__(self):
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        for start in range(0, self.length, self.batch_size):
+            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+
+
+def _one_thread(_):
+    """Start of a worker process: the cores belong to the training."""
+    torch.set_num_threads(1)
+
+
+def loader(dataset, batch_size, workers, shuffle, seed):
+    """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass."""
+    batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                                       persistent_workers=workers > 0, worker_init_fn=_one_thread)

@@ -1,0 +1,316 @@
+"""Tests of model.py: sizes, agreement with dense convolutions, batches, edges, gradients in every stage."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import LOSS_WEIGHTS, weighted_sum
+from model import IN_CHANNELS, PRESETS, RGBDConv, SparseUNet, VoxelBatchNorm, build_model, import_spconv
+from stages import PARTS, apply_setting, setting_at
+from train import loss_terms
+
+SETTINGS = {"stage 1": 0, "ramp at 0": 21, "ramp": 23, "simple": 30, "learned": 50, "film": 70}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def set_up(model, epoch, plan="full"):
+    """Put a model into the setting of an epoch, as train.py does."""
+    apply_setting(model, setting_at(epoch, plan=plan, pretrained=hasattr(model, "tower") and model.tower.pretrained))
+    return model.train()
+
+
+def backward(model, batch):
+    loss = weighted_sum(loss_terms(model(batch), batch, model.setting), LOSS_WEIGHTS["bifusion"])
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return loss
+
+
+def assert_finite_step(model, batch):
+    loss = backward(model, batch)
+    assert torch.isfinite(loss)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+def scenes_of(batch):
+    """The scenes of a batch as batches of one."""
+    for s, name in enumerate(batch["names"]):
+        rows, views = batch["batch_index"] == s, batch["view_batch"] == s
+        single = {"names": [name]}
+        for key, value in batch.items():
+            if key in ("image", "depth", "world_to_camera", "intrinsics", "view_batch"):
+                single[key] = value[views]
+            elif torch.is_tensor(value):
+                single[key] = value[rows]
+        single["batch_index"] = single["batch_index"] * 0
+        single["view_batch"] = single["view_batch"] * 0
+        yield rows, single
+
+
+# ---- sizes and names
+
+def test_the_3d_branch_of_base_has_the_published_number_of_parameters():
+    assert count(SparseUNet(IN_CHANNELS, **PRESETS["base"]["unet"])) == 39_155_904
+
+
+def test_the_3d_branch_of_small_has_about_a_million():
+    assert 0.95e6 < count(SparseUNet(IN_CHANNELS, **PRESETS["small"]["unet"])) < 1.15e6
+
+
+def test_unknown_names_are_refused_with_the_choices():
+    with pytest.raises(KeyError, match=r"unknown preset 'huge'.*'base', 'small'"):
+        build_model("bifusion", "huge", 20)
+    with pytest.raises(KeyError, match=r"unknown model 'pointnet'.*'baseline', 'bifusion'"):
+        build_model("pointnet", "small", 20)
+
+
+def test_a_preset_without_an_image_tower_says_so():
+    with pytest.raises(ValueError, match="no image tower"):
+        build_model("bifusion", "base", 20)
+
+
+@pytest.mark.parametrize("name", ["baseline", "bifusion"])
+def test_every_parameter_stands_in_exactly_one_part(name):
+    model = build_model(name, "small", 20)
+    parts = model.parts()
+    assert set(parts) <= set(PARTS)
+    listed = [id(p) for parameters in parts.values() for p in parameters]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in model.parameters()}
+
+
+# ---- the sparse U-Net
+
+def to_dense(features, cells, shape):
+    dense = torch.zeros(1, features.shape[1], *shape)
+    dense[0, :, cells[:, 0], cells[:, 1], cells[:, 2]] = features.T
+    return dense
+
+
+def dense_weight(conv, transposed=False):
+    """spconv's (out, k, k, k, in) as torch's."""
+    return conv.weight.permute((4, 0, 1, 2, 3) if transposed else (0, 4, 1, 2, 3))
+
+
+def dense_unet(net, feat, cells):
+    """SparseUNet by dense convolutions that are cut to the occupied cells after each, in eval mode."""
+    shape = [-(-(n + 1) // 2**net.levels) * 2**net.levels for n in cells.amax(0).tolist()]
+    masks = [to_dense(torch.ones(len(cells), 1), cells, shape)]
+    for _ in range(net.levels):
+        masks.append(F.max_pool3d(masks[-1], 2))
+
+    def norm(bn, x):
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+
+    def block(b, x, mask):
+        residual = x
+        if not isinstance(b.project, torch.nn.Identity):
+            residual = norm(b.project[1], F.conv3d(x, b.project[0].weight[:, :, None, None, None]))
+        y = F.relu(norm(b.bn1, F.conv3d(x, dense_weight(b.conv1), padding=1) * mask)) * mask
+        y = norm(b.bn2, F.conv3d(y, dense_weight(b.conv2), padding=1) * mask)
+        return F.relu(y + residual) * mask
+
+    x = F.conv3d(to_dense(feat, cells, shape), dense_weight(net.stem), padding=2)
+    x = F.relu(norm(net.stem_bn, x)) * masks[0]
+    skips = []
+    for level in range(net.levels):
+        skips.append(x)
+        mask = masks[level + 1]
+        x = F.relu(norm(net.down_bn[level], F.conv3d(x, dense_weight(net.down[level]), stride=2))) * mask
+        for b in net.encoder[level]:
+            x = block(b, x, mask)
+    for i, level in enumerate(reversed(range(net.levels))):
+        mask = masks[level]
+        x = F.conv_transpose3d(x, dense_weight(net.up[i], transposed=True), stride=2)
+        x = torch.cat([F.relu(norm(net.up_bn[i], x)) * mask, skips.pop()], 1)
+        for b in net.decoder[i]:
+            x = block(b, x, mask)
+    return x[0, :, cells[:, 0], cells[:, 1], cells[:, 2]].T
+
+
+@pytest.mark.parametrize("extent", [(8, 4, 4), (7, 5, 3), (9, 9, 2), (1, 1, 13)])
+def test_the_sparse_unet_computes_what_dense_convolutions_compute_and_loses_no_voxel(make_model, extent):
+    net = make_model("baseline").unet
+    cells = torch.stack(torch.meshgrid(*map(torch.arange, extent), indexing="ij"), -1).reshape(-1, 3)
+    corner = (cells == torch.tensor(extent) - 1).all(1)
+    cells = cells[(torch.rand(len(cells)) < 0.6) | corner]  # the corner gives an odd extent its last voxel
+    feat = torch.randn(len(cells), IN_CHANNELS)
+    batch_index = torch.zeros(len(cells), dtype=torch.long)
+    for _ in range(3):
+        net(feat, cells, batch_index, 1)  # running statistics away from their start
+    with torch.no_grad():
+        out = net.eval()(feat, cells, batch_index, 1)
+        expected = dense_unet(net, feat, cells)
+    assert out.shape == (len(cells), net.out_channels)
+    assert torch.allclose(out, expected, atol=1e-4)
+    assert out.std() > 1e-3
+
+
+def test_batch_norm_of_a_single_voxel_uses_its_running_statistics():
+    norm = VoxelBatchNorm(4)
+    norm(torch.randn(100, 4) * 3 + 1)
+    one = torch.randn(1, 4)
+    state = {k: v.clone() for k, v in norm.state_dict().items()}
+    assert torch.equal(norm(one), norm.eval()(one))
+    assert all(torch.equal(v, state[k]) for k, v in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["baseline", "bifusion"])
+def test_a_batch_gives_what_its_scenes_give_singly(make_model, make_batch, train_steps, name):
+    model, batch = make_model(name), make_batch(voxels=(150, 90, 40), views=(2, 0, 3))
+    train_steps(model, setting_at(70), batch)
+    model.eval()
+    with torch.no_grad():
+        whole = model(batch)
+        for rows, single in scenes_of(batch):
+            out = model(single)
+            assert torch.allclose(out["logits"], whole["logits"][rows], atol=1e-5)
+            if name == "bifusion":
+                assert torch.equal(out["seen"], whole["seen"][rows])
+                assert torch.allclose(out["alpha"], whole["alpha"][rows], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["baseline", "bifusion"])
+def test_the_order_of_the_voxels_does_not_matter(make_model, make_batch, train_steps, name):
+    model, batch = make_model(name), make_batch()
+    train_steps(model, setting_at(70), batch)
+    model.eval()
+    order = torch.randperm(len(batch["segment"]))
+    rows = ("grid_coord", "batch_index", "color", "normal", "coord", "world_coord", "segment")
+    shuffled = batch | {key: batch[key][order] for key in rows}
+    with torch.no_grad():
+        assert torch.allclose(model(shuffled)["logits"], model(batch)["logits"][order], atol=1e-4)
+
+
+def test_views_of_another_scene_are_not_looked_into(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    set_up(model, 50).eval()
+    with torch.no_grad():
+        before = model(batch)
+        batch["image"][batch["view_batch"] == 1] = 0
+        after = model(batch)
+    first = batch["batch_index"] == 0
+    assert torch.equal(before["feat_2d"][first], after["feat_2d"][first])
+    assert not torch.equal(before["feat_2d"][~first], after["feat_2d"][~first])
+
+
+# ---- the image tower
+
+def test_the_tower_gives_a_map_of_stride_four_and_chunks_do_not_matter(make_model, monkeypatch):
+    tower = make_model().tower.eval()
+    image, depth = torch.randint(0, 256, (5, 3, 48, 64), dtype=torch.uint8), torch.rand(5, 48, 64) * 5
+    with torch.no_grad():
+        whole = tower(image, depth)
+        monkeypatch.setattr("model.VIEW_CHUNK", 2)
+        parts = tower(image, depth)
+    assert whole.shape == (5, tower.out_channels, 12, 16)
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_images_of_odd_size_pass_the_tower(make_model):
+    tower = make_model().tower.eval()
+    with torch.no_grad():
+        out = tower(torch.zeros(1, 3, 50, 70, dtype=torch.uint8), torch.zeros(1, 50, 70))
+    assert torch.isfinite(out).all()
+
+
+def test_depth_reaches_the_tower_once_its_weights_leave_zero():
+    conv = RGBDConv(torch.nn.Conv2d(3, 4, 3, bias=False))
+    rgbd = torch.randn(2, 4, 8, 8)
+    other = torch.cat([rgbd[:, :3], rgbd[:, 3:] + 1], 1)
+    assert torch.equal(conv(rgbd), conv(other))
+    conv(rgbd).sum().backward()
+    assert conv.depth.weight.grad.any()
+    torch.nn.init.ones_(conv.depth.weight)
+    assert not torch.equal(conv(rgbd), conv(other))
+
+
+# ---- edges
+
+@pytest.mark.parametrize("epoch", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("case", ["one voxel", "no view", "no seen voxel", "all ignored", "no depth reading"])
+def test_a_poor_scene_trains_on_with_finite_loss_and_gradients(make_model, make_batch, epoch, case):
+    batch = make_batch(voxels=(1,), views=(2,)) if case == "one voxel" else make_batch(
+        views=(0, 0) if case == "no view" else (2, 2))
+    if case == "one voxel":
+        batch["segment"][:] = 1
+    if case == "no seen voxel":
+        batch["world_coord"] += 100
+    if case == "all ignored":
+        batch["segment"][:] = -1
+    if case == "no depth reading":
+        batch["depth"][:] = 0
+    for name in ("baseline", "bifusion"):
+        model = set_up(make_model(name), epoch)
+        assert_finite_step(model, batch)
+        if name == "bifusion" and epoch > 21 and case in ("no view", "no seen voxel", "no depth reading"):
+            out = model(batch)
+            assert not out["seen"].any()
+            assert not out["alpha"].any()
+            assert out["stats"]["fusion_2d_ratio"] is None
+
+
+@pytest.mark.parametrize("epoch", SETTINGS.values(), ids=SETTINGS)
+def test_huge_and_tiny_colours_train_finitely(make_model, make_batch, epoch):
+    for scale in (1e-4, 1e4):
+        batch = make_batch()
+        batch["color"] *= scale
+        assert_finite_step(set_up(make_model(), epoch), batch)
+
+
+# ---- everything trains
+
+@pytest.mark.parametrize("plan", ["full", "A", "B"])
+@pytest.mark.parametrize("kind", ["baseline", "scratch", "pretrained"])
+@pytest.mark.parametrize("epoch", SETTINGS.values(), ids=SETTINGS)
+def test_every_trainable_parameter_gets_a_gradient_and_no_other_does(make_model, make_batch, epoch, kind, plan):
+    model = make_model("baseline" if kind == "baseline" else "bifusion", pretrained=kind == "pretrained")
+    set_up(model, epoch, plan)
+    backward(model, make_batch())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["scratch", "pretrained"])
+def test_after_a_few_steps_no_gradient_is_zero_throughout(make_model, make_batch, train_steps, kind):
+    model, batch = make_model(pretrained=kind == "pretrained"), make_batch(voxels=(300, 200), views=(3, 3))
+    optimizer = train_steps(model, setting_at(70, pretrained=kind == "pretrained"), batch)
+    train_steps(model, model.setting, batch, optimizer=optimizer)
+    dead = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert dead == []
+
+
+@pytest.mark.parametrize("name", ["baseline", "bifusion"])
+def test_the_small_preset_of_build_model_runs(make_batch, name):
+    model = set_up(build_model(name, "small", 5), 70)
+    batch = make_batch()
+    assert_finite_step(model, batch)
+    assert model(batch)["logits"].shape == (len(batch["segment"]), 5)
+
+
+def test_importing_spconv_prints_no_warning():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.path.insert(0, '.'); import model; model.import_spconv()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+    assert import_spconv().SubMConv3d
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["baseline", "bifusion"])
+def test_a_gpu_gives_the_logits_of_the_cpu(make_model, make_batch, train_steps, name):
+    model, batch = make_model(name), make_batch()
+    train_steps(model, setting_at(70), batch)
+    model.eval()
+    with torch.no_grad():
+        here = model(batch)["logits"]
+        there = model.cuda()({k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()})["logits"].cpu()
+    assert torch.allclose(here, there, atol=2e-2)
