@@ -1,4 +1,4 @@
-"""What the tests of this project share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
+"""What the tests share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
 
 import numpy as np
 import pytest

@@ -30,6 +30,7 @@ IGNORE = -1
 CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
                "counter", "desk", "curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub",
                "otherfurniture")
+NUM_CLASSES = len(CLASS_NAMES)
 NYU40_IDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its classes
     (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
@@ -41,7 +42,7 @@ CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_scene(folder, num_classes=len(CLASS_NAMES), superpoints=False):
+def load_scene(folder, num_classes=NUM_CLASSES, superpoints=False):
     """Read one scene folder, frames apart.
 
     Returns:
@@ -381,7 +382,7 @@ def augment_images(image, rng):
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def scene_item(scene, frames, voxel_size, num_classes=len(CLASS_NAMES), rng=None):
+def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None):
     """One scene as the networks take it.
 
     Args:
@@ -430,7 +431,7 @@ class SceneDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split, *, voxel_size, augment=False, views=0, image_size=(160, 120),
-                 num_classes=len(CLASS_NAMES), seed=0):
+                 num_classes=NUM_CLASSES, seed=0):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
         if not self.folders:

@@ -120,7 +120,7 @@ class SparseUNet(nn.Module):
             self.decoder.append(nn.Sequential(*(SparseBlock(width + widths[level] if b == 0 else width, width, level)
                                                 for b in range(blocks))))
             channels = width
-        self.convs = [(m, m.algo) for m in self.modules() if hasattr(m, "indice_key")]  # with spconv's default algorithm
+        self.convs = [(m, m.algo) for m in self.modules() if hasattr(m, "indice_key")]  # spconv's choice for CUDA
 
     def forward(self, feat, grid_coord, batch_index, num_scenes):
         """(M, in_channels), (M, 3) int >= 0, (M,) int, B -> (M, out_channels)."""

@@ -30,7 +30,7 @@ from losses import LOSS_WEIGHTS, alignment_loss, branch_loss, semantic_loss, wei
 from metrics import semantic_iou
 from model import PRESETS, build_model
 from report import draw_curves, read_log
-from stages import (PARTS, PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
+from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
                     setting_at, stage_epochs)
 
 ROOMS = "data/rooms"  # generated on first use
