@@ -29,7 +29,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PRESETS = {
     "small": {
         "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
-                 "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1)},
+                 "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64,
         "tower": {"layers": (1, 1, 1, 1), "width": 32},
     },
@@ -54,7 +54,7 @@ class VoxelBatchNorm(nn.BatchNorm1d):
     """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics."""
 
     def __init__(self, channels):
-        super().__init__(channels, eps=1e-3, momentum=0.01)
+        super().__init__(channels, eps=1e-3)
 
     def forward(self, feat):
         if self.training and len(feat) < 2:
@@ -95,9 +95,10 @@ class SparseUNet(nn.Module):
         stem:           width of the stem.
         encoder, encoder_blocks: width and number of blocks of each level, from fine to coarse.
         decoder, decoder_blocks: the same for the way up, from coarse to fine.
+        bn_momentum:    of the running statistics; 0.01 looks back over some 100 steps, too many for a short training.
     """
 
-    def __init__(self, in_channels, stem, encoder, encoder_blocks, decoder, decoder_blocks):
+    def __init__(self, in_channels, stem, encoder, encoder_blocks, decoder, decoder_blocks, bn_momentum=0.01):
         super().__init__()
         spconv = import_spconv()
         self.levels = len(encoder)
@@ -120,6 +121,9 @@ class SparseUNet(nn.Module):
             self.decoder.append(nn.Sequential(*(SparseBlock(width + widths[level] if b == 0 else width, width, level)
                                                 for b in range(blocks))))
             channels = width
+        for module in self.modules():
+            if isinstance(module, VoxelBatchNorm):
+                module.momentum = bn_momentum
         self.convs = [(m, m.algo) for m in self.modules() if hasattr(m, "indice_key")]  # spconv's choice for CUDA
 
     def forward(self, feat, grid_coord, batch_index, num_scenes):

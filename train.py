@@ -39,7 +39,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
-    "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 4, "lr": 3e-3,
+    "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 3e-3,
               "weight_decay": 0.05},
     "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
              "weight_decay": 0.05},

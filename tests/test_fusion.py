@@ -132,7 +132,7 @@ def test_the_depth_of_the_nearest_pixel_decides():
 def test_links_agree_with_project_points_and_a_slow_loop():
     world_to_camera, intrinsics = random_cameras(4, seed=5)
     generator = torch.Generator().manual_seed(6)
-    points = torch.randn(1200, 3, generator=generator)
+    points = 1.5 * torch.randn(2000, 3, generator=generator)
     depth = torch.rand(4, HEIGHT, WIDTH, generator=generator) * 4
     depth[torch.rand(depth.shape, generator=generator) < 0.2] = 0
     links = link_views(points, world_to_camera, intrinsics, depth, tolerance=0.5)
