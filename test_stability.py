@@ -1,0 +1,307 @@
+"""The promises of BiFusion about numbers, as tests: nothing blows up, no stage change jolts, no branch is idle.
+
+    pytest test_stability.py
+
+From scale and gate to a whole curriculum of 24 epochs on generated rooms. Instances join in their own issue.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats
+from losses import LOSS_WEIGHTS, weighted_sum
+from stages import apply_setting, setting_at, stage_epochs
+from train import loss_terms
+
+BEFORE = 1e-6  # of an epoch: the last moment of what went before
+SCALES = (1e-4, 1e-2, 1.0, 1e2, 1e4)
+BAND = (0.3, 0.7)
+
+
+def logits_at(model, setting, batch, training):
+    """Logits of a batch in a setting, without a trace in the model."""
+    model = copy.deepcopy(model)
+    apply_setting(model, setting)
+    model.train(training)
+    with torch.no_grad():
+        return model(batch)["logits"]
+
+
+# ---- range
+
+@pytest.mark.parametrize("scale_2d", SCALES)
+@pytest.mark.parametrize("scale_3d", SCALES)
+def test_rms_ratio_of_the_branches_stays_in_range_whatever_the_scale_of_the_inputs(scale_2d, scale_3d):
+    to_2d, to_3d = Standardise(96, 64), Standardise(32, 64)
+    feat_2d, feat_3d = to_2d(scale_2d * torch.randn(500, 96)), to_3d(scale_3d * torch.rand(500, 32))
+    seen = torch.ones(500, dtype=torch.bool)
+    stats = fusion_stats(feat_2d, feat_3d, torch.full((500,), 0.5), seen)
+    assert 0.5 <= stats["rms_2d"] / stats["rms_3d"] <= 2
+    assert 0.5 <= stats["rms_2d"] <= 2
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+@pytest.mark.parametrize("branch", ["2d", "3d"])
+def test_a_branch_of_the_model_that_grows_or_fades_does_not_take_over(make_model, make_batch, branch, factor):
+    model, batch = make_model(), make_batch()
+    apply_setting(model, setting_at(70))
+    hook = model.tower if branch == "2d" else model.unet
+    hook.register_forward_hook(lambda module, args, out: factor * out)
+    stats = model.train()(batch)["stats"]
+    assert 0.5 <= stats["rms_2d"] / stats["rms_3d"] <= 2
+
+
+# ---- start of gate, FiLM and conv1
+
+def test_gate_starts_at_one_half_where_seen_and_at_zero_elsewhere(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    for epoch in (30, 50, 70):
+        apply_setting(model, setting_at(epoch))
+        out = model(batch)
+        assert 0 < out["seen"].sum() < len(out["seen"])
+        assert torch.equal(out["alpha"], 0.5 * out["seen"])
+
+
+def test_a_trained_gate_still_gives_zero_to_a_voxel_that_no_view_sees(make_model, make_batch, train_steps):
+    model, batch = make_model(), make_batch()
+    train_steps(model, setting_at(70), batch, steps=10)
+    out = model(batch)
+    assert not out["alpha"][~out["seen"]].any()
+    assert out["alpha"][out["seen"]].std() > 0
+    assert not torch.equal(out["alpha"], 0.5 * out["seen"])
+
+
+def test_film_starts_as_the_identity():
+    film = FiLM(16)
+    feat_2d, feat_3d = torch.randn(50, 16), torch.randn(50, 16)
+    out_2d, out_3d = film(feat_2d, feat_3d, 5 * torch.randn(50, 3), F.normalize(torch.randn(50, 3), dim=1))
+    assert torch.equal(out_2d, feat_2d)
+    assert torch.equal(out_3d, feat_3d)
+
+
+def test_conv1_on_rgbd_gives_the_rgb_towers_output_bit_for_bit_at_the_start():
+    from open_clip.modified_resnet import ModifiedResNet
+
+    from model import CLIP_MEAN, CLIP_STD, ClipTower
+
+    visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8).eval()
+    rgb_tower = copy.deepcopy(visual)
+    tower = ClipTower(visual, 16, pretrained=True).eval()
+    image, depth = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8), 8 * torch.rand(3, 48, 64)
+    rgb = (image.float() / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    with torch.no_grad():
+        rgbd = torch.cat([rgb, depth[:, None]], 1)
+        assert torch.equal(tower.visual.conv1(rgbd), rgb_tower.conv1(rgb))
+        x, expected = rgb_tower.stem(rgb), 0
+        assert torch.equal(tower.visual.stem(rgbd), x)
+        for layer, lateral in zip((rgb_tower.layer1, rgb_tower.layer2, rgb_tower.layer3), tower.neck):
+            x = layer(x)
+            y = lateral(x)
+            expected = expected + F.interpolate(y, (12, 16), mode="bilinear", align_corners=False)
+        assert torch.allclose(tower(image, depth), expected, atol=1e-5)
+        assert torch.equal(tower(image, depth), tower(image, 0 * depth))
+
+
+# ---- one code path
+
+def test_bifusion_with_its_2d_branch_off_computes_exactly_what_the_baseline_computes(
+        make_model, make_batch, train_steps):
+    fused, baseline, batch = make_model(), make_model("baseline", seed=1), make_batch()
+    train_steps(fused, setting_at(70), batch)
+    shared = baseline.state_dict().keys()
+    baseline.load_state_dict({name: value for name, value in fused.state_dict().items() if name in shared})
+    for setting in (setting_at(10), setting_at(70, plan="A")):
+        for training in (False, True):
+            for model in (fused, baseline):
+                apply_setting(model, setting)
+                model.train(training)
+            assert torch.equal(fused(batch)["logits"], baseline(batch)["logits"])
+    gradients = []
+    for model in (fused, baseline):
+        model.zero_grad()
+        weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS["bifusion"]).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == dict(baseline.named_parameters()).keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+# ---- stage changes
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("compress", [1, 6])
+def test_no_switch_of_the_curriculum_moves_the_logits(make_model, make_batch, train_steps, pretrained, compress):
+    model, batch = make_model(pretrained=pretrained), make_batch()
+    first = {number: bounds[0] for number, bounds in stage_epochs(compress).items()}
+    learned = first[2] + (first[3] - first[2]) / 2
+    optimizer = None
+    for switch in (first[2], learned, first[3]):
+        before, after = (setting_at(epoch, compress, pretrained=pretrained) for epoch in (switch - BEFORE, switch))
+        assert before != after
+        optimizer = train_steps(model, before, batch, steps=8, optimizer=optimizer)
+        for training in (False, True):
+            old, new = (logits_at(model, setting, batch, training) for setting in (before, after))
+            assert (old - new).abs().max() <= 1e-5
+    # the test can fail: once gate and FiLM are trained, going back to what they replaced is a jolt
+    train_steps(model, after, batch, steps=8, optimizer=optimizer)
+    old, new = (logits_at(model, setting, batch, False) for setting in (before, after))
+    assert (old - new).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("epoch", [10, 30, 50, 70])
+def test_which_parts_train_and_plan_b_change_no_logit(make_model, make_batch, train_steps, epoch):
+    model, batch = make_model(), make_batch()
+    train_steps(model, setting_at(70), batch)
+    logits = logits_at(model, setting_at(epoch), batch, False)
+    for setting in (setting_at(epoch, pretrained=True), setting_at(epoch, plan="B")):
+        assert torch.equal(logits_at(model, setting, batch, False), logits)
+
+
+def test_a_step_of_the_ramp_moves_the_logits_little(make_model, make_batch, train_steps):
+    model, batch = make_model(), make_batch()
+    train_steps(model, setting_at(10), batch, steps=8)
+    moments = [21 + 5 * i / 40 for i in range(41)]  # 8 steps an epoch, 5 epochs
+    logits = [logits_at(model, setting_at(moment), batch, False) for moment in moments]
+    jumps = [(b - a).abs().max().item() for a, b in zip(logits, logits[1:])]
+    whole = (logits[-1] - logits[0]).abs().max().item()
+    assert whole > 1e-2
+    assert max(jumps) <= whole / 10
+
+
+# ---- a frozen tower
+
+@pytest.mark.parametrize("epoch", [10, 21, 30, 50])
+def test_nothing_reaches_a_frozen_tower_in_stages_one_and_two(make_model, make_batch, train_steps, epoch):
+    model, batch = make_model(pretrained=True), make_batch()
+    before = copy.deepcopy(model.tower.visual.state_dict())
+    train_steps(model, setting_at(epoch, pretrained=True), batch)
+    assert all(p.grad is None for p in model.tower.visual.parameters())
+    after = model.tower.visual.state_dict()  # weights, and the batch norms' statistics and counters
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_only_conv1_and_the_last_blocks_of_a_frozen_tower_train_in_stage_three(make_model, make_batch, train_steps):
+    model, batch = make_model(pretrained=True), make_batch()
+    before = copy.deepcopy(model.tower.visual.state_dict())
+    train_steps(model, setting_at(70, pretrained=True), batch)
+    parameters = dict(model.tower.visual.named_parameters())
+    for name, value in model.tower.visual.state_dict().items():
+        trains = name in parameters and name.startswith(("conv1.", "layer3."))
+        assert torch.equal(before[name], value) != trains, name
+        assert name not in parameters or (parameters[name].grad is not None) == trains
+
+
+def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, train_steps):
+    model, batch = make_model(), make_batch()
+    before = copy.deepcopy(model.tower.visual.state_dict())
+    train_steps(model, setting_at(30), batch)
+    assert all(not torch.equal(before[name], value) for name, value in model.tower.visual.state_dict().items())
+
+
+# ---- the gate is free
+
+@pytest.mark.parametrize(("useful", "low", "high"), [("2d", BAND[1], 1.0), ("3d", 0.0, BAND[0])])
+def test_the_gate_can_leave_the_band_when_one_branch_alone_is_useful(useful, low, high):
+    gate = LiteFusionGate(16)
+    seen = torch.ones(400, dtype=torch.bool)
+    optimizer = torch.optim.Adam(gate.parameters(), 1e-2)
+    for _ in range(200):
+        feat_2d, feat_3d = torch.randn(400, 16), torch.randn(400, 16)
+        alpha = gate(feat_2d, feat_3d, seen)
+        loss = (blend(feat_2d, feat_3d, alpha) - (feat_2d if useful == "2d" else feat_3d)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert low < alpha.mean() < high
+
+
+@pytest.mark.parametrize(("sign", "low", "high"), [(-1, BAND[1], 1.0), (1, 0.0, BAND[0])])
+def test_fusion_2d_ratio_of_the_whole_model_can_leave_its_band(make_model, make_batch, sign, low, high):
+    model, batch = make_model(), make_batch()
+    apply_setting(model, setting_at(70))
+    model.train()
+    optimizer = torch.optim.Adam(model.gates.parameters(), 1e-2)
+    for _ in range(30):
+        out = model(batch)
+        optimizer.zero_grad()
+        (sign * out["alpha"].sum() / out["seen"].sum()).backward()
+        optimizer.step()
+    ratio = model(batch)["stats"]["fusion_2d_ratio"]
+    assert low < ratio < high
+
+
+def test_simple_fusion_has_nothing_to_learn():
+    assert not list(SimpleFusion().parameters())
+
+
+# ---- twenty-four epochs
+
+def numbers(value):
+    """All numbers in a nested log line."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_twenty_four_epochs_through_all_stages_are_finite_and_skip_no_step(tiny_run):
+    _, log = tiny_run
+    assert [line["epoch"] for line in log] == list(range(24))
+    assert {line["stage"] for line in log} == {1, 2, 3}
+    for line in log:
+        assert line["skipped_steps"] == 0
+        assert line["steps"] > 0
+        assert all(math.isfinite(n) for n in numbers(line))
+        assert line["loss"] is not None
+        assert None not in line["losses"].values()
+        assert None not in line["grad_norm"].values()
+        assert line["val_miou"] is not None
+
+
+def test_every_weight_and_statistic_after_the_run_is_finite(tiny_run):
+    folder, _ = tiny_run
+    state = torch.load(folder / "last.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_each_stage_of_the_run_trains_its_branches_with_its_losses(tiny_run):
+    _, log = tiny_run
+    for line in log:
+        fused = line["stage"] > 1
+        assert set(line["losses"]) == ({"semantic", "branch", "alignment"} if fused else {"semantic"})
+        assert set(line["grad_norm"]) == ({"3d", "2d", "fusion"} if fused else {"3d"})
+        assert (line["fusion_2d_ratio"] is not None) == fused
+        assert min(line["grad_norm"].values()) > 0
+
+
+def test_fusion_2d_ratio_is_in_its_band_after_the_ramp(tiny_run):
+    _, log = tiny_run
+    ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
+    assert len(ratios) >= 18
+    assert all(BAND[0] <= ratio <= BAND[1] for ratio in ratios)
+    assert len({round(ratio, 4) for ratio in ratios}) > 5  # it moves: nobody holds it
+
+
+def test_both_branches_keep_one_range_during_the_run(tiny_run):
+    _, log = tiny_run
+    for line in log:
+        if line["rms_2d"] is not None:
+            assert 0.5 <= line["rms_2d"] / line["rms_3d"] <= 2
+
+
+def test_the_loss_falls_in_every_stage_of_the_run(tiny_run):
+    _, log = tiny_run
+    semantic = [line["losses"]["semantic"] for line in log]
+    assert semantic[-1] < 0.8 * semantic[0]
+
+
+def test_the_criteria_find_the_run_stable_and_fused(tiny_run):
+    from metrics import criteria
+
+    stability, _, fusion = criteria(tiny_run[1])
+    assert stability["passed"]
+    assert fusion["passed"]

@@ -1,0 +1,65 @@
+"""fusion.py, losses.py, stages.py and metrics.py work when copied alone into an empty folder, as they promise."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+OTHERS = ("spconv", "open_clip", "torchvision", "matplotlib")  # none of the four may need these
+
+CALLS = {
+    "fusion": """
+points, depth = torch.tensor([[0.0, 0, 1], [0, 0, -1]]), torch.ones(1, 4, 4)
+intrinsics = torch.tensor([[[4.0, 0, 2], [0, 4, 2], [0, 0, 1]]])
+links = fusion.link_views(points, torch.eye(4)[None], intrinsics, depth)
+feat_2d, seen = fusion.sample_views(torch.ones(1, 3, 2, 2), links, (4, 4), 2)
+assert seen.tolist() == [True, False]
+feat_2d, feat_3d = fusion.Standardise(3, 8)(feat_2d), fusion.Standardise(5, 8)(torch.randn(2, 5))
+feat_2d, feat_3d = fusion.FiLM(8)(feat_2d, feat_3d, points, points)
+alpha = fusion.LiteFusionGate(8)(feat_2d, feat_3d, seen)
+assert fusion.blend(feat_2d, feat_3d, alpha).shape == (2, 8)
+""",
+    "losses": """
+logits, index = torch.randn(6, 3, requires_grad=True), torch.zeros(6, dtype=torch.long)
+terms = {"semantic": losses.semantic_loss(logits, torch.arange(6) % 3, index, 1),
+         "alignment": losses.alignment_loss(logits, torch.randn(6, 3), index == 0, index, 1)}
+losses.weighted_sum(terms, losses.LOSS_WEIGHTS["bifusion"]).backward()
+assert logits.grad.any()
+""",
+    "stages": """
+class Model(torch.nn.Linear):
+    def parts(self):
+        return {"3d": list(self.parameters())}
+model = Model(2, 1)
+setting = stages.setting_at(30)
+stages.apply_setting(model, setting)
+optimizer = torch.optim.SGD(stages.parameter_groups(model, 0.1, 0.0))
+stages.set_rates(optimizer, setting, 0.1)
+model(torch.ones(1, 2)).sum().backward()
+assert stages.clip_by_branch(model, setting.clip)["3d"] > 0
+""",
+    "metrics": """
+result = metrics.semantic_iou([(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))], [0, 1])
+assert abs(result["miou"] - 0.5) < 1e-12
+""",
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_file_copied_alone_works_and_needs_neither_siblings_nor_spconv_nor_open_clip(name, tmp_path):
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, {name}
+assert {name}.__file__.startswith({str(tmp_path)!r})
+{CALLS[name]}
+loaded = [other for other in {OTHERS!r} if other in sys.modules]
+assert not loaded, f"{name}.py brings {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""

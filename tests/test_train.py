@@ -1,0 +1,393 @@
+"""Tests of train.py: configuration, checkpoints, going on, the log, non-finite steps."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import train
+from report import read_log
+from stages import stage_epochs
+from train import (MAX_SKIPPED_IN_A_ROW, WARM_UP, Config, learning_rate, load_checkpoint, load_model, main, parse_config,
+                   save_checkpoint)
+
+SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
+LOG_KEYS = {"epoch", "stage", "model", "loss", "losses", "val_miou", "val_iou", "fusion_2d_ratio", "fusion_ramp",
+            "seen_share", "rms_2d", "rms_3d", "cosine", "grad_norm", "skipped_steps", "steps", "lr", "seconds",
+            "peak_memory_mb"}
+
+
+def message_of(call, *args):
+    """What a call says when it stops the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    return str(stop.value)
+
+
+@pytest.fixture(scope="session")
+def short_run(run_train, tmp_path_factory):
+    """A finished BiFusion run of 4 epochs: its folder. Not to be written into: copy it."""
+    out = tmp_path_factory.mktemp("short") / "bifusion"
+    run_train(out, *SHORT)
+    return out
+
+
+@pytest.fixture
+def run_copy(short_run, tmp_path):
+    return shutil.copytree(short_run, tmp_path / "run")
+
+
+def assert_same_weights(one, other):
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    assert a["epoch"] == b["epoch"]
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    states = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert states[0].keys() == states[1].keys()
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+
+
+# ---- flags
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+    (["--stag", "1"], "unrecognized arguments: --stag"),  # no guessing from a part of a name
+    (["--stage", "4"], "choose from 0, 1, 2, 3"),
+    (["--preset", "huge"], "small"),
+    (["--model", "pointnet"], "baseline"),
+    (["--plan", "C"], "full"),
+    (["--seed", "x"], "invalid int value"),
+])
+def test_an_unknown_flag_or_value_stops_with_the_choices(flags, said, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.replace("'", "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--compress", "0.5"], "at least 1"),
+    (["--device", "abacus"], "abacus"),
+])
+def test_a_value_that_cannot_be_is_refused_before_anything_is_written(flags, said, tmp_path):
+    assert said in message_of(main, [*flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_field_of_config_is_a_flag_with_a_help_text(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in Config.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.metadata["help"]
+
+
+def test_flags_left_out_take_the_presets_values(tmp_path):
+    config = parse_config(["--out", str(tmp_path)])
+    assert (config.voxel_size, config.lr, config.batch_size) == (0.08, 3e-3, 4)
+    assert parse_config(["--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
+    assert parse_config([]).out == "runs/bifusion"
+    assert parse_config(["--model", "baseline"]).out == "runs/baseline"
+
+
+def test_plan_b_takes_its_own_rate_and_decay_unless_told_otherwise(tmp_path):
+    config = parse_config(["--plan", "B", "--out", str(tmp_path)])
+    assert (config.lr, config.weight_decay) == (1e-5, 1e-6)
+    assert parse_config(["--plan", "B", "--lr", "2e-5", "--out", str(tmp_path)]).lr == 2e-5
+
+
+def test_bifusion_in_a_preset_without_image_tower_stops_with_a_message(tiny_rooms, tmp_path):
+    said = message_of(main, ["--preset", "base", "--data", str(tiny_rooms), "--out", str(tmp_path / "run")])
+    assert "no image tower" in said
+
+
+def test_missing_data_stops_with_a_message(tmp_path):
+    said = message_of(main, ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])
+    assert "nowhere" in said
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = Config(lr=2.0)
+    rates = [learning_rate(config, i / 1000) for i in range(1001)]
+    peak = round(1000 * WARM_UP)
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[peak] == pytest.approx(2.0)
+    assert all(b > a for a, b in zip(rates[:peak], rates[1:peak + 1]))
+    assert all(b < a for a, b in zip(rates[peak:], rates[peak + 1:]))
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert learning_rate(config, (1 + WARM_UP) / 2) == pytest.approx(1.0)
+
+
+# ---- a run
+
+def test_a_run_writes_config_log_checkpoints_and_curves(short_run):
+    names = {path.name for path in short_run.iterdir()}
+    assert names == {"config.json", "log.jsonl", "curves.png", "stage1.pt", "stage2.pt", "stage3.pt", "last.pt",
+                     "best.pt"}
+    config = json.loads((short_run / "config.json").read_text())
+    assert (config["model"], config["epochs"], config["compress"], config["seed"]) == ("bifusion", 4, 43, 0)
+
+
+def test_every_line_of_the_log_has_all_keys_and_the_best_checkpoint_is_the_best_epoch(tiny_run):
+    folder, log = tiny_run
+    for line in log:
+        assert set(line) == LOG_KEYS
+        assert line["model"] == "bifusion"
+        assert len(line["val_iou"]) == len(train.CLASS_NAMES)
+        assert 0 <= line["val_miou"] <= 1
+        assert set(line["lr"]) >= set(line["grad_norm"]) - {"fusion"}
+    best = max(log, key=lambda line: line["val_miou"])
+    assert load_checkpoint(folder / "best.pt")["epoch"] == best["epoch"]
+    for number, (_, last) in stage_epochs(129 / 24).items():
+        assert load_checkpoint(folder / f"stage{number}.pt")["epoch"] == last
+
+
+def test_the_logged_ramp_is_full_only_where_every_step_of_the_epoch_was(tiny_run):
+    _, log = tiny_run
+    for line in log:
+        if line["fusion_ramp"] == 1 and line["epoch"] < 7:  # SimpleFusion: alpha is half the ramp
+            assert line["fusion_2d_ratio"] == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 8, 10])
+@pytest.mark.parametrize("compress", [1, 2, 6, 129 / 24])
+def test_no_epoch_counts_as_ramped_whose_mean_alpha_is_below_the_band(compress, steps):
+    first, last = stage_epochs(compress)[2]
+    for epoch in range(first, last + 1):
+        ramps = [train.setting_at(epoch + step / steps, compress).ramp for step in range(steps)]
+        logged = train.setting_at(epoch, compress).ramp
+        assert logged < 1 or min(ramps) == 1
+
+
+def test_stage_by_stage_and_resumed_gives_the_run_in_one_go_bit_for_bit(short_run, run_train, tmp_path):
+    out = tmp_path / "run"
+    run_train(out, *SHORT, "--stage", 1)
+    assert not (out / "stage2.pt").exists()
+    assert_same_weights(out / "stage1.pt", short_run / "stage1.pt")
+    run_train(out, "--stage", 2)
+    assert_same_weights(out / "stage2.pt", short_run / "stage2.pt")
+    log = run_train(out, "--resume")
+    assert_same_weights(out / "last.pt", short_run / "last.pt")
+    varying = ("seconds", "peak_memory_mb")
+    strip = [{k: v for k, v in line.items() if k not in varying} for line in log]
+    assert strip == [{k: v for k, v in line.items() if k not in varying}
+                     for line in read_log(short_run / "log.jsonl")[0]]
+
+
+def test_a_run_killed_in_the_middle_of_stage_three_resumes_to_the_same_weights(short_run, run_train, tmp_path,
+                                                                              monkeypatch):
+    out = tmp_path / "run"
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:  # the evaluation of the last epoch
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(out, *SHORT)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "sta')  # half a line
+    assert [line["epoch"] for line in run_train(out, "--resume")] == [0, 1, 2, 3]
+    assert_same_weights(out / "last.pt", short_run / "last.pt")
+
+
+def test_plan_a_and_the_baseline_run_without_images(run_train, tmp_path):
+    for flags in (("--plan", "A"), ("--model", "baseline")):
+        log = run_train(tmp_path / flags[1], *SHORT, *flags)
+        for line in log:
+            assert set(line["losses"]) == {"semantic"}
+            assert line["fusion_2d_ratio"] is None
+            assert set(line["grad_norm"]) == {"3d"}
+
+
+# ---- going on
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_later_stage_without_the_one_before_says_the_command(stage, tmp_path):
+    said = message_of(main, ["--stage", stage, "--out", str(tmp_path / "run")])
+    assert "python train.py --stage 1" in said
+    assert str(tmp_path / "run") in said
+
+
+def test_stage_three_without_stage_twos_checkpoint_says_the_command(run_copy):
+    (run_copy / "stage2.pt").unlink()
+    said = message_of(main, ["--stage", "3", "--out", str(run_copy), "--device", "cpu"])
+    assert "python train.py --stage 2" in said
+    assert str(run_copy) in said
+
+
+def test_resume_without_a_run_says_the_command(tmp_path):
+    assert "python train.py --stage 1" in message_of(main, ["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_copy):
+    before = {path.name: path.read_bytes() for path in run_copy.iterdir()}
+    said = message_of(main, ["--stage", "1", "--out", str(run_copy)])
+    assert "already holds a run" in said
+    assert "--resume" in said
+    assert before == {path.name: path.read_bytes() for path in run_copy.iterdir()}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--lr", "0.5"), ("--seed", "7"), ("--model", "baseline"),
+                                            ("--compress", "2"), ("--plan", "A"), ("--voxel-size", "0.5")])
+def test_a_changed_flag_is_refused_on_resume(run_copy, flag, value):
+    said = message_of(main, ["--resume", "--out", str(run_copy), flag, value])
+    assert f"{flag} {value}" in said
+    assert "differs from" in said
+
+
+def test_the_same_flag_again_is_accepted_on_resume(run_copy):
+    assert parse_config(["--resume", "--out", str(run_copy), "--compress", "43", "--seed", "0"]).compress == 43
+
+
+# ---- checkpoints
+
+def test_a_checkpoint_rebuilds_its_model(short_run):
+    model, config, state = load_model(short_run / "last.pt")
+    assert not model.training
+    assert (config.model, config.compress, state["epoch"]) == ("bifusion", 43, 3)
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    assert (model.setting.stage, model.setting.fusion, model.setting.ramp, model.setting.film) == (3, "learned", 1, True)
+    assert load_model(short_run / "stage1.pt")[0].setting.fusion == "identity"
+
+
+def test_a_checkpoint_gives_the_logged_miou_again(short_run, tiny_rooms):
+    from data import SceneDataset, loader
+
+    model, config, state = load_model(short_run / "last.pt")
+    scenes = SceneDataset(tiny_rooms, "val", voxel_size=config.voxel_size, views=2 * config.views, image_size=(64, 48),
+                          seed=config.seed)
+    result = train.evaluate(model, loader(scenes, 2, 0, shuffle=False, seed=0), torch.device("cpu"))
+    assert result["miou"] == pytest.approx(read_log(short_run / "log.jsonl")[0][state["epoch"]]["val_miou"], abs=1e-5)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half", "list", "other keys"])
+def test_a_broken_checkpoint_stops_with_its_name_and_stays_as_it_is(run_copy, content):
+    path = run_copy / "last.pt"
+    if content == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content == "other keys":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    said = message_of(main, ["--resume", "--out", str(run_copy), "--device", "cpu"])
+    assert str(path) in said
+    assert "not a" in said
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_checkpoint_of_another_model_stops_with_the_keys_and_stays_as_it_is(run_copy, change):
+    path = run_copy / "last.pt"
+    state = torch.load(path, weights_only=True)
+    weights = state["model"]
+    if change == "missing":
+        del weights["semantic_head.weight"]
+    elif change == "unknown":
+        weights["wheels"] = torch.zeros(3)
+    else:
+        weights["semantic_head.weight"] = torch.zeros(3, 3)
+    torch.save(state, path)
+    before = path.read_bytes()
+    said = message_of(main, ["--resume", "--out", str(run_copy), "--device", "cpu"])
+    assert "another model" in said
+    assert ("wheels" if change == "unknown" else "semantic_head.weight") in said
+    assert path.read_bytes() == before
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_whole(short_run, run_copy, monkeypatch):
+    model, config, _ = load_model(short_run / "last.pt")
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = (run_copy / "last.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(run_copy / "last.pt", model, optimizer, config, 9)
+    assert (run_copy / "last.pt").read_bytes() == before
+
+
+# ---- steps that are not finite
+
+def poison(monkeypatch, steps):
+    """Make the loss NaN at these steps of the run, counted from 0."""
+    real, count = train.weighted_sum, iter(range(10**9))
+
+    def poisoned(terms, weights):
+        return real(terms, weights) * (math.nan if next(count) in steps else 1.0)
+
+    monkeypatch.setattr(train, "weighted_sum", poisoned)
+
+
+def test_a_non_finite_loss_is_skipped_counted_and_named(run_train, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {1, 4})
+    log = run_train(tmp_path / "run", *SHORT)
+    assert [line["skipped_steps"] for line in log] == [1, 0, 1, 0]
+    assert all(line["loss"] is not None and math.isfinite(line["loss"]) for line in log)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+    said = capsys.readouterr()
+    assert "epoch 0 step 1: skipped" in said.out + said.err
+    assert "room_000" in said.out + said.err
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(run_train, tmp_path, monkeypatch):
+    real, calls = train.clip_by_branch, []
+
+    def burst(model, clip):
+        calls.append(clip)
+        norms = real(model, clip)
+        return norms | {"3d": torch.tensor(math.inf)} if len(calls) == 2 else norms
+
+    monkeypatch.setattr(train, "clip_by_branch", burst)
+    log = run_train(tmp_path / "run", *SHORT)
+    assert [line["skipped_steps"] for line in log] == [1, 0, 0, 0]
+
+
+def test_a_skipped_step_leaves_no_trace_in_weights_or_statistics(run_train, tmp_path, monkeypatch):
+    real, count = train.to_device, iter(range(10**9))
+
+    def overflow(batch, device):
+        batch = real(batch, device)
+        return batch | {"color": batch["color"] * math.inf} if next(count) == 1 else batch
+
+    monkeypatch.setattr(train, "to_device", overflow)
+    log = run_train(tmp_path / "run", *SHORT)
+    assert [line["skipped_steps"] for line in log] == [1, 0, 0, 0]
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_ten_non_finite_steps_in_a_row_stop_the_run_with_advice(run_train, tmp_path, monkeypatch):
+    assert MAX_SKIPPED_IN_A_ROW == 10
+    poison(monkeypatch, set(range(5, 100)))
+    said = message_of(run_train, tmp_path / "run", *SHORT, "--batch-size", 1)
+    assert "10 steps in a row" in said
+    assert "--plan B" in said
+    log = read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert sum(line["skipped_steps"] for line in log) == 10
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+
+
+def test_nine_non_finite_steps_in_a_row_do_not_stop_the_run(run_train, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(2, 11)))
+    log = run_train(tmp_path / "run", *SHORT, "--batch-size", 1)
+    assert sum(line["skipped_steps"] for line in log) == 9
+    assert len(log) == 4
