@@ -15,6 +15,7 @@ mean of its points' unaugmented coordinates. Only world_coord is ever projected.
 Axes: N points, M voxels, V views, S superpoints, K classes, H, W image size.
 """
 
+import signal
 import warnings
 from pathlib import Path
 
@@ -516,13 +517,14 @@ class EpochBatches(torch.utils.data.Sampler):
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
-def _one_thread(_):
-    """Start of a worker process: the cores belong to the training."""
+def _start_worker(_):
+    """One thread a worker process, the cores belong to the training; Ctrl-C is the main process's business."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(dataset, batch_size, workers, shuffle, seed):
     """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass."""
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       persistent_workers=workers > 0, worker_init_fn=_one_thread)
+                                       persistent_workers=workers > 0, worker_init_fn=_start_worker)

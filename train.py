@@ -78,7 +78,8 @@ HOW_NOT_WHAT = ("stage", "resume", "device", "workers", "out")  # may differ whe
 
 def parse_config(argv=None):
     """Flags -> Config. A run that goes on (--resume, --stage 2, --stage 3) takes its settings from its config.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     for f in dataclasses.fields(Config):
         shown = "the preset's" if f.default is None else f.default
         text = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
@@ -249,8 +250,8 @@ def append_line(path, line):
 
 
 def finite(value):
-    """A float for the log: None where it is missing or not finite."""
-    return round(float(value), 6) if value is not None and math.isfinite(value) else None
+    """A float of six digits for the log: None where it is missing or not finite."""
+    return float(f"{float(value):.6g}") if value is not None and math.isfinite(value) else None
 
 
 def mean_of(values):
@@ -335,6 +336,7 @@ def train(config):
             set_rates(optimizer, setting, lr)
 
             # ---- forward and losses
+            statistics = [buffer.clone() for buffer in model.buffers()]  # of the batch norms
             out = model(batch)
             terms = loss_terms(out, batch, setting)
             loss = weighted_sum(terms, weights)
@@ -356,6 +358,8 @@ def train(config):
                 if "stats" in out:
                     stats.append(out["stats"])
             else:
+                for buffer, value in zip(model.buffers(), statistics):
+                    buffer.copy_(value)  # or one NaN in a running mean would spoil every evaluation from here on
                 skipped += 1
                 skipped_in_a_row += 1
                 bar.write(f"epoch {epoch} step {step}: skipped, not finite; scenes {', '.join(batch['names'])}; "
@@ -375,7 +379,7 @@ def train(config):
             "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(losses),
             "losses": {name: mean_of(values) for name, values in sums.items()},
             "val_miou": miou, "val_iou": [finite(v) for v in result["iou"]],
-            "fusion_ramp": finite(model.setting.ramp),
+            "fusion_ramp": finite(setting.ramp) if stats else 0.0,  # at the start of the epoch
             **{name: mean_of([s[name] for s in stats])
                for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
             "grad_norm": {name: mean_of(values) for name, values in norms.items()},
