@@ -37,6 +37,7 @@ CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its 
     (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
     (214, 39, 40), (197, 176, 213), (148, 103, 189), (196, 156, 148), (23, 190, 207), (247, 182, 210), (219, 219, 141),
     (255, 127, 14), (158, 218, 229), (44, 160, 44), (112, 128, 144), (227, 119, 194), (82, 84, 163)], np.uint8)
+MAX_WARP_CELLS = 20_000_000  # of the elastic warp's noise grid, 12 bytes each: 160 000 cubic metres
 CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
 
 
@@ -49,8 +50,8 @@ def load_scene(folder, num_classes=NUM_CLASSES, superpoints=False):
     Returns:
         dict: name str, coord (N, 3) f32 metres, color (N, 3) u8, normal (N, 3) f32 unit (estimated where absent),
         segment (N,) int64 or None, instance (N,) int64 or None, frame_ids list of int in numeric order (frames with
-        image, depth and a finite pose), frames_skipped int (pose not finite); with superpoints=True also superpoint
-        (N,) int64, computed where absent.
+        image, depth and a usable pose), frames_skipped int (pose not finite or not rigid);
+        with superpoints=True also superpoint (N,) int64, computed where absent.
 
     Raises:
         FileNotFoundError: no such folder, or no coord.npy in it.
@@ -119,6 +120,8 @@ def load_frames(folder, frame_ids, image_size):
     if not frame_ids:
         return frames
     camera = _read_matrix(folder / "intrinsic" / "intrinsic_color.txt", (3, 4))[:3, :3]
+    if not np.isfinite(camera).all():
+        raise ValueError(f"{folder / 'intrinsic' / 'intrinsic_color.txt'}: expected finite numbers, found {camera}")
     for i, frame in enumerate(frame_ids):
         image, size = _read_image(_image_path(folder, frame), image_size, "RGB", Image.Resampling.BILINEAR)
         depth, _ = _read_image(folder / "depth" / f"{frame}.png", image_size, None, Image.Resampling.NEAREST)
@@ -143,6 +146,8 @@ def _read_array(path, shape):
         raise FileNotFoundError(f"{path} is missing; a scene folder needs it") from None
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: expected an array of numbers, found a file that cannot be read: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: expected one array, found an archive of several")
     if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
@@ -172,7 +177,7 @@ def _read_image(path, image_size, mode, resampling):
             if mode:
                 image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
                 image = image.convert(mode)
-            elif image.mode not in ("I;16", "I", "L"):
+            elif image.mode not in ("I;16", "I"):
                 raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
             return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
     except (OSError, ValueError, SyntaxError) as error:
@@ -185,14 +190,21 @@ def _image_path(folder, frame):
 
 
 def _usable_frames(folder):
-    """Ids of the frames that have all three files and a finite pose, in numeric order; number of poses not finite."""
+    """Ids of the frames that have all three files and a usable pose, in numeric order; number of those without."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if _image_path(folder, i).exists() and (folder / "depth" / f"{i}.png").exists()]
-    finite = [i for i in ids if np.isfinite(_read_matrix(folder / "pose" / f"{i}.txt", (4,))).all()]
-    if ids and not finite:
-        warnings.warn(f"scene {folder.name}: none of its {len(ids)} frames has a finite pose; used 3D-only",
+    usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
+    if ids and not usable:
+        warnings.warn(f"scene {folder.name}: none of its {len(ids)} frames has a finite, rigid pose; used 3D-only",
                       stacklevel=3)
-    return finite, len(ids) - len(finite)
+    return usable, len(ids) - len(usable)
+
+
+def _is_rigid(pose):
+    """True where a 4x4 is finite and a rotation with a translation; ScanNet writes -inf where tracking was lost."""
+    turn = pose[:3, :3]
+    rigid = np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
+    return bool(rigid)
 
 
 # -------------------------------------------------------------------------------------------------------------- voxels
@@ -218,12 +230,14 @@ def voxelise(coord, voxel_size):
     axes = []
     for axis in range(3):
         values = np.ascontiguousarray(coord[:, axis])
-        axes.append(((values - values.min()) / values.dtype.type(voxel_size)).astype(np.int64))
-    shape = [int(a.max()) + 1 for a in axes]
+        axes.append((values - values.min()) / values.dtype.type(voxel_size))
+    extent = [float(a.max()) for a in axes]  # still float: a cast to int64 would wrap without a word
+    shape = [int(e) + 1 if e < 2**62 else 2**62 for e in extent]
     bits = max(1, (n - 1).bit_length())
     if (shape[0] * shape[1] * shape[2]).bit_length() + bits > 63:
         raise ValueError(f"{n} points span {shape[0]} x {shape[1]} x {shape[2]} voxels of {voxel_size} m, which "
                          "overflows; take a larger voxel size, or check the units (metres) and outliers")
+    axes = [a.astype(np.int64) for a in axes]
     key = (axes[0] * shape[1] + axes[1]) * shape[2] + axes[2]
     key <<= bits
     key |= np.arange(n)
@@ -366,6 +380,11 @@ def recolor(color, rng):
 
 def augment_points(coord, normal, rng):
     """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
+    extent = np.ptp(coord, axis=0).astype(np.float64)
+    if np.prod(extent / 0.2 + 3) > MAX_WARP_CELLS:
+        size = " x ".join(f"{e:.0f}" for e in extent)
+        raise ValueError(f"the points span {size} m, too much to warp in 0.2 m cells; check the units (metres) and "
+                         "outliers, or cut the scene into parts")
     coord, normal = rotate(*flip(coord, normal, rng), rng)
     coord = scale(coord, rng)
     if rng.random() < 0.5:

@@ -61,20 +61,22 @@ def project_points(points, world_to_camera, intrinsics):
 
 
 @torch.no_grad()
-def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE, chunk=8192):
+def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE, chunk=64):
     """Find every view that sees a point: in front of the camera, inside the image, agreeing with the depth map.
 
-    Same projection as `project_points`, for all views at once: camera and intrinsics are one 3x4 matrix a view, the
-    image borders are tested without a division, and only points inside an image are divided and looked up in its
-    depth map. Points go through in chunks, so memory is bounded by chunk * V.
+    Same projection as `project_points`; camera, intrinsics and image size are one 3x4 matrix a view, scaled so that a
+    point is inside the image where max(|x|, |y|) < z: no division, and z > 0 is part of it. A view skips every
+    chunk of consecutive points whose bounding box lies wholly outside one of its image borders: fastest where
+    neighbours in the array are neighbours in space, as voxels in grid order are, though the result does not depend on
+    it. One view at a time: memory is a few numbers a point, whatever V.
 
     Args:
-        points:          (N, 3) float, world frame, metres, NOT augmented.
+        points:          (N, 3) float, world frame, metres, NOT augmented. One that is not finite is unseen.
         world_to_camera: (V, 4, 4) float.
         intrinsics:      (V, 3, 3) float, pixels, for the depth maps' size.
         depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen).
         tolerance:       metres by which a point may differ from the depth map.
-        chunk:           points handled at a time.
+        chunk:           consecutive points that a view skips together.
 
     Returns:
         Links. No view or no visible point gives empty links.
@@ -90,32 +92,50 @@ def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLER
             f"depth holds {num_views} views, so world_to_camera must be ({num_views}, 4, 4) and intrinsics "
             f"({num_views}, 3, 3); got {tuple(world_to_camera.shape)} and {tuple(intrinsics.shape)}"
         )
-    camera = (intrinsics.double() @ world_to_camera.double()[:, :3]).to(points.dtype)  # (V, 3, 4)
-    x_matrix, y_matrix, z_matrix = camera.unbind(1)  # (V, 4) each
-    flat_depth = depth.reshape(-1)  # (V*H*W,)
-    found = []
-    for start in range(0, len(points) if num_views else 0, chunk):
-        part = points[start : start + chunk]  # (n, 3)
-        x = torch.addmm(x_matrix[:, 3], part, x_matrix[:, :3].T)  # (n, V), u * z
-        y = torch.addmm(y_matrix[:, 3], part, y_matrix[:, :3].T)  # (n, V), v * z
-        z = torch.addmm(z_matrix[:, 3], part, z_matrix[:, :3].T)  # (n, V), metres
-        half = 0.5 * z
-        inside = (z > 1e-6) & (x >= -half) & (y >= -half)  # a pixel reaches half a pixel around its centre
-        inside &= (x < z * (width - 0.5)) & (y < z * (height - 0.5))
-        pair = inside.view(-1).nonzero().squeeze(1)  # (l,) flat index in (n, V), sorted by point
-        view = pair % num_views
-        z = z.view(-1)[pair]
-        u, v = x.view(-1)[pair] / z, y.view(-1)[pair] / z
-        column, row = u.round().long().clamp_(0, width - 1), v.round().long().clamp_(0, height - 1)
-        reading = flat_depth[(view * height + row) * width + column]
-        keep = ((reading - z).abs() <= tolerance) & (reading > 0)
-        keep = keep.nonzero().squeeze(1)
-        pair = pair[keep]
-        found.append((pair // num_views + start, view[keep], torch.stack([u[keep], v[keep]], 1)))
-    if not found:
+    if num_views == 0 or len(points) == 0:
         none = torch.zeros(0, dtype=torch.long, device=points.device)
         return Links(none, none, points.new_zeros(0, 2))
-    return Links(*(torch.cat(column) for column in zip(*found)))
+    # a pixel reaches half a pixel around its centre, so the image spans -0.5 .. W - 0.5, which becomes -1 .. 1
+    to_unit = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]],
+                           dtype=torch.float64, device=points.device)
+    camera = (to_unit @ intrinsics.double() @ world_to_camera.double()[:, :3]).to(points.dtype)  # (V, 3, 4)
+    chunks = F.pad(points, (0, 0, 0, -len(points) % chunk), value=torch.nan)  # padding is never inside an image
+    chunks = chunks.view(-1, chunk, 3).transpose(1, 2).contiguous()  # (n, 3, chunk)
+    near = _chunks_in_view(chunks, camera)  # (V, n) bool
+
+    keys, us, vs = [], [], []
+    for view, matrix in enumerate(camera.tolist()):
+        kept = near[view].nonzero().squeeze(1)  # (m,) chunks
+        px, py, pz = chunks.index_select(0, kept).unbind(1)  # (m, chunk) each
+        x, y, z = (torch.add(px * a + d, py, alpha=b).add_(pz, alpha=c).view(-1) for a, b, c, d in matrix)
+        inside = (torch.maximum(x.abs(), y.abs()) < z).nonzero().squeeze(1)  # (l,) index into (m, chunk)
+        x, y, z = (value.index_select(0, inside) for value in (x, y, z))
+        u = (x / z).mul_(width / 2).add_((width - 1) / 2)
+        v = (y / z).mul_(height / 2).add_((height - 1) / 2)
+        column, line = u.round().int().clamp_(0, width - 1), v.round().int().clamp_(0, height - 1)
+        reading = depth[view].reshape(-1).index_select(0, line * width + column)
+        seen = (((reading - z).abs_() <= tolerance) & (reading > 0)).nonzero().squeeze(1)
+        inside = inside.index_select(0, seen)
+        row = inside.div(chunk, rounding_mode="floor")
+        point = inside + (kept - torch.arange(len(kept), device=kept.device)).mul_(chunk).index_select(0, row)
+        keys.append(point * num_views + view)
+        us.append(u.index_select(0, seen))
+        vs.append(v.index_select(0, seen))
+    key, order = torch.cat(keys).sort()  # by point, then by view
+    point = key.div(num_views, rounding_mode="floor")
+    uv = torch.stack([torch.cat(us).index_select(0, order), torch.cat(vs).index_select(0, order)], 1)
+    return Links(point, key - point * num_views, uv)
+
+
+def _chunks_in_view(chunks, camera):
+    """(n, 3, chunk) points, (V, 3, 4) -> (V, n) bool, False where a whole chunk lies outside one border of a view."""
+    x, y, z = camera.unbind(1)  # (V, 4) each
+    border = torch.cat([z - x, z + x, z - y, z + y])  # (4 V, 4) linear in the point, positive inside the image
+    low, high = chunks.amin(2), chunks.amax(2)  # (n, 3)
+    largest = torch.addmm(border[:, 3], (low + high) / 2, border[:, :3].T)  # (n, 4 V) at the box's centre
+    largest.addmm_((high - low) / 2, border[:, :3].abs().T)  # at its best corner
+    outside = (largest.view(len(chunks), 4, -1) <= 0).any(1)  # NaN (a point not finite, padding) is not outside
+    return ~outside.T
 
 
 def sample_views(feature_maps, links, image_size, num_points):

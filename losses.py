@@ -1,4 +1,4 @@
-"""The losses of BiFusion and their weights: semantic, per-branch and alignment. (Instances join in their own issue.)
+"""The losses of BiFusion and their weights: semantic, branch, alignment, gate prior. Instances are not here yet.
 
 Needs torch only and imports no other file of this project: copy it and it works.
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 IGNORE = -1
 
-# The weights of the document this project began from: 3.1 in all. Alignment and branch stand apart.
+# The weights of the document this project began from: 3.1 in all. Alignment, branch and gate stand apart.
 LOSS_WEIGHTS = {
     "bifusion": {
         "semantic": 0.4,
@@ -24,6 +24,7 @@ LOSS_WEIGHTS = {
         "instance_score": 0.3,
         "alignment": 0.1,
         "branch": 0.3,
+        "gate": 0.3,
     },
     "baseline": {"semantic": 1.0, "instance": 1.0},
 }
@@ -100,6 +101,19 @@ def alignment_loss(feat_3d, feat_2d, seen, batch_index, num_scenes):
     """
     distance = 1 - F.cosine_similarity(feat_3d.float(), feat_2d.detach().float(), dim=1)  # (M,)
     return scene_mean(distance, seen, batch_index, num_scenes)
+
+
+def gate_prior(alpha, seen, batch_index, num_scenes):
+    """(mean alpha of a scene's seen voxels - 0.5)^2: a weak prior that the learned gate weighs both branches alike.
+
+    It acts on the mean alone, so single voxels may still go all 2D or all 3D, and it can be overruled: a gate with a
+    reason to leave the band does. (M,) in [0, 1], (M,) bool, (M,) int64, B -> scalar; a scene without a seen voxel
+    adds 0.
+    """
+    kept = batch_index[seen]
+    count = torch.bincount(kept, minlength=num_scenes)  # (B,)
+    mean = alpha.new_zeros(num_scenes).index_add(0, kept, alpha[seen]) / count.clamp(min=1)  # (B,)
+    return ((mean - 0.5).square() * (count > 0)).mean()
 
 
 def weighted_sum(terms, weights):

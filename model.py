@@ -343,5 +343,6 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05):
         raise ValueError(f"preset {preset!r} has no image tower yet; take --preset small, or --model baseline")
     from open_clip.modified_resnet import ModifiedResNet
 
-    visual = ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"])
+    with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
+        visual = ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"])
     return BiFusion(unet, ClipTower(visual, sizes["dim"]), sizes["dim"], num_classes, depth_tolerance)

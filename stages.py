@@ -47,7 +47,7 @@ STAGES = {
     1: Stage("stability", 0, 20, ("3d",), ("semantic",), 0.0, use_2d=False),
     2: Stage("alignment", 21, 60, ("3d", "2d", "branch"), ("semantic", "branch", "alignment"), 0.0),
     3: Stage("enhancement", 61, 128, ("3d", "2d", "branch", "gate", "film", "tower_ends"),
-             ("semantic", "branch", "alignment"), 0.01, film=True),
+             ("semantic", "branch", "alignment", "gate"), 0.01, film=True),
 }
 PLANS = {
     "full": "the curriculum as it stands",
@@ -122,7 +122,7 @@ def setting_at(epoch, compress=1.0, plan="full", pretrained=False):
         if done < LEARNED_GATE_FROM:
             setting = replace(setting, fusion="simple")
         else:
-            setting = replace(setting, parts=(*setting.parts, "gate"))
+            setting = replace(setting, parts=(*setting.parts, "gate"), losses=(*setting.losses, "gate"))
     if not pretrained and number > 1:
         parts = dict.fromkeys((*setting.parts, "tower", "tower_ends"))  # a set that keeps its order
         setting = replace(setting, parts=tuple(parts), tower_rate=1.0)

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data import CLASS_NAMES, SceneDataset, loader
-from losses import LOSS_WEIGHTS, alignment_loss, branch_loss, semantic_loss, weighted_sum
+from losses import LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, semantic_loss, weighted_sum
 from metrics import semantic_iou
 from model import PRESETS, build_model
 from report import draw_curves, read_log
@@ -117,6 +117,8 @@ def parse_config(argv=None):
         torch.device(config.device)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {config.device}: no CUDA device here; leave the flag out or give --device cpu")
     return config
 
 
@@ -135,6 +137,8 @@ def loss_terms(out, batch, setting):
         terms["branch"] = branch_loss(out["logits_2d"], out["logits_3d"], batch["segment"], out["seen"], index, scenes)
     if "alignment" in setting.losses and "feat_2d" in out:
         terms["alignment"] = alignment_loss(out["feat_3d"], out["feat_2d"], out["seen"], index, scenes)
+    if "gate" in setting.losses and "alpha" in out:
+        terms["gate"] = gate_prior(out["alpha"], out["seen"], index, scenes)
     return terms
 
 
@@ -302,7 +306,12 @@ def train(config):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
         start = state["epoch"] + 1
-        log = [line for line in read_log(run / "log.jsonl")[0] if line["epoch"] < start]
+        log, _ = read_log(run / "log.jsonl")
+        if config.stage > 1 and not config.resume and log[-1]["epoch"] >= start:
+            sys.exit(f"{run} already holds epochs up to {log[-1]['epoch']}, stage {config.stage} starts at {start}. "
+                     f"Go on with it: python train.py --resume --out {config.out}; or copy {source} and config.json to "
+                     "a new folder")
+        log = [line for line in log if line["epoch"] < start]
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1))
     end = bounds[config.stage][1] if config.stage else total_epochs - 1
@@ -392,13 +401,14 @@ def train(config):
         if diverged:
             sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
                      f"{run / 'last.pt'}; try --plan B, or a lower --lr")
-        save_checkpoint(run / "last.pt", model, optimizer, config, epoch)
         if miou is not None and miou > best:
             best = miou
             save_checkpoint(run / "best.pt", model, optimizer, config, epoch)
         if epoch == bounds[setting.stage][1]:
-            bar.close()
             save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch)
+        save_checkpoint(run / "last.pt", model, optimizer, config, epoch)  # last: a kill before repeats the epoch
+        if epoch == bounds[setting.stage][1]:
+            bar.close()
             draw_curves(log, run / "curves.png")
             print(summary(log, bounds, setting.stage), flush=True)
     return log

@@ -223,6 +223,18 @@ def test_normals_turn_with_the_points(name):
         np.testing.assert_allclose(np.linalg.norm(moved, axis=1), np.linalg.norm(coord, axis=1), rtol=1e-5)
 
 
+def test_the_normals_of_an_item_stand_on_its_augmented_surface(tmp_path, monkeypatch):
+    only(monkeypatch, ("flip", "rotate", "scale"))
+    rng = np.random.default_rng(10)
+    normal = np.array([0.6, 0.48, 0.64])
+    coord = rng.uniform(-1, 1, (200, 2)) @ np.linalg.svd(normal[None])[2][1:]
+    scene = load_scene(write_scene(tmp_path / "plane", coord=coord, normal=np.tile(normal, (200, 1))))
+    for seed in range(6):
+        item = scene_item(scene, load_frames(tmp_path, [], (32, 24)), 0.2, rng=np.random.default_rng(seed))
+        flat = item["coord"] - item["coord"].mean(0)
+        assert np.linalg.svd(flat)[1][1] > 1 and np.abs((flat * item["normal"]).sum(1)).max() < 1e-4
+
+
 def test_rotation_keeps_the_scene_upright_and_flip_keeps_the_floor_down():
     up = np.array([[0, 0, 1]], np.float32)
     for seed in range(20):
@@ -338,6 +350,7 @@ def test_a_bad_file_of_points_or_poses_is_named_with_what_is_wrong(spoil, match,
     pytest.param(lambda folder: Image.new("L", (64, 48)).save(folder / "depth" / "1.png"),
                  r"1\.png: expected an image.*one channel of 16 bit, found mode L", id="depth of 8 bit"),
     text("intrinsic/intrinsic_color.txt", "1 0\n0 1\n", r"intrinsic_color\.txt: expected 3x3 or 4x4 numbers"),
+    text("intrinsic/intrinsic_color.txt", "nan 0 1\n0 1 1\n0 0 1\n", r"intrinsic_color\.txt: expected finite numbers"),
     pytest.param(lambda folder: (folder / "intrinsic" / "intrinsic_color.txt").unlink(),
                  r"intrinsic_color\.txt: expected a matrix", id="no intrinsics"),
 ])

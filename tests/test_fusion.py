@@ -170,6 +170,13 @@ def test_far_from_the_origin_a_point_still_meets_its_pixel():
     assert torch.allclose(links.uv, torch.tensor([[55.0, 42]]), atol=5e-3)
 
 
+def test_a_point_that_is_not_finite_is_unseen_and_hides_no_other():
+    points = torch.tensor([[0.0, 0, 2]]).repeat(7, 1)
+    points[1, 0], points[3, 2], points[5, 1] = torch.nan, torch.inf, -torch.inf
+    links = link_views(points, torch.eye(4)[None], INTRINSICS[None], torch.full((1, HEIGHT, WIDTH), 2.0))
+    assert links.point.tolist() == [0, 2, 4, 6]
+
+
 @pytest.mark.parametrize(("views", "num_points"), [(0, 5), (2, 0), (0, 0)])
 def test_no_view_or_no_point_gives_no_link_and_zero_features(views, num_points):
     links = link_views(torch.randn(num_points, 3), torch.eye(4).repeat(views, 1, 1), INTRINSICS.repeat(views, 1, 1),

@@ -10,8 +10,8 @@ import torch
 import train
 from report import read_log
 from stages import stage_epochs
-from train import (MAX_SKIPPED_IN_A_ROW, WARM_UP, Config, learning_rate, load_checkpoint, load_model, main, parse_config,
-                   save_checkpoint)
+from train import (MAX_SKIPPED_IN_A_ROW, RECIPES, WARM_UP, Config, learning_rate, load_checkpoint, load_model, main,
+                   parse_config, save_checkpoint)
 
 SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
 LOG_KEYS = {"epoch", "stage", "model", "loss", "losses", "val_miou", "val_iou", "fusion_2d_ratio", "fusion_ramp",
@@ -90,7 +90,7 @@ def test_every_field_of_config_is_a_flag_with_a_help_text(capsys):
 
 def test_flags_left_out_take_the_presets_values(tmp_path):
     config = parse_config(["--out", str(tmp_path)])
-    assert (config.voxel_size, config.lr, config.batch_size) == (0.08, 3e-3, 4)
+    assert all(getattr(config, name) == value for name, value in RECIPES["small"].items() if name != "image_size")
     assert parse_config(["--out", str(tmp_path), "--lr", "0.5"]).lr == 0.5
     assert parse_config([]).out == "runs/bifusion"
     assert parse_config(["--model", "baseline"]).out == "runs/baseline"
@@ -252,7 +252,8 @@ def test_a_checkpoint_rebuilds_its_model(short_run):
     assert not model.training
     assert (config.model, config.compress, state["epoch"]) == ("bifusion", 43, 3)
     assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
-    assert (model.setting.stage, model.setting.fusion, model.setting.ramp, model.setting.film) == (3, "learned", 1, True)
+    setting = model.setting
+    assert (setting.stage, setting.fusion, setting.ramp, setting.film) == (3, "learned", 1, True)
     assert load_model(short_run / "stage1.pt")[0].setting.fusion == "identity"
 
 

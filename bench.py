@@ -1,0 +1,320 @@
+"""Timings side by side: each part of this project against the plain way of doing the same, in the same run.
+
+    python bench.py                                # everything, a few minutes on two cores
+    python bench.py --only voxelise projection     # some of it
+    python bench.py --threads 1 --device cuda
+
+Ours and the alternative take turns and the median is given, so that a busy machine disturbs both alike. That both
+compute the same is checked in tests/test_bench.py. Memory is the largest extra amount during one call.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import SceneDataset, collate, voxelise
+from fusion import link_views, sample_views
+from losses import LOSS_WEIGHTS, weighted_sum
+from model import build_model
+from rooms import write_scene
+from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
+from train import RECIPES, loss_terms, to_device
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    ours: str
+    alternative: str = "-"
+    ratio: float | None = None  # alternative over ours: above 1 we are faster, or smaller
+    goal: float | None = None  # least ratio that is wanted
+    note: str = ""
+
+
+def timed(*functions, repeats=7, device="cpu"):
+    """Median seconds of each function; they take turns, after one call each that does not count."""
+    seconds = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for times, function in zip(seconds, functions):
+            start = time.perf_counter()
+            function()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [float(np.median(times)) for times in seconds]
+
+
+def extra_memory(function, device="cpu"):
+    """Largest extra memory of one call, MB; None where the system cannot tell (on CPU only Linux can)."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        before = _status_kb("VmRSS")
+        function()
+        return (_status_kb("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _status_kb(key):
+    """One number of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key + ":")).split()[1])
+
+
+# ------------------------------------------------------------------------------------------------- a scan to work on
+
+ROOM = np.array([8.0, 6.0, 2.5])  # metres
+
+
+def box_room(num_points, seed=0):
+    """A room of ROOM with 12 boxes in it: points (N, 3) f32 on all surfaces with 3 mm of noise, boxes (13, 2, 3)."""
+    rng = np.random.default_rng(seed)
+    low = rng.uniform((0, 0, 0), (7, 5, 0), (12, 3))
+    high = np.minimum(low + rng.uniform(0.4, (1, 1, 1.4), (12, 3)), ROOM)
+    boxes = np.concatenate([[[np.zeros(3), ROOM]], np.stack([low, high], 1)])
+    edge = boxes[:, 1] - boxes[:, 0]
+    area = np.repeat(edge.prod(1, keepdims=True) / edge, 2, axis=1).ravel()  # (13 * 6,), two faces an axis
+    face = rng.choice(len(area), num_points, p=area / area.sum())
+    place = rng.random((num_points, 3))
+    place[np.arange(num_points), face // 2 % 3] = face % 2
+    points = boxes[face // 6, 0] + place * edge[face // 6]
+    return (points + rng.normal(0, 0.003, points.shape)).astype(np.float32), boxes
+
+
+def box_views(boxes, num_views, image_size, seed=1):
+    """Cameras at eye height: world_to_camera (V, 4, 4), intrinsics (V, 3, 3), exact depth (V, H, W), all f32."""
+    rng = np.random.default_rng(seed)
+    width, height = image_size
+    focal = width / 2 / np.tan(np.radians(35))
+    intrinsics = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    u, v = np.meshgrid(np.arange(width), np.arange(height))
+    rays = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3) @ np.linalg.inv(intrinsics).T  # z = 1
+    matrices, depths = [], []
+    for _ in range(num_views):
+        yaw, pitch, center = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5), rng.uniform((0.5, 0.5, 1.5), ROOM - 0.5)
+        forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), -np.sin(pitch)])
+        right = np.array([np.sin(yaw), -np.cos(yaw), 0])
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.stack([right, np.cross(forward, right), forward])
+        matrix[:3, 3] = -matrix[:3, :3] @ center
+        hits = (boxes[:, :, None] - center) / (rays @ matrix[:3, :3])  # (13, 2, R, 3) by the slab method
+        enter, leave = hits.min(1).max(-1), hits.max(1).min(-1)
+        enter[0] = leave[0]  # the room itself is seen from inside
+        depths.append(np.where((enter <= leave) & (enter > 0), enter, np.inf).min(0).reshape(height, width))
+        matrices.append(matrix)
+    return [np.asarray(a, np.float32) for a in (matrices, [intrinsics] * num_views, depths)]
+
+
+def scan(num_points=150_000, num_views=20, image_size=(320, 240), device="cpu"):
+    """Points in the order of 2 cm voxels, as data.py gives them, and views: the four tensors of link_views."""
+    points, boxes = box_room(num_points)
+    points = points[np.argsort(voxelise(points, 0.02)[1], kind="stable")]
+    return [torch.from_numpy(a).to(device) for a in (points, *box_views(boxes, num_views, image_size))]
+
+
+# --------------------------------------------------------------------------------------------------- the plain ways
+
+
+def voxelise_by_unique(coord, voxel_size):
+    """np.unique over the rows. Returns as voxelise."""
+    grid = ((coord - coord.min(0)) / np.float32(voxel_size)).astype(np.int64)
+    cells, inverse = np.unique(grid, axis=0, return_inverse=True)
+    return cells, inverse.ravel()
+
+
+def voxelise_by_hash(coord, voxel_size):
+    """FNV-1a over the three cell numbers, one argsort, np.unique: the usual way. Voxels come in the hash's order."""
+    grid = ((coord - coord.min(0)) / np.float32(voxel_size)).astype(np.int64)
+    key = np.full(len(grid), 14695981039346656037, np.uint64)
+    for axis in grid.astype(np.uint64).T:
+        key = (key ^ axis) * np.uint64(1099511628211)
+    order = np.argsort(key)
+    _, inverse, count = np.unique(key[order], return_inverse=True, return_counts=True)
+    point_to_voxel = np.empty(len(grid), np.int64)
+    point_to_voxel[order] = inverse.ravel()
+    return grid[order[np.cumsum(count) - count]], point_to_voxel
+
+
+def view_by_numpy(points, world_to_camera, intrinsics, depth, tolerance=0.05):
+    """The points that one view sees, in float64: (l,) rows, (l, 2) uv. All points are transformed, all are rounded."""
+    height, width = depth.shape
+    homogeneous = np.concatenate([points, np.ones((len(points), 1))], 1)  # (N, 4)
+    camera = (homogeneous @ world_to_camera.T)[:, :3]
+    z = camera[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        uv = (camera @ intrinsics.T)[:, :2] / z[:, None]
+        column, row = np.round(uv).astype(np.int64).T
+    inside = (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    reading = np.zeros(len(points))
+    reading[inside] = depth[row[inside], column[inside]]
+    seen = (inside & (reading > 0) & (np.abs(reading - z) <= tolerance)).nonzero()[0]
+    return seen, uv[seen]
+
+
+def link_by_numpy(points, world_to_camera, intrinsics, depth):
+    """view_by_numpy over the views: list of V pairs."""
+    return [view_by_numpy(points, *view) for view in zip(world_to_camera, intrinsics, depth)]
+
+
+def sample_densely(feature_maps, links, image_size, num_points):
+    """grid_sample of all points in all views, (V, C, N), then the masked mean. Returns as sample_views."""
+    num_views = len(feature_maps)
+    size = torch.tensor(image_size, device=feature_maps.device)
+    grid = feature_maps.new_zeros(num_views, num_points, 2)
+    mask = feature_maps.new_zeros(num_views, num_points)
+    grid[links.view, links.point] = (2 * links.uv + 1) / size - 1
+    mask[links.view, links.point] = 1
+    sampled = F.grid_sample(feature_maps, grid[:, None], padding_mode="border", align_corners=False)[:, :, 0]
+    count = mask.sum(0)  # (N,)
+    return ((sampled * mask[:, None]).sum(0) / count.clamp(min=1)).T, count > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def voxelise_rows(device):
+    """data.voxelise."""
+    coord, _ = box_room(1_000_000)
+    ours, unique, hashed = timed(lambda: voxelise(coord, 0.02), lambda: voxelise_by_unique(coord, 0.02),
+                                 lambda: voxelise_by_hash(coord, 0.02), repeats=5)
+    what = "voxelise 1 M points at 2 cm"
+    note = f"{len(voxelise(coord, 0.02)[0]):,} voxels; NumPy {np.__version__}"
+    return [Row(what, ms(ours), f"{ms(unique)} np.unique", unique / ours, 20, note),
+            Row(what, ms(ours), f"{ms(hashed)} hash, argsort", hashed / ours, 1)]
+
+
+def projection_rows(device):
+    """fusion.link_views."""
+    views = scan(device=device)
+    arrays = [t.double().cpu().numpy() for t in views]
+    ours, alternative = timed(lambda: link_views(*views), lambda: link_by_numpy(*arrays), device=device)
+    links, n = link_views(*views), len(views[0])
+    theirs = np.concatenate([view * n + rows for view, (rows, _) in enumerate(link_by_numpy(*arrays))])
+    differ = len(np.setxor1d((links.view * n + links.point).cpu().numpy(), theirs))
+    return [Row("project 150 k points, 20 views 320x240", ms(ours), f"{ms(alternative)} NumPy loop",
+                alternative / ours, 8, f"{len(theirs):,} links, {differ} differ")]
+
+
+def sampling_rows(device):
+    """fusion.sample_views."""
+    views, image_size, rows = scan(device=device), (320, 240), []
+    links, count = link_views(*views), len(views[0])
+    for channels in (64, 256):
+        maps = torch.randn(20, channels, 60, 80, device=device)
+        functions = [lambda f=f, m=maps: f(m, links, image_size, count) for f in (sample_views, sample_densely)]
+        ours, alternative = timed(*functions, repeats=3, device=device)
+        what = f"sample 20 maps of {channels} channels"
+        rows.append(Row(what, ms(ours), f"{ms(alternative)} dense", alternative / ours,
+                        note="150 k points, maps 80x60"))
+        ours, alternative = (extra_memory(f, device) for f in functions)
+        if ours is not None:
+            rows.append(Row(f"{what}: memory", f"{ours:.0f} MB", f"{alternative:.0f} MB dense",
+                            alternative / max(ours, 1)))
+    return rows
+
+
+def rooms_rows(device):
+    """rooms.write_scene."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = iter(range(1000))
+        (seconds,) = timed(lambda: write_scene(Path(folder, f"room_{(i := next(names))}"), i), repeats=5)
+    return [Row("generate rooms", f"{1 / seconds:.2f} / s", note="one process, points and 8 frames of 160x120")]
+
+
+def steps_rows(device):
+    """Training steps and data loading with the recipe of preset small."""
+    recipe = RECIPES["small"]
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(4):
+            write_scene(Path(folder, "train", f"room_{i}"), i, recipe["image_size"])
+        common = {"voxel_size": recipe["voxel_size"], "image_size": recipe["image_size"], "augment": True}
+        start = time.perf_counter()
+        scenes = SceneDataset(folder, "train", views=recipe["views"], **common)
+        batch = to_device(collate([scenes[i] for i in range(4)]), device)
+        first = (time.perf_counter() - start) / 4
+        epoch = iter(range(1000))
+        (again,) = timed(lambda: [scenes[(e, i)] for e in (next(epoch),) for i in range(4)], repeats=3)
+        plain = to_device(collate([SceneDataset(folder, "train", **common)[i] for i in range(4)]), device)
+    rows = [Row("load a training item", ms(again / 4), note=f"{recipe['views']} views; {ms(first)} the first time")]
+    for stage, (epoch, _) in stage_epochs().items():
+        if stage == 2:  # between the other two
+            continue
+        steps = [train_step("bifusion", batch, epoch, device), train_step("baseline", plain, epoch, device)]
+        ours, baseline = timed(*steps, repeats=3, device=device)
+        rows.append(Row(f"training step, stage {stage}", f"{1 / ours:.2f} / s", f"{1 / baseline:.2f} / s baseline",
+                        baseline / ours, None, f"4 rooms, {len(plain['coord']):,} voxels, {len(batch['image'])} views"))
+    return rows
+
+
+def train_step(name, batch, epoch, device):
+    """A function that does one step of train.py's loop with this model in the setting of this epoch."""
+    setting = setting_at(epoch)
+    model = build_model(name, "small", 20).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05))
+    apply_setting(model, setting)
+    model.train()
+
+    def step():
+        loss = weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS[name])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_by_branch(model, setting.clip)
+        optimizer.step()
+
+    return step
+
+
+def ms(seconds):
+    return f"{1000 * seconds:.1f} ms"
+
+
+BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
+           "steps": steps_rows}
+
+
+def table(rows):
+    """The rows as aligned text."""
+    lines = [("what", "ours", "alternative", "ratio", "goal", "note")]
+    for row in rows:
+        goal = "-" if row.goal is None else f">= {row.goal:g} {'met' if row.ratio >= row.goal else 'MISSED'}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        lines.append((row.what, row.ours, row.alternative, ratio, goal, row.note))
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), default=tuple(BENCHES), metavar="PART",
+                        help=f"which of {', '.join(BENCHES)} (default all)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="of PyTorch (default %(default)s); OMP_NUM_THREADS sets NumPy's as well")
+    parser.add_argument("--device", default="cpu", help="for projection, sampling and steps (default %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    name = platform.processor() or platform.machine()
+    if args.device != "cpu":
+        name += ", " + torch.cuda.get_device_name(args.device)
+    print(f"{os.cpu_count()} cores ({name}), {args.threads} threads, device {args.device}, torch {torch.__version__}, "
+          f"spconv {importlib.metadata.version('spconv-cu118')}\n", flush=True)
+    print(table([row for name in args.only for row in BENCHES[name](args.device)]))
+
+
+if __name__ == "__main__":
+    main()
