@@ -403,7 +403,7 @@ def test_a_scene_without_any_finite_pose_warns_once_and_is_used_3d_only(tmp_path
     for i in (0, 1):
         np.savetxt(folder / "pose" / f"{i}.txt", np.full((4, 4), -np.inf))
     dataset = SceneDataset(tmp_path, "train", voxel_size=0.1, augment=True, views=2)
-    with pytest.warns(UserWarning, match="lost: none of its 2 frames has a finite pose; used 3D-only") as caught:
+    with pytest.warns(UserWarning, match="lost: none of its 2 frames has a finite, rigid pose; used 3D-only") as caught:
         items = [dataset[(epoch, 0)] for epoch in range(3)]
     assert len(caught) == 1
     assert all(item["image"].shape == (0, 3, 120, 160) for item in items)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from losses import IGNORE, LOSS_WEIGHTS, alignment_loss, branch_loss, scene_mean, semantic_loss, weighted_sum
+from losses import (IGNORE, LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, scene_mean, semantic_loss,
+                    weighted_sum)
 
 
 def example(sizes=(40, 25), classes=4, scale=1.0):
@@ -199,3 +200,23 @@ def test_weighted_sum_multiplies_adds_and_refuses_a_term_without_weight():
     assert weighted_sum(terms, {"a": 0.5, "b": 2.0, "c": 7.0}) == 7.0
     with pytest.raises(KeyError, match=r"\['b'\]"):
         weighted_sum(terms, {"a": 1.0})
+
+
+def test_gate_prior_is_the_squared_distance_of_each_scenes_mean_from_one_half():
+    alpha = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.2, 0.9], requires_grad=True)
+    seen = torch.tensor([True, True, True, True, True, False])
+    index = torch.tensor([0, 0, 0, 1, 1, 1])
+    loss = gate_prior(alpha, seen, index, 3)  # scene means 0.5, 0.2 and none
+    assert torch.allclose(loss, torch.tensor(0.3**2 / 3))
+    loss.backward()
+    assert (alpha.grad[:3].abs() < 1e-6).all()  # single voxels far from 0.5 are free as long as the mean is there
+    assert (alpha.grad[3:5] < 0).all()  # down the gradient: up, towards 0.5
+    assert alpha.grad[5] == 0
+
+
+def test_gate_prior_is_zero_and_finite_where_nothing_is_seen():
+    alpha = torch.zeros(4, requires_grad=True)
+    loss = gate_prior(alpha, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), 1)
+    loss.backward()
+    assert loss == 0
+    assert (alpha.grad == 0).all()

@@ -103,7 +103,7 @@ def test_parts_and_losses_are_known_ones_at_every_moment(plan, pretrained):
         setting = setting_at(epoch, plan=plan, pretrained=pretrained)
         assert set(setting.parts) <= set(PARTS)
         assert len(set(setting.parts)) == len(setting.parts)
-        assert set(setting.losses) <= {"semantic", "branch", "alignment"}
+        assert set(setting.losses) <= {"semantic", "branch", "alignment", "gate"}
         assert setting.clip == 1.0
 
 
