@@ -72,7 +72,7 @@ def load_scene(folder, num_classes=NUM_CLASSES, superpoints=False):
         if broken:
             raise ValueError(f"scene {folder.name}: {broken} of {n} points have {what} that are not finite; "
                              "remove these points from all files of the scene")
-    if color.min() < 0 or color.max() > 255:
+    if color.min() < 0 or color.max() > 255 or (color.dtype.kind == "f" and 0 < color.max() <= 1):
         raise ValueError(f"{folder / 'color.npy'}: expected colours in 0..255, found {color.min()}..{color.max()}")
     scene["color"] = color.astype(np.uint8)
     if (folder / "normal.npy").is_file():
@@ -194,9 +194,10 @@ def _usable_frames(folder):
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if _image_path(folder, i).exists() and (folder / "depth" / f"{i}.png").exists()]
     usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
-    if ids and not usable:
-        warnings.warn(f"scene {folder.name}: none of its {len(ids)} frames has a finite, rigid pose; used 3D-only",
-                      stacklevel=3)
+    images = sum(1 for _ in (folder / "color").glob("*.*"))
+    if images and not usable:
+        warnings.warn(f"scene {folder.name}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
+                      "pose/{i}.txt of its number, without leading zeros; used 3D-only", stacklevel=3)
     return usable, len(ids) - len(usable)
 
 
@@ -273,9 +274,11 @@ def voxel_majority(labels, point_to_voxel, num_voxels, num_classes):
 
 
 def estimate_normals(coord, neighbours=12, chunk=50_000):
-    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours, turned to the middle of the
-    scene (from which a room is seen). In chunks, so memory stays bounded. Zero where it is not defined."""
+    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; turned to where
+    a room is seen from: up on level surfaces (down in the top tenth of the height, a ceiling), else to the middle. Zero
+    where it is not defined."""
     tree, middle = cKDTree(coord), coord.mean(0)
+    ceiling = coord[:, 2].min() + 0.9 * np.ptp(coord[:, 2])
     k = min(neighbours, len(coord))
     normal = np.zeros_like(coord, dtype=np.float32)
     for start in range(0, len(coord) if k >= 3 else 0, chunk):
@@ -284,12 +287,14 @@ def estimate_normals(coord, neighbours=12, chunk=50_000):
         near -= near.mean(1, keepdims=True)
         axes = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1]  # ascending spread
         out = axes[:, :, 0]
-        away = np.einsum("nc,nc->n", out, middle - part) < 0
+        inward = np.einsum("nc,nc->n", out[:, :2], (middle - part)[:, :2])
+        upward = np.where(part[:, 2] > ceiling, -out[:, 2], out[:, 2])
+        away = np.where(np.abs(out[:, 2]) > 0.5, upward, inward) < 0
         normal[start : start + chunk] = np.where(away[:, None], -out, out)
     return normal
 
 
-def superpoints_from_points(coord, normal, angle=20.0, offset=0.03, neighbours=8, cell=1.0, smallest=20):
+def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8, cell=1.0, smallest=20):
     """Over-segment a scan from its points alone: no mesh, no compiled extension.
 
     Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
@@ -468,6 +473,9 @@ class SceneDataset(torch.utils.data.Dataset):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng((self.seed, epoch, i))
         scene = self._once(i, lambda: load_scene(self.folders[i], self.num_classes))
+        if self.augment and scene["segment"] is None:
+            raise ValueError(f"{self.folders[i]} has no segment20.npy: it can be predicted but not trained on; move it "
+                             "out of this split")
         ids = scene["frame_ids"]
         count = min(self.views, len(ids))
         if self.augment:

@@ -141,8 +141,7 @@ def final_miou(log):
 
 def fusion_epochs(log):
     """[(epoch, fusion_2d_ratio or None)] of the epochs after the ramp; [] for a run in which no fusion is active."""
-    after = [(e["epoch"], e.get("fusion_2d_ratio")) for e in log if (e.get("fusion_ramp") or 0) >= 1]
-    return after if any(is_finite(ratio) for _, ratio in after) else []
+    return [(e["epoch"], e.get("fusion_2d_ratio")) for e in log if (e.get("fusion_ramp") or 0) >= 1]
 
 
 def _stability(log):
@@ -187,7 +186,8 @@ def _fusion(log):
     ratios = [ratio for _, ratio in epochs if is_finite(ratio)]
     low, high = FUSION_BAND
     bad = [f"epoch {epoch}: {ratio}" for epoch, ratio in epochs if not (is_finite(ratio) and low <= ratio <= high)]
-    figure = f"fusion_2d_ratio {min(ratios):.3f}..{max(ratios):.3f} over {len(epochs)} epochs, band {low}..{high}"
+    span = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "never measured (no voxel was seen)"
+    figure = f"fusion_2d_ratio {span} over {len(epochs)} epochs, band {low}..{high}"
     detail = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
     return _entry("fusion", figure, not bad, detail)
 

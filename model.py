@@ -344,5 +344,5 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05):
     from open_clip.modified_resnet import ModifiedResNet
 
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
-        visual = ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"])
-    return BiFusion(unet, ClipTower(visual, sizes["dim"]), sizes["dim"], num_classes, depth_tolerance)
+        tower = ClipTower(ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"]), sizes["dim"])
+    return BiFusion(unet, tower, sizes["dim"], num_classes, depth_tolerance)

@@ -22,6 +22,26 @@ from train import RECIPES, load_model, to_device
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 
 
+def open_checkpoint(path, device="cpu"):
+    """train.load_model with every fault of the file or the device as one clear error.
+
+    Returns: model, Config.  Raises: FileNotFoundError, ValueError.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found; a checkpoint is made by: python train.py")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on the kind of device
+        raise ValueError(f"device {device!r} cannot be used ({error}); try --device cpu") from error
+    try:
+        model, config, state = load_model(path, device)
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:  # a field of it is missing, unknown or odd
+        raise ValueError(f"{path} is no checkpoint of this version of train.py: {error}") from error
+    if state["num_classes"] != len(CLASS_NAMES):
+        raise ValueError(f"{path} predicts {state['num_classes']} classes, expected the {len(CLASS_NAMES)} of data.py")
+    return model, config
+
+
 @torch.no_grad()
 def predict_scene(model, config, folder, device="cpu"):
     """Label every point of a scene.
@@ -31,7 +51,7 @@ def predict_scene(model, config, folder, device="cpu"):
         folder:        scene folder; frames are used where there are some and the model has an image branch.
 
     Returns:
-        scene:  dict of data.load_scene.
+        scene:  dict of data.load_scene; its segment is None where every label is IGNORE; voxels, M.
         labels: (N,) int64 class index of each point.
         seen:   share of the voxels that a frame sees, 0 without frames; None for a model without image branch.
 
@@ -39,11 +59,14 @@ def predict_scene(model, config, folder, device="cpu"):
         FileNotFoundError, ValueError: as data.load_scene.
     """
     scene = load_scene(folder)
-    ids, use_images = scene["frame_ids"], model.setting.fusion != "identity"
+    if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
+        scene["segment"] = None  # no ground truth to show or to count
+    ids, use_images = scene["frame_ids"], config.model == "bifusion" and model.setting.fusion != "identity"
     count = min(2 * config.views, len(ids)) if use_images else 0  # as many as evaluation takes
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, count).round().astype(int)]
     frames = load_frames(folder, chosen, RECIPES[config.preset]["image_size"])
     batch = to_device(collate([scene_item(scene, frames, config.voxel_size)]), device)
+    scene["voxels"] = len(batch["grid_coord"])
     out = model(batch)
     labels = out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy()
     return scene, labels, out["stats"]["seen_share"] if use_images else None
@@ -56,7 +79,7 @@ def write_ply(path, coord, labels):
     vertex["x"], vertex["y"], vertex["z"] = coord.T
     vertex["red"], vertex["green"], vertex["blue"] = class_colors(labels).T
     vertex["label"] = np.array([*NYU40_IDS, 0])[labels]  # IGNORE is the last
-    PlyData([PlyElement.describe(vertex, "vertex")]).write(str(path))
+    PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
 
 
 def class_colors(labels):
@@ -126,7 +149,8 @@ def draw(path, scene, labels, title):
     if IGNORE in shown:
         patches.append(Patch(facecolor=NO_LABEL / 255, label="no label"))
     figure.suptitle(title, fontsize=14)
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), frameon=False)
+    columns = min(10 * len(panels) // 3, len(patches))  # what the picture is wide enough for
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
 
 
@@ -138,11 +162,14 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        model, config, _ = load_model(args.checkpoint, args.device)
+        names = [Path(folder).resolve().name for folder in args.scenes]
+        if len(set(names)) < len(names):
+            raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
+        model, config = open_checkpoint(args.checkpoint, args.device)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
-            scene, labels, seen = predict_scene(model, config, folder, args.device)
+            scene, labels, seen = predict_scene(model, config, Path(folder).resolve(), args.device)
             name, title = scene["name"], scene["name"]
             if scene["segment"] is not None:
                 miou = semantic_iou([(scene["segment"], labels)], range(len(CLASS_NAMES)))["miou"]
@@ -150,10 +177,11 @@ def main(argv=None):
             write_ply(out / f"{name}_semantic.ply", scene["coord"], labels)
             draw(out / f"{name}.png", scene, labels, f"{config.model}: {title}")
             views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
-            print(f"{title}: {len(labels)} points, {views.get(seen) or f'{seen:.0%} of the voxels seen by frames'}, "
+            sight = views.get(seen) or f"{seen:.0%} seen by frames"
+            print(f"{title}: {len(labels)} points, {scene['voxels']} voxels, {sight}, "
                   f"{len(np.unique(labels))} classes -> {out}/{name}_semantic.ply, {out}/{name}.png")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
 
 
 if __name__ == "__main__":

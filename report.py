@@ -19,7 +19,8 @@ from pathlib import Path
 from metrics import FUSION_BAND, criteria, epoch_fault, final_miou, fusion_epochs, is_finite
 
 STAGE_NAMES = {1: "stability", 2: "alignment", 3: "enhancement"}
-SAME_KEYS = ("data", "epochs", "seed", "preset", "compress", "voxel_size")  # what two runs must share to be compared
+SAME_KEYS = ("data", "epochs", "seed", "preset", "compress", "plan", "voxel_size", "batch_size", "lr",
+             "weight_decay")  # what two runs must share to be compared
 VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
 
 

@@ -4,7 +4,7 @@ Needs torch only (nothing else is imported) and imports no other file of this pr
 model with a method `parts()` that returns {part name: list of parameters}; see PARTS.
 
     epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
-            21-60  alignment    2D joins: SimpleFusion ramped in from 0, then the learned gate; branches aligned
+            21-60  alignment    2D joins: SimpleFusion ramped in from 0, then the learned gate with a prior on its mean
            61-128  enhancement  FiLM joins, a pretrained tower's first and last layers train at a hundredth of the rate
 
 No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
@@ -51,7 +51,7 @@ STAGES = {
 }
 PLANS = {
     "full": "the curriculum as it stands",
-    "A": "no CLIP, simple fusion, semantic loss only, through all epochs",
+    "A": "simplified: no CLIP, so nothing to fuse, and the semantic loss only, through all epochs",
     "B": "gradient clip 1.0, learning rate 1e-5, weight decay 1e-6 everywhere",
 }
 PLAN_B = {"clip": 1.0, "lr": 1e-5, "weight_decay": 1e-6}

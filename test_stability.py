@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats
-from losses import LOSS_WEIGHTS, weighted_sum
+from losses import LOSS_WEIGHTS, gate_prior, weighted_sum
 from stages import apply_setting, setting_at, stage_epochs
 from train import loss_terms
 
@@ -203,15 +203,18 @@ def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, train_
 
 # ---- the gate is free
 
+@pytest.mark.parametrize("prior", [0.0, LOSS_WEIGHTS["bifusion"]["gate"]])
 @pytest.mark.parametrize(("useful", "low", "high"), [("2d", BAND[1], 1.0), ("3d", 0.0, BAND[0])])
-def test_the_gate_can_leave_the_band_when_one_branch_alone_is_useful(useful, low, high):
+def test_the_gate_can_leave_the_band_when_one_branch_alone_is_useful_prior_or_not(useful, low, high, prior):
     gate = LiteFusionGate(16)
     seen = torch.ones(400, dtype=torch.bool)
     optimizer = torch.optim.Adam(gate.parameters(), 1e-2)
     for _ in range(200):
         feat_2d, feat_3d = torch.randn(400, 16), torch.randn(400, 16)
         alpha = gate(feat_2d, feat_3d, seen)
-        loss = (blend(feat_2d, feat_3d, alpha) - (feat_2d if useful == "2d" else feat_3d)).square().mean()
+        wrong = (blend(feat_2d, feat_3d, alpha) - (feat_2d if useful == "2d" else feat_3d)).square().mean()
+        loss = LOSS_WEIGHTS["bifusion"]["semantic"] * wrong
+        loss = loss + prior * gate_prior(alpha, seen, torch.zeros(400, dtype=torch.long), 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,7 +3,7 @@
     python train.py --stage 1                         # stage 1 on generated rooms (made on first use)
     python train.py                                   # the whole curriculum: stages 1, 2, 3
     python train.py --model baseline                  # the 3D baseline, same epochs, data and rates
-    python train.py --preset base --data data/scannet # full size, on prepared ScanNet
+    python train.py --model baseline --preset base --data data/scannet   # the full-size 3D branch on your own scans
     python train.py --resume --out runs/bifusion      # go on where a run stopped
 
 A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt.
@@ -117,6 +117,9 @@ def parse_config(argv=None):
         torch.device(config.device)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
+    for name in ("voxel_size", "views", "batch_size", "lr"):
+        if not 0 < getattr(config, name) < math.inf:
+            sys.exit(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(config, name)}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"--device {config.device}: no CUDA device here; leave the flag out or give --device cpu")
     return config
@@ -182,7 +185,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch goes on for a screen
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     missing = {"model", "optimizer", "epoch", "config", "num_classes"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {sorted(missing)}")
@@ -217,15 +221,16 @@ def is_pretrained(model):
     return hasattr(model, "tower") and model.tower.pretrained
 
 
+def show(value, form="{:.3f}"):
+    return "-" if value is None else form.format(value)
+
+
 def summary(log, bounds, number):
     """The table at the end of a stage."""
     lines = [line for line in log if line["stage"] == number]
     if not lines:
         return ""
     last, first, end = lines[-1], *bounds[number]
-
-    def show(value, form="{:.3f}"):
-        return "-" if value is None else form.format(value)
 
     minutes = sum(line["seconds"] for line in lines) / 60
     rows = {
@@ -237,7 +242,7 @@ def summary(log, bounds, number):
         "voxels seen": show(last["seen_share"], "{:.0%}"),
         "skipped steps": str(sum(line["skipped_steps"] for line in lines)),
         "time": f"{minutes:.1f} min",
-        "peak memory": f"{last['peak_memory_mb']:.0f} MB",
+        "peak memory, main process": f"{last['peak_memory_mb']:.0f} MB",
     }
     width = max(map(len, rows))
     title = f"stage {number}: {STAGES[number].name}"
@@ -275,18 +280,14 @@ def train(config):
 
     # ---- data
     recipe = RECIPES[config.preset]
-    if config.data == ROOMS and not Path(ROOMS).exists():
+    if config.data == ROOMS:
         import rooms
 
-        print(f"{ROOMS} not found: generating furnished rooms (once)")
-        rooms.generate(ROOMS)
+        rooms.generate(ROOMS)  # what is missing of it
     use_images = config.model == "bifusion" and config.plan != "A"
     common = {"voxel_size": config.voxel_size, "image_size": recipe["image_size"], "seed": config.seed}
-    views = config.views if use_images else 0
-    train_set = SceneDataset(config.data, "train", augment=True, views=views, **common)
-    val_set = SceneDataset(config.data, "val", augment=False, views=2 * views, **common)
-    train_loader = loader(train_set, config.batch_size, config.workers, shuffle=True, seed=config.seed)
-    val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
+    train_set = SceneDataset(config.data, "train", augment=True, **common)
+    val_set = SceneDataset(config.data, "val", **common)
 
     # ---- model, optimiser
     model = build_model(config.model, config.preset, len(CLASS_NAMES), depth_tolerance(config)).to(device)
@@ -323,7 +324,8 @@ def train(config):
         print("image tower: from scratch (no pretrained weights); it trains from stage 2 on")
 
     skipped_in_a_row, bar = 0, None
-    steps = len(train_loader)
+    steps = -(-len(train_set) // config.batch_size)
+    train_loader = None
     for epoch in range(start, end + 1):
         # ---- stage and rates
         began = time.time()
@@ -332,6 +334,11 @@ def train(config):
             last = min(end, bounds[setting.stage][1])
             bar = tqdm(total=(last - epoch + 1) * steps, desc=f"stage {setting.stage} {setting.name}", unit="step",
                        dynamic_ncols=True)
+        views = config.views if use_images and setting.fusion != "identity" else 0
+        if train_loader is None or views != train_set.views:  # workers start anew with the stage that needs images
+            train_set.views, val_set.views = views, 2 * views
+            train_loader = loader(train_set, config.batch_size, config.workers, shuffle=True, seed=config.seed)
+            val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
         apply_setting(model, setting)
         model.train()
         train_loader.batch_sampler.set_epoch(epoch)
@@ -376,8 +383,8 @@ def train(config):
                           f"{ {k: v.item() for k, v in norm.items()} }")
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     break
-            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {log[-1]['val_miou'] or 0 if log else 0:.3f}, "
-                                f"2D {stats[-1]['fusion_2d_ratio'] or 0 if stats else 0:.2f}")
+            miou, ratio = (log[-1]["val_miou"] if log else None), (stats[-1]["fusion_2d_ratio"] if stats else None)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {show(miou)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
             bar.update()
 
         # ---- evaluate, log, save
@@ -399,17 +406,19 @@ def train(config):
         log.append(line)
         append_line(run / "log.jsonl", line)
         if diverged:
+            bar.close()
             sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
-                     f"{run / 'last.pt'}; try --plan B, or a lower --lr")
+                     f"{run / 'last.pt'}; start anew with another --out and --plan B, or a lower --lr")
         if miou is not None and miou > best:
             best = miou
             save_checkpoint(run / "best.pt", model, optimizer, config, epoch)
         if epoch == bounds[setting.stage][1]:
             save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch)
         save_checkpoint(run / "last.pt", model, optimizer, config, epoch)  # last: a kill before repeats the epoch
+        if epoch % 5 == 0 or epoch == bounds[setting.stage][1]:
+            draw_curves(log, run / "curves.png")
         if epoch == bounds[setting.stage][1]:
             bar.close()
-            draw_curves(log, run / "curves.png")
             print(summary(log, bounds, setting.stage), flush=True)
     return log
 
@@ -426,7 +435,7 @@ def main(argv=None):
     try:
         train(config)
     except (FileNotFoundError, ValueError) as error:  # bad input: the message says what to do, a traceback hides it
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a worker's traceback
     print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
           else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
 

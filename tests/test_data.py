@@ -403,7 +403,7 @@ def test_a_scene_without_any_finite_pose_warns_once_and_is_used_3d_only(tmp_path
     for i in (0, 1):
         np.savetxt(folder / "pose" / f"{i}.txt", np.full((4, 4), -np.inf))
     dataset = SceneDataset(tmp_path, "train", voxel_size=0.1, augment=True, views=2)
-    with pytest.warns(UserWarning, match="lost: none of its 2 frames has a finite, rigid pose; used 3D-only") as caught:
+    with pytest.warns(UserWarning, match="lost: none of its 2 images") as caught:
         items = [dataset[(epoch, 0)] for epoch in range(3)]
     assert len(caught) == 1
     assert all(item["image"].shape == (0, 3, 120, 160) for item in items)
@@ -524,13 +524,25 @@ def test_a_scene_of_one_or_few_points_works(points, augment, tmp_path):
     np.testing.assert_allclose(world, np.load(folder / "coord.npy"), atol=1e-5)
 
 
-@pytest.mark.parametrize("labels", [np.full(200, -1), None], ids=["all ignored", "no file"])
-def test_a_scene_without_labels_gives_ignored_voxels(labels, tmp_path):
+@pytest.mark.parametrize(("labels", "augment"), [(np.full(200, -1), True), (None, False)], ids=["ignored", "no file"])
+def test_a_scene_without_labels_gives_ignored_voxels(labels, augment, tmp_path):
     write_scene(tmp_path / "train" / "scene", segment20=labels, instance=None)
-    batch = collate([SceneDataset(tmp_path, "train", voxel_size=0.3, augment=True)[0]])
+    batch = collate([SceneDataset(tmp_path, "train", voxel_size=0.3, augment=augment)[0]])
     assert (batch["segment"] == IGNORE).all() and (batch["point_segment"] == IGNORE).all()
     assert len(batch["segment"]) == len(batch["grid_coord"]) and len(batch["point_segment"]) == 200
     assert load_scene(tmp_path / "train" / "scene")["instance"] is None
+
+
+def test_a_scene_without_a_label_file_is_refused_in_training(tmp_path):
+    write_scene(tmp_path / "train" / "scene", segment20=None)
+    with pytest.raises(ValueError, match=r"scene has no segment20.npy: it can be predicted but not trained on"):
+        SceneDataset(tmp_path, "train", voxel_size=0.3, augment=True)[0]
+
+
+def test_colours_between_zero_and_one_are_refused_instead_of_turning_black(tmp_path):
+    write_scene(tmp_path / "scene", color=np.random.default_rng(0).random((200, 3)).astype(np.float32))
+    with pytest.raises(ValueError, match=r"color.npy: expected colours in 0..255"):
+        load_scene(tmp_path / "scene")
 
 
 # ------------------------------------------------------------------------------------------------------ items, batches

@@ -262,9 +262,14 @@ def test_fusion_is_not_judged_during_the_ramp():
 
 def test_fusion_cannot_be_judged_without_an_epoch_after_the_ramp():
     assert verdict("fusion", make_log(12))["passed"] is None  # ends within the ramp
-    assert verdict("fusion", make_log(ratio=None))["passed"] is None  # ramp runs, nothing is fused
     baseline = [{k: v for k, v in entry.items() if not k.startswith("fusion")} for entry in make_log()]
     assert verdict("fusion", baseline)["passed"] is None
+
+
+def test_fusion_fails_when_no_view_ever_sees_a_voxel():
+    judged = verdict("fusion", make_log(ratio=None))  # the ramp is over, and there is nothing to fuse
+    assert judged["passed"] is False
+    assert "no voxel was seen" in judged["figure"]
 
 
 def test_criteria_refuse_an_empty_log_and_a_repeated_epoch():

@@ -315,3 +315,12 @@ def test_a_gpu_gives_the_logits_of_the_cpu(make_model, make_batch, train_steps, 
         here = model(batch)["logits"]
         there = model.cuda()({k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()})["logits"].cpu()
     assert torch.allclose(here, there, atol=2e-2)
+
+
+def test_both_models_of_one_seed_start_from_the_same_3d_weights():
+    torch.manual_seed(3)
+    baseline = build_model("baseline", "small", 20).state_dict()
+    torch.manual_seed(3)
+    bifusion = build_model("bifusion", "small", 20).state_dict()
+    assert len(baseline) > 50
+    assert all(torch.equal(value, bifusion[name]) for name, value in baseline.items())

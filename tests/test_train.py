@@ -72,6 +72,9 @@ def test_an_unknown_flag_or_value_stops_with_the_choices(flags, said, capsys, tm
 @pytest.mark.parametrize(("flags", "said"), [
     (["--compress", "0.5"], "at least 1"),
     (["--device", "abacus"], "abacus"),
+    (["--batch-size", "0"], "--batch-size must be above 0"),
+    (["--voxel-size", "-1"], "--voxel-size must be above 0"),
+    (["--lr", "nan"], "--lr must be above 0 and finite"),
 ])
 def test_a_value_that_cannot_be_is_refused_before_anything_is_written(flags, said, tmp_path):
     assert said in message_of(parse_config, [*flags, "--out", str(tmp_path / "run")])
@@ -231,6 +234,36 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_copy):
     assert "already holds a run" in said
     assert "--resume" in said
     assert before == {path.name: path.read_bytes() for path in run_copy.iterdir()}
+
+
+def test_a_stage_that_the_run_already_holds_is_refused_and_nothing_is_lost(run_copy):
+    before = {path.name: path.read_bytes() for path in run_copy.iterdir()}
+    said = message_of(main, ["--stage", "2", "--out", str(run_copy), "--device", "cpu"])
+    assert "already holds epochs up to 3, stage 2 starts at 1" in said
+    for name in ("log.jsonl", "last.pt", "best.pt", "stage2.pt"):
+        assert before[name] == (run_copy / name).read_bytes()
+
+
+def test_a_broken_file_met_by_a_worker_process_ends_in_one_line(tiny_rooms, tmp_path):
+    root = shutil.copytree(tiny_rooms, tmp_path / "data")
+    broken = sorted((root / "train").iterdir())[0] / "coord.npy"
+    broken.write_bytes(broken.read_bytes()[:200])
+    said = message_of(main, ["--model", "baseline", "--data", str(root), "--out", str(tmp_path / "run"),
+                             "--device", "cpu", "--workers", "1"])
+    assert said.startswith("error: ")
+    assert str(broken) in said
+    assert "\n" not in said
+
+
+def test_default_rooms_that_are_half_generated_are_completed(monkeypatch, tmp_path):
+    import rooms
+
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(rooms, "generate", asked.append)
+    (tmp_path / "data" / "rooms").mkdir(parents=True)
+    assert "python rooms.py" in message_of(main, ["--device", "cpu", "--out", str(tmp_path / "run")])
+    assert asked == ["data/rooms"]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--lr", "0.5"), ("--seed", "7"), ("--model", "baseline"),
