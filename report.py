@@ -277,8 +277,9 @@ def draw_curves(log_or_logs, path):
 
 
 def _draw_losses(ax, log):
-    """Total loss and every term; a cross on the axis marks an epoch that broke stability."""
-    terms = sorted({term for entry in log for term in entry.get("losses") or {}})
+    """Total loss and every term but the gate prior (the squared distance of the fusion panel's curve from 0.5, far
+    below the others); a cross on the axis marks an epoch that broke stability."""
+    terms = sorted({term for entry in log for term in entry.get("losses") or {}} - {"gate"})
     curves = [("total", _series(log, lambda e: e.get("loss")), INK)]
     curves += [(term, _series(log, lambda e, t=term: (e.get("losses") or {}).get(t)), COLORS.get(term, FAINT))
                for term in terms]
