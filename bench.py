@@ -41,17 +41,22 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def timed(*functions, repeats=7, device="cpu"):
-    """Median seconds of each function; they take turns, after one call each that does not count."""
+def timed(*functions, repeats=5, device="cpu"):
+    """Median seconds of each function; they take turns.
+
+    In each turn a function runs twice and the second call counts: after NumPy's matrix product its BLAS threads spin
+    for some milliseconds, on the core that the next function would use.
+    """
     seconds = [[] for _ in functions]
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for times, function in zip(seconds, functions):
-            start = time.perf_counter()
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                times.append(time.perf_counter() - start)
+            for counts in (False, True):
+                start = time.perf_counter()
+                function()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                if counts:
+                    times.append(time.perf_counter() - start)
     return [float(np.median(times)) for times in seconds]
 
 

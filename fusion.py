@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 DEPTH_TOLERANCE = 0.05  # metres between a point and the depth map, BPNet's value
+CHUNK_BITS = 6
+CHUNK = 1 << CHUNK_BITS  # consecutive points that link_views skips together where a view does not see their box
+BLOCK = 2048  # pairs of a chunk and a view that it projects at a time
 
 
 class Links(NamedTuple):
@@ -61,14 +64,14 @@ def project_points(points, world_to_camera, intrinsics):
 
 
 @torch.no_grad()
-def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE, chunk=64):
+def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE):
     """Find every view that sees a point: in front of the camera, inside the image, agreeing with the depth map.
 
     Same projection as `project_points`; camera, intrinsics and image size are one 3x4 matrix a view, scaled so that a
     point is inside the image where max(|x|, |y|) < z: no division, and z > 0 is part of it. A view skips every
     chunk of consecutive points whose bounding box lies wholly outside one of its image borders: fastest where
     neighbours in the array are neighbours in space, as voxels in grid order are, though the result does not depend on
-    it. One view at a time: memory is a few numbers a point, whatever V.
+    it. Pairs of a chunk and a view go through in blocks, so memory beyond the links themselves is bounded.
 
     Args:
         points:          (N, 3) float, world frame, metres, NOT augmented. One that is not finite is unseen.
@@ -76,7 +79,6 @@ def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLER
         intrinsics:      (V, 3, 3) float, pixels, for the depth maps' size.
         depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen).
         tolerance:       metres by which a point may differ from the depth map.
-        chunk:           consecutive points that a view skips together.
 
     Returns:
         Links. No view or no visible point gives empty links.
@@ -99,43 +101,42 @@ def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLER
     to_unit = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]],
                            dtype=torch.float64, device=points.device)
     camera = (to_unit @ intrinsics.double() @ world_to_camera.double()[:, :3]).to(points.dtype)  # (V, 3, 4)
-    chunks = F.pad(points, (0, 0, 0, -len(points) % chunk), value=torch.nan)  # padding is never inside an image
-    chunks = chunks.view(-1, chunk, 3).transpose(1, 2).contiguous()  # (n, 3, chunk)
-    near = _chunks_in_view(chunks, camera)  # (V, n) bool
+    chunks = F.pad(points, (0, 0, 0, -len(points) % CHUNK), value=torch.nan)  # padding is never inside an image
+    chunks = chunks.view(-1, CHUNK, 3).transpose(1, 2).contiguous()  # (n, 3, CHUNK)
+    chunk_of, view_of = _chunks_in_view(chunks, camera).nonzero().unbind(1)  # (P,) pairs of a chunk and a view
 
-    keys, us, vs = [], [], []
-    for view, matrix in enumerate(camera.tolist()):
-        kept = near[view].nonzero().squeeze(1)  # (m,) chunks
-        px, py, pz = chunks.index_select(0, kept).unbind(1)  # (m, chunk) each
-        x, y, z = (torch.add(px * a + d, py, alpha=b).add_(pz, alpha=c).view(-1) for a, b, c, d in matrix)
-        inside = (torch.maximum(x.abs(), y.abs()) < z).nonzero().squeeze(1)  # (l,) index into (m, chunk)
-        x, y, z = (value.index_select(0, inside) for value in (x, y, z))
+    found = []
+    for chunk, view in zip(chunk_of.split(BLOCK), view_of.split(BLOCK)):
+        px, py, pz = chunks.index_select(0, chunk).unbind(1)  # (b, CHUNK) each
+        matrix = camera.index_select(0, view)[..., None]  # (b, 3, 4, 1)
+        x, y, z = (torch.addcmul(torch.addcmul(torch.addcmul(matrix[:, row, 3], px, matrix[:, row, 0]),
+                                               py, matrix[:, row, 1]), pz, matrix[:, row, 2]) for row in range(3))
+        inside = (torch.maximum(x.abs(), y.abs()) < z).view(-1).nonzero().squeeze(1)  # (l,) index into (b, CHUNK)
+        x, y, z = (value.view(-1).index_select(0, inside) for value in (x, y, z))
         u = (x / z).mul_(width / 2).add_((width - 1) / 2)
         v = (y / z).mul_(height / 2).add_((height - 1) / 2)
         column, line = u.round().int().clamp_(0, width - 1), v.round().int().clamp_(0, height - 1)
-        reading = depth[view].reshape(-1).index_select(0, line * width + column)
-        seen = (((reading - z).abs_() <= tolerance) & (reading > 0)).nonzero().squeeze(1)
-        inside = inside.index_select(0, seen)
-        row = inside.div(chunk, rounding_mode="floor")
-        point = inside + (kept - torch.arange(len(kept), device=kept.device)).mul_(chunk).index_select(0, row)
-        keys.append(point * num_views + view)
-        us.append(u.index_select(0, seen))
-        vs.append(v.index_select(0, seen))
-    key, order = torch.cat(keys).sort()  # by point, then by view
-    point = key.div(num_views, rounding_mode="floor")
-    uv = torch.stack([torch.cat(us).index_select(0, order), torch.cat(vs).index_select(0, order)], 1)
-    return Links(point, key - point * num_views, uv)
+        pair = inside >> CHUNK_BITS  # inside // CHUNK
+        point = chunk.index_select(0, pair).mul_(CHUNK).add_(inside & (CHUNK - 1))
+        view = view.index_select(0, pair)
+        reading = depth.reshape(-1).index_select(0, (view * height + line) * width + column)
+        keep = (((reading - z).abs_() <= tolerance) & (reading > 0)).nonzero().squeeze(1)
+        found.append([value.index_select(0, keep) for value in (point, view, u, v)])
+    point, view, u, v = (torch.cat(values) for values in zip(*found)) if found else [points.new_zeros(0)] * 4
+    order = (point.long() * num_views + view.long()).argsort()  # by point, then by view
+    uv = torch.stack([u.index_select(0, order), v.index_select(0, order)], 1)
+    return Links(point.long().index_select(0, order), view.long().index_select(0, order), uv)
 
 
 def _chunks_in_view(chunks, camera):
-    """(n, 3, chunk) points, (V, 3, 4) -> (V, n) bool, False where a whole chunk lies outside one border of a view."""
+    """(n, 3, CHUNK) points, (V, 3, 4) -> (n, V) bool, False where a whole chunk lies outside one border of a view."""
     x, y, z = camera.unbind(1)  # (V, 4) each
     border = torch.cat([z - x, z + x, z - y, z + y])  # (4 V, 4) linear in the point, positive inside the image
     low, high = chunks.amin(2), chunks.amax(2)  # (n, 3)
     largest = torch.addmm(border[:, 3], (low + high) / 2, border[:, :3].T)  # (n, 4 V) at the box's centre
     largest.addmm_((high - low) / 2, border[:, :3].abs().T)  # at its best corner
     outside = (largest.view(len(chunks), 4, -1) <= 0).any(1)  # NaN (a point not finite, padding) is not outside
-    return ~outside.T
+    return ~outside
 
 
 def sample_views(feature_maps, links, image_size, num_points):

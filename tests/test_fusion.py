@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fusion
 from fusion import (DEPTH_TOLERANCE, GEOMETRY_CHANNELS, FiLM, LiteFusionGate, Links, SimpleFusion, Standardise, blend,
                     fusion_stats, geometry_code, link_views, project_points, sample_views)
 
@@ -146,7 +147,7 @@ def test_links_agree_with_project_points_and_a_slow_loop():
         assert torch.allclose(links.uv[here], uv[links.point[here]], atol=2e-3)
 
 
-def test_links_are_sorted_by_point_then_view_whatever_the_chunk():
+def test_links_are_sorted_by_point_then_view_whatever_the_block(monkeypatch):
     world_to_camera, intrinsics = random_cameras(3, seed=7)
     points = torch.randn(100, 3)
     depth = torch.full((3, HEIGHT, WIDTH), 1.5)
@@ -154,8 +155,9 @@ def test_links_are_sorted_by_point_then_view_whatever_the_chunk():
     order = whole.point * 3 + whole.view
     assert len(order) > 5
     assert (order[1:] > order[:-1]).all()
-    for chunk in (1, 7, 100):
-        parts = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0, chunk=chunk)
+    for block in (1, 2, 5):
+        monkeypatch.setattr(fusion, "BLOCK", block)
+        parts = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0)
         assert torch.equal(parts.point, whole.point)
         assert torch.equal(parts.view, whole.view)
         assert torch.allclose(parts.uv, whole.uv, atol=1e-4)
