@@ -436,6 +436,9 @@ def main(argv=None):
         train(config)
     except (FileNotFoundError, ValueError) as error:  # bad input: the message says what to do, a traceback hides it
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a worker's traceback
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; what was finished up to the last epoch is in {config.out}. Go on with: "
+                 f"python train.py --resume --out {config.out}")
     print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
           else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
 

@@ -419,3 +419,14 @@ def test_nine_non_finite_steps_in_a_row_do_not_stop_the_run(run_train, tmp_path,
     log = run_train(tmp_path / "run", *SHORT, "--batch-size", 1)
     assert sum(line["skipped_steps"] for line in log) == 9
     assert len(log) == 4
+
+
+def test_an_interrupt_ends_with_the_line_that_goes_on(monkeypatch, tmp_path):
+    import train
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    said = message_of(main, ["--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert f"python train.py --resume --out {tmp_path / 'run'}" in said
