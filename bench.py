@@ -243,7 +243,7 @@ def rooms_rows(device):
 
 
 def steps_rows(device):
-    """Training steps and data loading with the recipe of preset small."""
+    """Training steps of 4 rooms and data loading, otherwise with the recipe of preset small."""
     recipe = RECIPES["small"]
     with tempfile.TemporaryDirectory() as folder:
         for i in range(4):

@@ -14,14 +14,12 @@ import dataclasses
 import json
 import math
 import os
-import random
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -270,8 +268,6 @@ def mean_of(values):
 
 def train(config):
     # ---- seed, device, output folder
-    random.seed(config.seed)
-    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
     run = Path(config.out)
@@ -283,7 +279,10 @@ def train(config):
     if config.data == ROOMS:
         import rooms
 
-        rooms.generate(ROOMS)  # what is missing of it
+        known = Path(ROOMS, "rooms.json")  # rooms made with another seed are completed with theirs
+        spec = json.loads(known.read_text()) if known.exists() else {}
+        if spec or not Path(ROOMS, "train").exists():
+            rooms.generate(ROOMS, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
     use_images = config.model == "bifusion" and config.plan != "A"
     common = {"voxel_size": config.voxel_size, "image_size": recipe["image_size"], "seed": config.seed}
     train_set = SceneDataset(config.data, "train", augment=True, **common)

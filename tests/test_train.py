@@ -260,10 +260,13 @@ def test_default_rooms_that_are_half_generated_are_completed(monkeypatch, tmp_pa
 
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(rooms, "generate", asked.append)
-    (tmp_path / "data" / "rooms").mkdir(parents=True)
+    monkeypatch.setattr(rooms, "generate", lambda root, seed, image_size: asked.append((root, seed, image_size)))
+    folder = tmp_path / "data" / "rooms"
+    folder.mkdir(parents=True)
     assert "python rooms.py" in message_of(main, ["--device", "cpu", "--out", str(tmp_path / "run")])
-    assert asked == ["data/rooms"]
+    (folder / "rooms.json").write_text('{"generator": 1, "seed": 5, "image_size": [64, 48]}')
+    assert "python rooms.py" in message_of(main, ["--device", "cpu", "--out", str(tmp_path / "run")])
+    assert asked == [("data/rooms", 0, (160, 120)), ("data/rooms", 5, (64, 48))]  # a half-made set keeps its own seed
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--lr", "0.5"), ("--seed", "7"), ("--model", "baseline"),
