@@ -1,6 +1,7 @@
 """Generated rooms: the embedded default data, as scene folders with points, labels and posed RGB-D frames.
 
     python rooms.py --out data/rooms --train 32 --val 12 --seed 0
+    python rooms.py --as-scannet data/raw --train 32 --val 12 --seed 0    # the same rooms as official ScanNet files
 
 A room is a floor, four walls, furniture made of boxes and flat things on the walls, in ScanNet's 20 classes. Points are
 sampled on the surfaces, frames are ray cast exactly, both with sensor-like noise. The same seed gives the same bytes,
@@ -13,21 +14,26 @@ have the same mean and variance, and the points' colours are smeared by COLOR_DR
 can find the group but has to guess within it; in the frames the pattern is plain to see. A gain of the image branch on
 these rooms shows that fusion works, not how much it would gain on real scans.
 
-Frame: metres, +z up, the floor is z = 0, the room spans (0, 0, 0) to its size. There is no ceiling.
+Frame: metres, +z up, the floor is z = 0, the room spans (0, 0, 0) to its size. There is no ceiling. --as-scannet turns
+and shifts each room out of this frame, and its axisAlignment leads back. Room i of the split train is scene 2i there,
+that of val is scene 2i + 1, so that a room keeps its name whatever the number of rooms.
 """
 import argparse
 import json
 import math
 import os
 import shutil
+import struct
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.spatial import Delaunay
 from tqdm import tqdm
 
-from data import CLASS_NAMES
+from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS
 
 GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
 POINTS_PER_M2 = 1000
@@ -40,6 +46,7 @@ FRAMES = 8
 PLACE_TRIES = 200           # for one piece of furniture
 VIEW_RANGE = 3.0            # m; frames are chosen for what they see within it: patterns are resolved that far
 PATCH = 0.5                 # m, edge of a superpoint
+LONGEST_EDGE = 0.15         # m; longer edges of the mesh would bridge a hole
 WALL, FLOOR = CLASS_NAMES.index("wall"), CLASS_NAMES.index("floor")
 PATTERNS = ("stripes", "checks", "dots")
 CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
@@ -482,23 +489,155 @@ def write_scene(folder, seed, image_size=(160, 120)):
         np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix, fmt="%.6f")
 
 
-def _write_whole(root, split, index, seed, image_size):
+# ---- the same as official ScanNet files ----
+
+def mesh_faces(coord, normal, superpoint):
+    """Faces through the points: Delaunay triangles in the plane of each superpoint; the seams between them stay open.
+
+    Args:
+        coord, normal: (N, 3) m and unit.  superpoint: (N,) int, flat patches or legs, as from sample_points.
+
+    Returns:
+        (F, 3) int32 rows of coord, counter-clockwise seen from where the normals point to. A few points have no face.
+    """
+    order = np.argsort(superpoint, kind="stable")
+    faces = []
+    for rows in np.split(order, np.cumsum(np.bincount(superpoint))[:-1]):
+        along, across = normal[rows] @ normal[rows[0]], np.cross(normal[rows[0]], normal[rows])[:, 2]
+        side = np.where(np.abs(along) > 0.7, along < 0, 2 + (across > 0))             # a leg's patch goes round it
+        for sheet in (rows[side == s] for s in np.unique(side)):
+            if len(sheet) < 3:
+                continue
+            out = normal[sheet].mean(axis=0)
+            out = out / np.linalg.norm(out)
+            u = np.cross(out, np.eye(3)[np.abs(out).argmin()])
+            plane = coord[sheet] @ np.stack([u, np.cross(out, u)], axis=1)                       # (n, 2)
+            corner = sheet[Delaunay(plane).simplices]                                            # counter-clockwise
+            a, b, c = coord[corner].transpose(1, 0, 2)
+            longest = np.linalg.norm([b - a, c - b, a - c], axis=2).max(axis=0)
+            slope = np.cross(b - a, c - a)
+            upright = slope @ out > 0.5 * np.linalg.norm(slope, axis=1)     # else noise turns a sliver on its edge
+            faces.append(corner[upright & (longest < LONGEST_EDGE)])
+    return np.concatenate(faces).astype(np.int32)
+
+
+def _write_ply(path, coord, color, faces, label=None):
+    """A binary mesh with ScanNet's properties; `label` (N,) only in labels.ply."""
+    columns = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), *((name, "u1") for name in ("red", "green", "blue", "alpha"))]
+    columns += [] if label is None else [("label", "<u2")]
+    vertex = np.zeros(len(coord), columns)
+    vertex["x"], vertex["y"], vertex["z"] = coord.T
+    vertex["red"], vertex["green"], vertex["blue"] = color.T
+    vertex["alpha"] = 255
+    if label is not None:
+        vertex["label"] = label
+    face = np.zeros(len(faces), [("count", "u1"), ("corner", "<i4", 3)])
+    face["count"], face["corner"] = 3, faces
+    types = {"<f4": "float", "u1": "uchar", "<u2": "ushort"}
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertex)}",
+              *(f"property {types[kind]} {name}" for name, kind in columns), f"element face {len(face)}",
+              "property list uchar int vertex_indices", "end_header", ""]
+    path.write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
+
+
+def _write_sens(path, intrinsic, frames, image_size):
+    """A .sens of version 4; `intrinsic` (4, 4), frames are (camera_to_world, jpeg bytes, depth (H, W) u16 mm)."""
+    name, eye = b"StructureSensor", np.eye(4)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<IQ", 4, len(name)) + name)
+        file.write(np.stack([intrinsic, eye, intrinsic, eye]).astype("<f4").tobytes())
+        file.write(struct.pack("<2i4IfQ", 2, 1, *image_size, *image_size, 1000, len(frames)))    # jpeg, zlib u16
+        for i, (pose, jpeg, depth) in enumerate(frames):
+            depth = zlib.compress(depth.astype("<u2").tobytes())
+            file.write(pose.astype("<f4").tobytes() + struct.pack("<4Q", 33333 * i, 33333 * i, len(jpeg), len(depth)))
+            file.write(jpeg + depth)
+        file.write(struct.pack("<Q15dQ", 1, *[0.0] * 15, 0))         # the tail: one reading of the motion sensor
+
+
+def write_scan(folder, scene_folder, seed):
+    """Write a room's scene folder as an official ScanNet scan, with frames both in the .sens and exported.
+
+    Points and poses go to the frame of the scan, which `axisAlignment` (drawn from the seed) leads out of. Images keep
+    their bytes. Segments are the superpoints. Groups of the aggregation are the instances with their ids as objectId,
+    then, as in ScanNet, floor and walls. A second aggregation, of a mesh that is not there, says otherwise.
+
+    Args:
+        folder:       path of the new scan, named like it.
+        scene_folder: as from write_scene.
+        seed:         int or sequence of int, for numpy's default_rng.
+    """
+    folder, scene_folder, rng = Path(folder), Path(scene_folder), np.random.default_rng(seed)
+    coord, color, normal, segment, instance, superpoint = (
+        np.load(scene_folder / f"{name}.npy")
+        for name in ("coord", "color", "normal", "segment20", "instance", "superpoint"))
+    alignment = np.eye(4)
+    alignment[:3, :3] = _turn(np.eye(3), rng.uniform(-math.pi, math.pi)).T
+    alignment[:3, 3] = rng.uniform((-5, -5, -0.5), (5, 5, 0.5))
+    alignment = alignment.round(6)                                   # exactly what the .txt will say
+    to_scan = np.linalg.inv(alignment)
+
+    for name in ("color", "depth", "intrinsic"):
+        shutil.copytree(scene_folder / name, folder / name)
+    (folder / "pose").mkdir()
+    frames = []
+    for i in range(FRAMES):
+        pose = to_scan @ np.loadtxt(scene_folder / "pose" / f"{i}.txt")
+        np.savetxt(folder / "pose" / f"{i}.txt", pose, fmt="%.6f")
+        with Image.open(folder / "depth" / f"{i}.png") as image:
+            frames.append((pose, (folder / "color" / f"{i}.jpg").read_bytes(), np.asarray(image)))
+    height, width = frames[0][2].shape
+    _write_sens(folder / f"{folder.name}.sens", np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt"), frames,
+                (width, height))
+
+    faces = mesh_faces(coord, normal, superpoint)
+    coord = coord @ to_scan[:3, :3].T + to_scan[:3, 3]
+    mesh = f"{folder.name}_vh_clean_2"
+    _write_ply(folder / f"{mesh}.ply", coord, color, faces)
+    _write_ply(folder / f"{mesh}.labels.ply", coord, CLASS_COLORS[segment], faces, np.array(NYU40_IDS)[segment])
+    segments = f"{mesh}.0.010000.segs.json"
+    (folder / segments).write_text(json.dumps({"sceneId": folder.name, "segIndices": superpoint.tolist()}))
+    groups = [(CLASS_NAMES[segment[mine][0]], np.unique(superpoint[mine]).tolist())
+              for mine in (*(instance == i for i in range(instance.max() + 1)), segment == FLOOR, segment == WALL)]
+    for name, of, listed in ((folder.name, segments, groups),
+                             (f"{folder.name}_vh_clean", f"{folder.name}_vh_clean.segs.json", groups[::-1])):
+        (folder / f"{name}.aggregation.json").write_text(json.dumps({
+            "sceneId": f"scannet.{folder.name}", "appId": "Aggregator.v2", "segmentsFile": f"scannet.{of}",
+            "segGroups": [{"id": i, "objectId": i, "segments": ids, "label": label}
+                          for i, (label, ids) in enumerate(listed)]}))
+    numbers = " ".join(f"{value:.6f}" for value in alignment.ravel())
+    (folder / f"{folder.name}.txt").write_text(
+        f"axisAlignment = {numbers}\ncolorHeight = {height}\ncolorWidth = {width}\ndepthHeight = {height}\n"
+        f"depthWidth = {width}\nnumColorFrames = {FRAMES}\nnumDepthFrames = {FRAMES}\nsceneType = Generated\n")
+
+
+# ---- data sets ----
+
+def _place(split, index, as_scannet):
+    """Where room `index` of a split lies below the root."""
+    return f"scans/scene{2 * index + (split == 'val'):04d}_00" if as_scannet else f"{split}/room_{index:04d}"
+
+
+def _write_whole(root, split, index, seed, image_size, as_scannet):
     """Write scene `index` of a split beside its place and rename it there, so that it exists whole or not at all."""
-    final = root / split / f"room_{index:04d}"
-    part = root / ".unfinished" / f"{split}_{index:04d}_{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    final = root / _place(split, index, as_scannet)
+    work = root / ".unfinished" / f"{split}_{index:04d}_{os.getpid()}"
+    made, seed = work / "room", (seed, ("train", "val").index(split), index)
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        write_scene(part, (seed, ("train", "val").index(split), index), image_size)
-        part.rename(final)
+        write_scene(made, seed, image_size)
+        if as_scannet:
+            write_scan(work / final.name, made, seed)
+            made = work / final.name
+        made.rename(final)
     except OSError:
         if not final.is_dir():        # unless another run was faster: it has written the same bytes
             raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
-    """Make the rooms of <root>/train and <root>/val that are not there yet.
+def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120), as_scannet=False):
+    """Make the rooms of <root>/train and <root>/val that are not there yet, or of <root>/scans as ScanNet has them.
 
     Args:
         root:       folder of the data set; <root>/rooms.json records what it was made with.
@@ -506,6 +645,7 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
         seed:       int >= 0; same seed, same bytes.
         workers:    number of processes, default one a CPU core.
         image_size: (width, height) of the frames.
+        as_scannet: True: official ScanNet files and split lists (scannetv2_test.txt is empty), see write_scan.
 
     Returns:
         int, the number of rooms made now.
@@ -518,24 +658,28 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
         raise ValueError("expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more; got "
                          f"train {train}, val {val}, seed {seed}, workers {workers}, images {image_size}")
     asked = {"generator": GENERATOR, "seed": seed, "image_size": list(image_size)}
+    flag, own = "--out", ("train/*", "val/*")
+    if as_scannet:
+        asked["as_scannet"] = True
+        flag, own = "--as-scannet", ("scans/*", "scannetv2_*")
     spec = root / "rooms.json"
     if spec.exists():
         found = json.loads(spec.read_text())
         if found != asked:
             raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "
-                             f"choose another folder with --out or delete {root}")
-    elif any(path.is_dir() and any(path.iterdir()) for path in (root / "train", root / "val")):
+                             f"choose another folder with {flag} or delete {root}")
+    elif any(any(root.glob(pattern)) for pattern in own):
         raise ValueError(f"{root} holds scenes but no rooms.json, so they are not generated rooms; "
-                         "choose another folder with --out")
-    for split in ("train", "val", ".unfinished"):
-        (root / split).mkdir(parents=True, exist_ok=True)
+                         f"choose another folder with {flag}")
+    for name in (("scans",) if as_scannet else ("train", "val")) + (".unfinished",):
+        (root / name).mkdir(parents=True, exist_ok=True)
     if not spec.exists():
         part = root / ".unfinished" / f"rooms_{os.getpid()}.json"
         part.write_text(json.dumps(asked) + "\n")
         part.replace(spec)
 
-    jobs = [(root, split, i, seed, tuple(image_size)) for split, count in (("train", train), ("val", val))
-            for i in range(count) if not (root / split / f"room_{i:04d}").is_dir()]
+    jobs = [(root, split, i, seed, tuple(image_size), as_scannet) for split, count in (("train", train), ("val", val))
+            for i in range(count) if not (root / _place(split, i, as_scannet)).is_dir()]
     with tqdm(total=len(jobs), desc="rooms", unit="room", disable=not jobs) as bar:
         if min(workers, len(jobs)) <= 1:
             for job in jobs:
@@ -550,6 +694,10 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
             finally:
                 pool.shutdown(cancel_futures=True)
     shutil.rmtree(root / ".unfinished", ignore_errors=True)       # also what a killed run has left
+    if as_scannet:
+        for split, odd in (("train", 0), ("val", 1), ("test", None)):
+            names = sorted(path.name for path in (root / "scans").glob("scene*_00") if int(path.name[5:-3]) % 2 == odd)
+            (root / f"scannetv2_{split}.txt").write_text("".join(f"{name}\n" for name in names))
     return len(jobs)
 
 
@@ -563,9 +711,12 @@ def _image_size(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate rooms as scene folders.",
+    parser = argparse.ArgumentParser(description="Generate rooms, as scene folders or as ScanNet files.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="data/rooms", help="folder of the data set")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--out", default="data/rooms", help="folder of the data set")
+    place.add_argument("--as-scannet", metavar="DIR", help="write the rooms to DIR as official ScanNet files instead "
+                       "(DIR/scans/ and DIR/scannetv2_{train,val,test}.txt), to try what reads ScanNet")
     parser.add_argument("--train", type=int, default=32, help="number of training rooms")
     parser.add_argument("--val", type=int, default=12, help="number of validation rooms")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
@@ -573,10 +724,11 @@ def main():
     parser.add_argument("--image-size", type=_image_size, default=(160, 120), metavar="WxH", help="pixels of a frame")
     args = parser.parse_args()
     try:
-        made = generate(args.out, args.train, args.val, args.seed, args.workers, args.image_size)
+        made = generate(args.as_scannet or args.out, args.train, args.val, args.seed, args.workers, args.image_size,
+                        as_scannet=args.as_scannet is not None)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{args.out}: {made} rooms made, {args.train + args.val - made} were there")
+    print(f"{args.as_scannet or args.out}: {made} rooms made, {args.train + args.val - made} were there")
 
 
 if __name__ == "__main__":
