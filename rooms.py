@@ -557,9 +557,10 @@ def _write_sens(path, intrinsic, frames, image_size):
 def write_scan(folder, scene_folder, seed):
     """Write a room's scene folder as an official ScanNet scan, with frames both in the .sens and exported.
 
-    Points and poses go to the frame of the scan, which `axisAlignment` (drawn from the seed) leads out of. Images keep
-    their bytes. Segments are the superpoints. Groups of the aggregation are the instances with their ids as objectId,
-    then, as in ScanNet, floor and walls. A second aggregation, of a mesh that is not there, says otherwise.
+    Points and poses are turned and shifted by the inverse of the scan's axisAlignment, which is drawn from the seed.
+    Images keep their bytes. Segments are the superpoints. Groups of the aggregation are the instances, objectId being
+    the id, then floor and walls, which ScanNet groups too. As there, a second aggregation, which belongs to another
+    mesh (not written), lies beside it.
 
     Args:
         folder:       path of the new scan, named like it.

@@ -49,9 +49,9 @@ def alignment_of(scan):
 @functools.cache
 def vertices(path):
     """(N, 3) positions, the vertex element and (F, 3) faces of a .ply."""
-    ply = PlyData.read(path)
+    ply = PlyData.read(path, known_list_len={"face": {"vertex_indices": 3}})      # fails on any other number
     vertex = ply["vertex"]
-    return np.stack([vertex["x"], vertex["y"], vertex["z"]], 1), vertex, np.stack(ply["face"]["vertex_indices"])
+    return np.stack([vertex["x"], vertex["y"], vertex["z"]], 1), vertex, np.array(ply["face"]["vertex_indices"])
 
 
 def read_sens(path):
@@ -163,7 +163,7 @@ def test_segments_are_the_superpoints_and_groups_the_instances_then_floor_and_wa
 
 
 def test_no_superpoint_of_many_rooms_straddles_two_instances_or_classes():
-    for seed in range(5):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         points = rooms.sample_points(rooms.make_room(rng), rng)
         rows = np.unique(np.stack([points[key] for key in ("superpoint", "segment20", "instance")]), axis=1)
