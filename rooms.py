@@ -646,7 +646,7 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
         seed:       int >= 0; same seed, same bytes.
         workers:    number of processes, default one a CPU core.
         image_size: (width, height) of the frames.
-        as_scannet: True: official ScanNet files and split lists (scannetv2_test.txt is empty), see write_scan.
+        as_scannet: True: official ScanNet files and split lists, see write_scan.
 
     Returns:
         int, the number of rooms made now.
@@ -696,9 +696,10 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
                 pool.shutdown(cancel_futures=True)
     shutil.rmtree(root / ".unfinished", ignore_errors=True)       # also what a killed run has left
     if as_scannet:
-        for split, odd in (("train", 0), ("val", 1), ("test", None)):
+        for split, odd in (("train", 0), ("val", 1)):
             names = sorted(path.name for path in (root / "scans").glob("scene*_00") if int(path.name[5:-3]) % 2 == odd)
-            (root / f"scannetv2_{split}.txt").write_text("".join(f"{name}\n" for name in names))
+            if names:                 # an empty list would look like a broken one
+                (root / f"scannetv2_{split}.txt").write_text("".join(f"{name}\n" for name in names))
     return len(jobs)
 
 
@@ -717,7 +718,7 @@ def main():
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--out", default="data/rooms", help="folder of the data set")
     place.add_argument("--as-scannet", metavar="DIR", help="write the rooms to DIR as official ScanNet files instead "
-                       "(DIR/scans/ and DIR/scannetv2_{train,val,test}.txt), to try what reads ScanNet")
+                       "(DIR/scans/ and DIR/scannetv2_{train,val}.txt), to try what reads ScanNet")
     parser.add_argument("--train", type=int, default=32, help="number of training rooms")
     parser.add_argument("--val", type=int, default=12, help="number of validation rooms")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
