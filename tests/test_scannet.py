@@ -37,20 +37,20 @@ def ply_bytes(columns, faces=None, encoding="binary_little_endian", list_types="
     head += [f"property {kind} {name}" for name, (kind, _) in columns.items()]
     if faces is not None:
         head += [f"element face {len(faces)}", f"property list {list_types} vertex_indices"]
-    body = b""
+    body = []
     order = ">" if "big" in encoding else "<"
     for row in zip(*(values for _, values in columns.values())):
         if encoding == "ascii":
-            body += (" ".join(str(v) for v in row) + "\n").encode()
+            body.append((" ".join(str(v) for v in row) + "\n").encode())
         else:
-            body += struct.pack(order + "".join(names[kind] for kind, _ in columns.values()), *row)
+            body.append(struct.pack(order + "".join(names[kind] for kind, _ in columns.values()), *row))
     for face in faces if faces is not None else ():
         if encoding == "ascii":
-            body += (" ".join(map(str, [len(face), *face])) + "\n").encode()
+            body.append((" ".join(map(str, [len(face), *face])) + "\n").encode())
         else:
             length, index = (names[kind] for kind in list_types.split())
-            body += struct.pack(f"{order}{length}{len(face)}{index}", len(face), *face)
-    return "\n".join([*head, "end_header\n"]).encode() + body
+            body.append(struct.pack(f"{order}{length}{len(face)}{index}", len(face), *face))
+    return "\n".join([*head, "end_header\n"]).encode() + b"".join(body)
 
 
 def mesh_columns(coord, label=None):
@@ -424,7 +424,7 @@ def test_a_ply_of_any_encoding_gives_the_same_points_and_triangles(tmp_path, enc
                                               ("float", [0.0, 51.0, 255.0]), ("ushort", [0, 51 * 257, 65535])])
 def test_colours_of_any_name_and_range_become_bytes(tmp_path, names, kind, values):
     columns = {axis: ("double", [0.0, 1e6 + 0.25, 2.0]) for axis in "xyz"}
-    columns |= {name: (kind, values) for name in names.split()}
+    columns |= dict.fromkeys(names.split(), (kind, values))
     (tmp_path / "a.ply").write_bytes(ply_bytes(columns))
     mesh = scannet.read_ply(tmp_path / "a.ply")
     np.testing.assert_array_equal(mesh["color"], np.repeat([[0], [51], [255]], 3, 1))
@@ -545,7 +545,7 @@ def test_any_bytes_behind_a_ply_header_are_a_mesh_or_a_clear_error(tmp_path, dat
 @QUICK
 def test_a_damaged_sens_is_read_or_a_clear_error(tmp_path, how, place, value):
     path = tmp_path / "scene0000_00.sens"
-    path.write_bytes(damage(sens_bytes(some_poses(3)[:3]), how, place, value))
+    path.write_bytes(damage(sens_bytes(some_poses(3, lost=(1,))), how, place, value))
 
     def read():
         header, frames = scannet.read_sens(path)
@@ -587,8 +587,8 @@ def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how,
 
 
 @pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png", "pose/0.txt", "intrinsic/intrinsic_color.txt"])
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"nan " * 16, png_bytes(dtype=np.uint8), png_bytes()[:60],
-                                     b"1 " * 2**20])
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"nan " * 16, png_bytes()[:60], b"1 " * 2**20],
+                         ids=["empty", "zeros", "nan", "truncated image", "long"])
 def test_a_frame_with_a_file_of_another_kind_is_refused_or_skipped(tmp_path, name, content):
     scan = tmp_path / "scene0000_00"
     write_exported(scan)
@@ -608,7 +608,7 @@ def test_json_that_is_no_list_of_segments_is_refused(tmp_path, content):
         path = scan / f"scene0000_00{name}"
         whole = path.read_bytes()
         path.write_text(content)
-        with pytest.raises(ValueError, match="expected .* found"):
+        with pytest.raises(ValueError, match=r"expected .* found"):
             scannet.read_scan(scan, labelled=True)
         path.write_bytes(whole)
 
@@ -650,6 +650,13 @@ def test_a_sens_whose_header_promises_too_much_is_refused(tmp_path, content, rea
     with pytest.raises(ValueError) as error:
         list(scannet.read_sens(path)[1])
     assert str(path) in str(error.value) and reason in str(error.value)
+
+
+def test_a_depth_image_of_8_bit_is_refused(tmp_path):
+    write_exported(tmp_path / "scene0000_00")
+    (tmp_path / "scene0000_00" / "depth" / "20.png").write_bytes(png_bytes(7, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"20\.png: expected an image of mode I;16, found L"):
+        scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
 
 
 def peak_memory(function):
@@ -730,13 +737,13 @@ def test_submit_writes_a_line_for_each_vertex_of_each_scene_of_the_list(download
     scannet.prepare(download, tmp_path / "data", workers=1)
     label = np.arange(30) % 20
     monkeypatch.setattr(predict, "open_checkpoint", lambda path, device: (None, None))
-    monkeypatch.setattr(predict, "predict_scene", lambda model, config, folder, device: (load_scene(folder), label, 0.5))
+    monkeypatch.setattr(predict, "predict_scene", lambda model, config, folder, _: (load_scene(folder), label, 0.5))
     scannet.main(["submit", "best.pt", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "sub")])
     archive = zipfile.ZipFile(tmp_path / "sub" / "semantic.zip")
     assert archive.namelist() == ["scene0707_00.txt"]
     np.testing.assert_array_equal(np.loadtxt(archive.open("scene0707_00.txt")), np.array(scannet.NYU40_IDS)[label])
     (tmp_path / "data" / "scannetv2_test.txt").write_text("scene0707_00\nscene0708_00\n")
-    with pytest.raises(SystemExit, match="1 of 2 scenes of the split are not in .* first scene0708_00"):
+    with pytest.raises(SystemExit, match=r"1 of 2 scenes of the split are not in .* first scene0708_00"):
         scannet.main(["submit", "best.pt", "--data", str(tmp_path / "data")])
 
 
