@@ -10,22 +10,28 @@ compute the same is checked in tests/test_bench.py. Memory is the largest extra 
 
 import argparse
 import importlib.metadata
+import io
+import json
 import os
 import platform
+import struct
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from data import SceneDataset, collate, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import build_model
 from rooms import write_scene
+from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
 from train import RECIPES, loss_terms, to_device
 
@@ -133,7 +139,84 @@ def scan(num_points=150_000, num_views=20, image_size=(320, 240), device="cpu"):
     return [torch.from_numpy(a).to(device) for a in (points, *box_views(boxes, num_views, image_size))]
 
 
+def write_sens(path, frames, color_size=(1296, 968), depth_size=(640, 480)):
+    """A .sens as ScanNet's: jpeg of about 130 KB, zlib depth; its few distinct images are repeated."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(4):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(color_size)
+        jpeg = io.BytesIO()
+        noise = rng.normal(0, 4, (*color_size[::-1], 1))
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=80)
+        far = np.asarray(Image.fromarray(rng.uniform(800, 4000, (8, 10)).astype(np.float32)).resize(depth_size))
+        images.append((jpeg.getvalue(), zlib.compress((far + rng.normal(0, 2, far.shape)).astype("<u2").tobytes())))
+    cameras = [np.eye(4) for _ in range(4)]
+    for camera, (width, height) in ((cameras[0], color_size), (cameras[2], depth_size)):
+        camera[[0, 1], [0, 1]], camera[:2, 2] = 0.9 * width, ((width - 1) / 2, (height - 1) / 2)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<IQ4s", 4, 4, b"test") + np.array(cameras, "<f4").tobytes())
+        file.write(struct.pack("<iiIIIIfQ", 2, 1, *color_size, *depth_size, 1000, frames))
+        for i in range(frames):
+            color, depth = images[i % len(images)]
+            file.write(np.eye(4, dtype="<f4").tobytes() + struct.pack("<QQQQ", i, i, len(color), len(depth)))
+            file.write(color + depth)
+
+
+def write_scans(root, count, num_points=150_000, frames=400):
+    """Made-up scans of ScanNet's size, but of fewer frames, as ScanNet's files with a split list."""
+    points, _ = box_room(num_points)
+    rows = np.zeros(num_points, [*((axis, "f4") for axis in "xyz"), *((c, "u1") for c in ("red", "green", "blue"))])
+    rows["x"], rows["y"], rows["z"] = points.T
+    corners = np.sort(np.random.default_rng(0).integers(0, num_points, 2 * num_points)) % (num_points - 2)
+    faces = np.zeros(2 * num_points, [("length", "u1"), ("vertex_indices", "i4", 3)])
+    faces["length"], faces["vertex_indices"] = 3, corners[:, None] + np.arange(3)
+    names = [f"scene{i:04d}_00" for i in range(count)]
+    for name in names:
+        stem = Path(root, name, name)
+        stem.parent.mkdir(parents=True)
+        for suffix in ("", ".labels"):
+            head = [f"ply\nformat binary_little_endian 1.0\nelement vertex {num_points}"]
+            head += [f"property {'float' if kind == '<f4' else 'uchar'} {key}" for key, kind in rows.dtype.descr]
+            head += ["property ushort label"] if suffix else []
+            head += [f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"]
+            label = np.ones((num_points, 2), np.uint8)
+            body = np.concatenate([rows.view((np.uint8, rows.itemsize)), label], 1) if suffix else rows
+            Path(f"{stem}_vh_clean_2{suffix}.ply").write_bytes("\n".join(head).encode() + body.tobytes()
+                                                               + faces.tobytes())
+        segments = np.arange(num_points) // 50
+        Path(f"{stem}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"segIndices": segments.tolist()}))
+        groups = [{"segments": part.tolist(), "label": "wall"} for part in np.array_split(np.unique(segments), 30)]
+        Path(f"{stem}.aggregation.json").write_text(json.dumps({"segGroups": groups}))
+        Path(f"{stem}.txt").write_text("sceneType = none\n")
+        write_sens(f"{stem}.sens", frames)
+    Path(root, "scannetv2_train.txt").write_text("\n".join(names))
+
+
 # --------------------------------------------------------------------------------------------------- the plain ways
+
+
+def sens_by_struct(path):
+    """A .sens number by number, every image unpacked: list of pose (4, 4), colour (H, W, 3), depth (H, W)."""
+    with open(path, "rb") as file:
+        def number(kind):
+            return struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0]
+
+        def matrix():
+            return np.array([[number("f") for _ in range(4)] for _ in range(4)])
+
+        number("I")
+        file.read(number("Q"))
+        for _ in range(4):
+            matrix()
+        number("i"), number("i"), number("I"), number("I")
+        width, height = number("I"), number("I")
+        number("f")
+        frames = []
+        for _ in range(number("Q")):
+            pose, _, _, color_bytes, depth_bytes = matrix(), number("Q"), number("Q"), number("Q"), number("Q")
+            color = np.asarray(Image.open(io.BytesIO(file.read(color_bytes))))
+            depth = np.frombuffer(zlib.decompress(file.read(depth_bytes)), "<u2").reshape(height, width)
+            frames.append((pose, color, depth))
+    return frames
 
 
 def voxelise_by_unique(coord, voxel_size):
@@ -267,6 +350,24 @@ def steps_rows(device):
     return rows
 
 
+def scannet_rows(device):
+    """scannet.read_sens and scannet.prepare."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, count, rows = Path(folder, "a.sens"), 40, []
+        write_sens(path, count)
+        functions = [lambda k=k: list(read_sens(path, k)[1]) for k in (1, 20)]
+        every, some, plain = timed(*functions, lambda: sens_by_struct(path), repeats=3)
+        for k, seconds in ((1, every), (20, some)):
+            rows.append(Row(f"read a .sens, wanted: 1 frame of {k}", ms(seconds / count), f"{ms(plain / count)} struct",
+                            plain / seconds, 3, f"a frame passed; {count} of 1296x968 and 640x480"))
+        write_scans(Path(folder, "scans"), 6)
+        start = time.perf_counter()
+        made = prepare(Path(folder, "scans"), Path(folder, "out"), every=20, workers=2)["made"]
+        rows.append(Row("prepare ScanNet, 2 processes", f"{60 * made / (time.perf_counter() - start):.1f} / min",
+                        note="scans of 150 k points, 300 k faces, 400 frames of which 20 are kept"))
+    return rows
+
+
 def train_step(name, batch, epoch, device):
     """A function that does one step of train.py's loop with this model in the setting of this epoch."""
     setting = setting_at(epoch)
@@ -290,7 +391,7 @@ def ms(seconds):
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows}
+           "steps": steps_rows, "scannet": scannet_rows}
 
 
 def table(rows):

@@ -598,10 +598,12 @@ def test_a_frame_with_a_file_of_another_kind_is_refused_or_skipped(tmp_path, nam
         assert not (out / "pose" / "0.txt").exists() and name.startswith("pose")  # nan: tracking was lost
 
 
-@pytest.mark.parametrize("content", ["", "[]", "7", '{"segIndices": 1}', '{"segIndices": [1.5]}', '{"segIndices": [1,]}',
-                                     '{"segIndices": [' + "9" * 30 + "]}", "[" * 100_000, "{}," * 400_000,
-                                     '{"array": 3}', '{"segIndices": [,]}', '{"segIndices": [1 2]}', "\0\xff",
-                                     '{"segIndices": {"array": 9}}', '{"segIndices": {"array": "x"}}', "[1]," * 70_000])
+@pytest.mark.parametrize("content", [
+    "", "[]", "7", '{"array": 3}', '{"segIndices": 1}', '{"segIndices": [1.5]}', '{"segIndices": [1,]}', "\0\xff",
+    '{"segIndices": [,]}', '{"segIndices": [1 2]}', '{"segIndices": {"array": 9}}', '{"segIndices": {"array": "x"}}',
+    '{"segIndices": [999999999999]}', pytest.param("[" * 100_000, id="deep"),
+    pytest.param("{}," * 400_000, id="objects"),
+    pytest.param('{"segIndices": [' + "[1]," * 70_000 + "0]}", id="many lists")])
 def test_json_that_is_no_list_of_segments_is_refused(tmp_path, content):
     scan = write_scan(tmp_path / "scene0000_00", sens=False)
     for name in ("_vh_clean_2.0.010000.segs.json", ".aggregation.json"):
