@@ -167,13 +167,13 @@ def download(tmp_path):
 def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path):
     out = tmp_path / "out"
     result = scannet.prepare(download, out, every=2, workers=1)
-    assert result == {"made": 3, "there": 0, "skipped": {"scene0500_00": "in no split list"}, "notes": {}}
+    assert result == {"made": 3, "there": 0, "absent": 0, "skipped": {"scene0500_00": "in no split list"}, "notes": {}}
     scene = load_scene(out / "train" / "scene0000_00", superpoints=True)
     column = np.arange(30) % 6
     coord, _ = grid_mesh()
     np.testing.assert_allclose(scene["coord"], coord @ AXIS[:3, :3].T + AXIS[:3, 3], atol=1e-6)
     np.testing.assert_array_equal(scene["segment"], np.array([0, 1, -1, -1, -1, 19])[column])
-    np.testing.assert_array_equal(scene["instance"], np.array([0, 1, 2, 2, -1, 3])[column])  # the last group wins
+    np.testing.assert_array_equal(scene["instance"], np.array([-1, -1, 0, 0, -1, 1])[column])  # the last group wins
     np.testing.assert_array_equal(scene["superpoint"], np.array([4, 0, 3, 1, 2, 5])[column])  # order of the ids
     np.testing.assert_allclose(scene["normal"], np.tile([0, 0, 1], (30, 1)), atol=1e-6)
     np.testing.assert_array_equal(scene["color"][:, 1], (40 + 3 * np.arange(30)) % 256)
@@ -265,10 +265,18 @@ def test_files_of_another_scan_are_refused(download, tmp_path):
 def test_groups_that_are_overwritten_leave_no_gap_in_the_ids(tmp_path):
     """As in scene0217_00, whose groups stand in the file twice."""
     scan = write_scan(tmp_path / "scene0217_00")
-    groups = [{"id": i, "objectId": i, "segments": s, "label": "x"} for i, s in enumerate(([700], [3], [700], [3, 8]))]
+    groups = [{"id": i, "objectId": i, "segments": s, "label": "x"} for i, s in enumerate(([41], [8], [41], [8, 9]))]
     (scan / "scene0217_00.aggregation.json").write_text(json.dumps({"segGroups": groups}))
     scene, _ = scannet.read_scan(scan, labelled=True)
-    np.testing.assert_array_equal(scene["instance"], np.array([0, 1, -1, 1, -1, -1])[np.arange(30) % 6])
+    np.testing.assert_array_equal(scene["instance"], np.array([-1, -1, 0, 1, 1, -1])[np.arange(30) % 6])
+
+
+def test_walls_and_floors_are_no_instances_whatever_their_groups_are_called(tmp_path):
+    scan = write_scan(tmp_path / "scene0001_00")
+    groups = [{"segments": [250000], "label": "wall"}, {"segments": [3, 700], "label": "chair"}]
+    (scan / "scene0001_00.aggregation.json").write_text(json.dumps({"segGroups": groups}))
+    scene, _ = scannet.read_scan(scan, labelled=True)
+    np.testing.assert_array_equal(scene["instance"], np.array([-1, -1, -1, -1, -1, 0])[np.arange(30) % 6])
 
 
 def test_no_group_at_all_means_no_instance(tmp_path):
