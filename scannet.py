@@ -60,6 +60,7 @@ PLY_TYPES = {name: code for code, names in {
 PLY_COLUMNS = {  # what a vertex holds -> the names it goes by
     "coord": ("x y z",), "normal": ("nx ny nz", "normal_x normal_y normal_z"), "label": ("label",),
     "color": ("red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue")}
+PLY_CORNERS = ("vertex_indices", "vertex_index")
 CHUNK = 2**14  # rows converted at a time
 LINE = 2**20  # most characters of a line of text
 
@@ -87,19 +88,19 @@ def read_ply(path):
         body = _AsciiBody(path, file, start) if encoding == "ascii" else _BinaryBody(path, start, encoding)
         out = {"faces": None}
         for name, count, properties in elements:
-            has_list = any(list_code for _, _, list_code in properties)
+            corners = next((i for i, (key, code, list_code) in enumerate(properties)
+                            if name == "face" and key in PLY_CORNERS and list_code and code[0] != "f"), None)
             least = body.least_bytes(count, properties)
             if least > body.bytes_left():
                 raise _fault(path, f"{count} rows of {name}, at least {least} bytes", f"{body.bytes_left()} bytes")
             if name == "vertex" and "coord" not in out:
                 out.update(_ply_vertices(path, count, properties, body))
-            elif not properties:
-                continue
-            elif name == "face" and has_list:
-                out["faces"] = _ply_faces(path, count, properties, body, vertices)
+            elif corners is not None:
+                out["faces"] = _ply_faces(path, count, properties, corners, body, vertices)
                 if "coord" in out:
                     break  # nothing behind it is needed
-            else:
+            elif properties:
+                has_list = any(list_code for _, _, list_code in properties)
                 for _ in body.rows(count, properties) if has_list else body.chunks(count, properties):
                     pass
     return out
@@ -276,6 +277,8 @@ def _ply_vertices(path, count, properties, body):
             raise _fault(path, f"finite {what}", f"{broken} of {count} vertices without")
     if out["color"] is not None:
         out["color"] = _to_bytes(path, out["color"])
+    if out["normal"] is not None:
+        np.nan_to_num(out["normal"], copy=False, posinf=0, neginf=0)
     if out["label"] is not None:
         out["label"] = out["label"][:, 0]
         if out["label"].dtype.kind == "f":
@@ -298,33 +301,21 @@ def _to_bytes(path, color):
     return out
 
 
-def _ply_faces(path, count, properties, body, vertices):
-    """Triangles (F, 3), or None where there are none."""
-    lists = {name: i for i, (name, _, list_code) in enumerate(properties) if list_code}
-    wanted = lists.get("vertex_indices", lists.get("vertex_index"))
-    if wanted is None or properties[wanted][1][0] == "f":
-        raise _fault(path, "a list vertex_indices of integers in each face", ", ".join(lists))
-    if count == 0:
-        return None
-    code = properties[wanted][1]
-    polygons = body.uniform_lists(count, properties, wanted)
+def _ply_faces(path, count, properties, corners, body, vertices):
+    """Triangles (F, 3), or None where there are none; corners is the property to read."""
+    def cut(polygons):  # (n, k) -> (n, k - 2, 3), fans about the first corner
+        triangles = np.empty((len(polygons), max(polygons.shape[1] - 2, 0), 3), properties[corners][1])
+        triangles[..., 0], triangles[..., 1], triangles[..., 2] = polygons[:, :1], polygons[:, 1:-1], polygons[:, 2:]
+        return triangles
+
+    polygons = body.uniform_lists(count, properties, corners) if count else np.empty((0, 3))
     if polygons is not None:
-        k = polygons.shape[1]
-        if k < 3:
-            return None
-        faces = np.empty((count, k - 2, 3), code)
-        faces[..., 0], faces[..., 1], faces[..., 2] = polygons[:, :1], polygons[:, 1:-1], polygons[:, 2:]
-        faces = faces.reshape(-1, 3)
+        faces = cut(polygons).reshape(-1, 3)
     else:
-        triangles = bytearray()
+        data = bytearray()
         for row in body.rows(count, properties):
-            corners = row[wanted].astype(code)
-            if len(corners) == 3:
-                triangles += corners.tobytes()
-            elif len(corners) > 3:
-                fan = np.stack([np.broadcast_to(corners[0], len(corners) - 2), corners[1:-1], corners[2:]], 1)
-                triangles += fan.tobytes()
-        faces = np.frombuffer(triangles, code).reshape(-1, 3)
+            data += cut(row[corners][None]).tobytes()
+        faces = np.frombuffer(data, properties[corners][1]).reshape(-1, 3)
     if len(faces) and (faces.min() < 0 or faces.max() >= vertices):
         raise _fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
     return faces if len(faces) else None
@@ -341,10 +332,9 @@ def vertex_normals(coord, faces):
 
 # ------------------------------------------------------------------------------------------------------- .sens
 
-SENS_MATRICES = ("intrinsics_color", "extrinsics_color", "intrinsics_depth", "extrinsics_depth")
 SENS_HEADER = struct.Struct("<64f ii IIII f Q")
 SENS_FRAME = struct.Struct("<16f QQ QQ")
-MAX_PIXELS = 2**25  # of an image; ScanNet's have 2**20
+MAX_PIXELS = 2**22  # of an image; ScanNet's have 1296x968
 
 
 def read_sens(path, every=1):
@@ -357,7 +347,7 @@ def read_sens(path, every=1):
 
     Returns:
         header: dict, intrinsics_color and intrinsics_depth (4, 4) pixels, color_size and depth_size (W, H),
-                suffix of the colour images (.jpg or .png), frame_count.
+                suffix of the colour images (.jpg or .png), frame_count, and what _sens_header adds.
         frames: generator of (index int, camera_to_world (4, 4) f64, color bytes: an image file of that suffix,
                 depth (H, W) u16, mm, 0 = no reading).
 
@@ -367,65 +357,70 @@ def read_sens(path, every=1):
 
     Source: ScanNet's SensReader, version 4.
     """
-    file = open(path, "rb", buffering=0)  # noqa: SIM115, the generator closes it
+    header = _sens_header(path)
+    return header, _sens_frames(path, header, every)
+
+
+def _sens_header(path):
+    """As read_sens, and for _sens_frames: start, size of the file, packing of colour and depth, depth unit."""
     size = os.path.getsize(path)
-
-    def take(count, what):
-        if count > size - file.tell():
-            raise _fault(path, f"{count} bytes of {what} at byte {file.tell()}", f"{size - file.tell()} bytes")
-        return file.read(count)
-
-    try:
-        version, name_length = struct.unpack("<IQ", take(12, "header"))
+    with open(path, "rb") as file:
+        version, name_length = struct.unpack("<IQ", _take(path, file, size, 12, "header"))
         if version != 4:
             raise _fault(path, "a .sens of version 4", f"version {version}")
         if name_length > size - 12:
             raise _fault(path, f"a sensor name of {name_length} bytes", f"{size - 12} bytes")
-        file.seek(12 + name_length)
-        *numbers, color_packing, depth_packing, cw, ch, dw, dh, shift, count = SENS_HEADER.unpack(
-            take(SENS_HEADER.size, "header"))
-        header = dict(zip(SENS_MATRICES, np.array(numbers).reshape(4, 4, 4)))
-        header.update(color_size=(cw, ch), depth_size=(dw, dh), frame_count=count,
-                      suffix=".jpg" if color_packing == 2 else ".png")
-        if color_packing not in (0, 1, 2) or depth_packing not in (0, 1):
-            raise _fault(path, "colour packed as 0, 1 or 2 and depth as 0 or 1", f"{color_packing} and {depth_packing}")
-        if not (0 < cw * ch <= MAX_PIXELS and 0 < dw * dh <= MAX_PIXELS and 0 < shift < 1e9):
-            raise _fault(path, f"images of 1..{MAX_PIXELS} pixels and a depth unit",
-                         f"{cw}x{ch}, {dw}x{dh} and {shift}")
-        if count * SENS_FRAME.size > size - file.tell():
-            raise _fault(path, f"{count} frames", f"{size - file.tell()} bytes")
-    except BaseException:
-        file.close()
-        raise
+        file.seek(name_length, os.SEEK_CUR)
+        *matrices, color, depth, cw, ch, dw, dh, unit, count = SENS_HEADER.unpack(
+            _take(path, file, size, SENS_HEADER.size, "header"))
+        start = file.tell()
+    if color not in (0, 1, 2) or depth not in (0, 1):
+        raise _fault(path, "colour packed as 0, 1 or 2 and depth as 0 or 1", f"{color} and {depth}")
+    if not (0 < cw * ch <= MAX_PIXELS and 0 < dw * dh <= MAX_PIXELS and 0 < unit < 1e9):
+        raise _fault(path, f"images of 1..{MAX_PIXELS} pixels and a depth unit", f"{cw}x{ch}, {dw}x{dh} and {unit}")
+    if count * SENS_FRAME.size > size - start:
+        raise _fault(path, f"{count} frames", f"{size - start} bytes")
+    intrinsics_color, _, intrinsics_depth, _ = np.array(matrices).reshape(4, 4, 4)
+    return {"intrinsics_color": intrinsics_color, "intrinsics_depth": intrinsics_depth, "color_size": (cw, ch),
+            "depth_size": (dw, dh), "frame_count": count, "suffix": ".jpg" if color == 2 else ".png",
+            "start": start, "file_size": size, "packing": (color, depth), "unit": unit}
 
-    def frames():
-        with file:
-            for index in range(count):
-                *pose, _, _, color_bytes, depth_bytes = SENS_FRAME.unpack(take(SENS_FRAME.size, f"frame {index}"))
-                start = file.tell()
-                if color_bytes + depth_bytes > size - start:
-                    raise _fault(path, f"{color_bytes + depth_bytes} bytes of images of frame {index}",
-                                 f"{size - start} bytes")
-                pose = np.array(pose).reshape(4, 4)
-                if index % every or not np.isfinite(pose).all():
-                    file.seek(start + color_bytes + depth_bytes)
-                    continue
-                what = f"{path}, frame {index}"
-                color, depth = take(color_bytes, "colour"), take(depth_bytes, "depth")
-                if color_packing == 0:
-                    if len(color) != cw * ch * 3:
-                        raise _fault(what, f"{cw * ch * 3} bytes of colour", f"{len(color)}")
-                    color = _png(Image.frombytes("RGB", (cw, ch), color))
-                if depth_packing == 1:
-                    depth = _unzip(what, depth, dw * dh * 2)
-                if len(depth) != dw * dh * 2:
-                    raise _fault(what, f"{dw * dh * 2} bytes of depth", f"{len(depth)}")
-                depth = np.frombuffer(depth, "<u2").reshape(dh, dw)
-                if shift != 1000:
-                    depth = (depth * (1000 / shift)).clip(0, 65535).round().astype(np.uint16)
-                yield index, pose, color, depth
 
-    return header, frames()
+def _sens_frames(path, header, every):
+    """The generator of read_sens."""
+    size, (color_packing, depth_packing) = header["file_size"], header["packing"]
+    (cw, ch), (dw, dh) = header["color_size"], header["depth_size"]
+    with open(path, "rb", buffering=0) as file:  # a buffer would read 8 KB of each frame that is passed over
+        file.seek(header["start"])
+        for index in range(header["frame_count"]):
+            what = f"{path}, frame {index}"
+            *pose, _, _, color_bytes, depth_bytes = SENS_FRAME.unpack(
+                _take(what, file, size, SENS_FRAME.size, "header"))
+            if color_bytes + depth_bytes > size - file.tell():
+                raise _fault(what, f"{color_bytes + depth_bytes} bytes of images", f"{size - file.tell()} bytes")
+            pose = np.array(pose).reshape(4, 4)
+            if index % every or not np.isfinite(pose).all():
+                file.seek(color_bytes + depth_bytes, os.SEEK_CUR)
+                continue
+            color, depth = file.read(color_bytes), file.read(depth_bytes)
+            if color_packing == 0:
+                if len(color) != cw * ch * 3:
+                    raise _fault(what, f"{cw * ch * 3} bytes of colour", len(color))
+                color = _png(Image.frombytes("RGB", (cw, ch), color))
+            depth = _unzip(what, depth, dw * dh * 2) if depth_packing == 1 else depth
+            if len(depth) != dw * dh * 2:
+                raise _fault(what, f"{dw * dh * 2} bytes of depth", len(depth))
+            depth = np.frombuffer(depth, "<u2").reshape(dh, dw)
+            if header["unit"] != 1000:
+                depth = np.rint(depth * np.float32(1000 / header["unit"])).clip(0, 65535).astype(np.uint16)
+            yield index, pose, color, depth
+
+
+def _take(what, file, size, count, part):
+    """The next bytes of a file of this size."""
+    if count > size - file.tell():
+        raise _fault(what, f"{count} bytes of {part} at byte {file.tell()}", f"{size - file.tell()} bytes")
+    return file.read(count)
 
 
 def _unzip(what, data, size):
@@ -537,6 +532,8 @@ def _image_size(what, data, formats, modes=None):
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             size, mode = image.size, image.mode
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
             if image.format == "JPEG":
                 image.draft(None, (1, 1))  # an eighth of the size: enough to see that it is whole
                 image.load()

@@ -647,12 +647,12 @@ HEAD = 12 + len("StructureSensor") + 256  # where the compression types stand
     (huge(4, "<Q", 2**63), f"a sensor name of {2**63} bytes"),
     (huge(HEAD, "<i", 9), "colour packed as 0, 1 or 2"),
     (huge(HEAD + 4, "<i", 2), "depth as 0 or 1"),
-    (huge(HEAD + 8, "<I", 2**32 - 1), f"images of 1..{2**25} pixels"),
+    (huge(HEAD + 8, "<I", 2**32 - 1), f"images of 1..{2**22} pixels"),
     (huge(HEAD + 16, "<I", 0), "64x48, 0x24"),
     (huge(HEAD + 24, "<f", float("nan")), "a depth unit"),
     (huge(HEAD + 28, "<Q", 2**60), f"{2**60} frames"),
-    (huge(HEAD + 36 + 80, "<Q", 2**62), "bytes of images of frame 0"),
-    (huge(HEAD + 36 + 88, "<Q", 2**64 - 1), "bytes of images of frame 0"),
+    (huge(HEAD + 36 + 80, "<Q", 2**62), "frame 0: expected"),
+    (huge(HEAD + 36 + 88, "<Q", 2**64 - 1), "frame 0: expected"),
 ])
 def test_a_sens_whose_header_promises_too_much_is_refused(tmp_path, content, reason):
     path = tmp_path / "a.sens"
@@ -701,6 +701,18 @@ def test_a_depth_image_that_unpacks_to_far_more_than_it_should_is_refused_in_lit
             list(scannet.read_sens(tmp_path / "a.sens")[1])
 
     assert peak_memory(read) < 2 * len(whole) + 2**20
+
+
+def test_a_jpeg_that_says_it_is_huge_is_refused_in_little_memory():
+    data = bytearray(jpeg_bytes(0))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 9000, 9000)  # Pillow itself allows that
+
+    def read():
+        with pytest.raises(ValueError, match=r"a\.jpg: expected a whole JPEG, found 9000x9000 pixels"):
+            scannet._image_size("a.jpg", bytes(data), ["JPEG"])
+
+    assert peak_memory(read) < 2**20
 
 
 def test_an_image_of_absurd_size_in_its_header_is_refused(tmp_path):
