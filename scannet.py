@@ -35,6 +35,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -743,8 +744,7 @@ def _resized(path, intrinsics, size):
     """
     focal, middle = intrinsics[[0, 1], [0, 1]], intrinsics[:2, 2]
     for written_for in (size, (1296, 968), (640, 480)):
-        if np.isfinite(intrinsics).all() and (focal > 0).all() and (
-                np.abs(middle / written_for - 0.5) < 0.1).all():
+        if np.isfinite(intrinsics).all() and (focal > 0).all() and (np.abs(middle / written_for - 0.5) < 0.15).all():
             out, scale = intrinsics.copy(), np.array(size) / written_for
             out[[0, 1], [0, 1]] = focal * scale
             out[:2, 2] = (middle + 0.5) * scale - 0.5  # the centre of a pixel is a whole number
@@ -842,7 +842,7 @@ def read_split(path):
 
 
 def _find(scans, splits, frames_from):
-    """Folders of each scan; split lists and label table by name. Does not look into the scans' folders."""
+    """Folders of each scan; split lists and label table by name. Looks four levels deep, not into the scans."""
     scans = Path(scans).resolve()
     if not scans.is_dir():
         raise FileNotFoundError(f"{scans} not found; give the folder of the ScanNet download")
@@ -852,12 +852,14 @@ def _find(scans, splits, frames_from):
             raise FileNotFoundError(f"{root} is no folder")
     wanted, folders, files = {LABEL_TABLE, *(f"scannetv2_{split}.txt" for split in SPLITS)}, {}, {}
     for root in (*given, scans, *(scans.parent / name for name in ("Tasks", "tasks", *FRAME_FOLDERS))):
-        for place, inside, names in os.walk(root):  # what is found first counts
+        for place, inside, names in os.walk(root, followlinks=True):  # what is found first counts
             for name in wanted.intersection(names):
                 files.setdefault(name, Path(place, name))
             for name in filter(SCENE_NAME.fullmatch, inside):
-                folders.setdefault(name, []).append(Path(place, name))
-            inside[:] = sorted((name for name in inside if not SCENE_NAME.fullmatch(name) and name[0] != "."),
+                if not Path(place, name, "coord.npy").exists():  # a prepared scene
+                    folders.setdefault(name, []).append(Path(place, name))
+            deep = len(Path(place).relative_to(root).parts) >= 4
+            inside[:] = sorted((name for name in inside if not (deep or SCENE_NAME.fullmatch(name) or name[0] == ".")),
                                key=lambda name: (name in FRAME_FOLDERS, name))
     for path in scans.parent.glob("scannetv2*"):
         if path.name in wanted:
@@ -968,7 +970,7 @@ def submit(checkpoint, data, split, out, device="cpu"):
     Raises:
         FileNotFoundError, ValueError: a scene of the split list is missing or a file has not a line for each vertex.
     """
-    from predict import open_checkpoint, predict_scene  # torch and the networks, not needed to prepare
+    from predict import open_checkpoint, predict_scene  # spconv and open_clip, not needed to prepare
 
     data, out = Path(data), Path(out)
     listed = data / f"scannetv2_{split}.txt"
@@ -1052,7 +1054,7 @@ def main(argv=None):
         parser.add_argument("--data", default="data/scannet", help="prepared data set (default %(default)s)")
         parser.add_argument("--split", choices=("val", "test"), default="test", help="(default %(default)s)")
         parser.add_argument("--out", default="submission", help="folder for the files (default %(default)s)")
-        parser.add_argument("--device", default="cpu", help="cuda or cpu (default %(default)s)")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     else:
         parser.add_argument("scans", help="folder of the ScanNet download, or scans/ in it")
         parser.add_argument("--out", default="data/scannet", help="folder of the data set (default %(default)s)")
@@ -1073,9 +1075,12 @@ def main(argv=None):
         sys.exit("interrupted; the same command goes on where it stopped")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for scenes in (result["notes"], result["skipped"]):
-        for name, reason in sorted(scenes.items()):
-            print(f"{'skipped ' if scenes is result['skipped'] else ''}{name}: {reason}")
+    for kind in ("notes", "skipped"):
+        by_reason = {}
+        for name, reason in sorted(result[kind].items()):
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            print(f"{'skipped ' * (kind == 'skipped')}{', '.join(names)}: {reason}")
     print(f"{args.out}: {result['made']} scenes made, {result['there']} were there, {len(result['skipped'])} skipped, "
           f"{result['absent']} scans of the split lists not found")
 

@@ -1,7 +1,11 @@
 """scannet.py: official files -> scene folders, with every trap of the format; damaged files; submissions."""
 
+import errno
 import io
 import json
+import multiprocessing
+import os
+import signal
 import struct
 import tracemalloc
 import zipfile
@@ -230,6 +234,23 @@ def test_finished_scenes_are_skipped_and_half_written_ones_redone(download, tmp_
         scannet.prepare(download, out, every=5)
 
 
+def test_a_full_disk_ends_the_run(download, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scannet, "write_frames", full)
+    with pytest.raises(OSError, match="No space left"):
+        scannet.prepare(download, tmp_path / "out", workers=1)
+    assert not list((tmp_path / "out").glob("*/scene*"))
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch reaches forked processes alone")
+def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(download, tmp_path, monkeypatch):
+    monkeypatch.setattr(scannet, "write_frames", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit, match=r"a worker process was killed.*fewer --workers"):
+        scannet.main([str(download), "--out", str(tmp_path / "out"), "--workers", "2"])
+
+
 def test_the_folder_of_the_scans_may_be_given_and_the_split_lists_apart(download, tmp_path):
     lists = tmp_path / "lists"
     (download / "Tasks" / "Benchmark").rename(lists)
@@ -247,6 +268,19 @@ def test_a_scan_with_a_missing_file_is_listed_and_the_others_go_on(download, tmp
     text = capsys.readouterr().out
     assert "skipped scene0000_00: " in text and f"scene0000_00{missing}" in text
     assert "2 scenes made, 0 were there, 2 skipped" in text
+
+
+def test_prepared_scenes_beneath_the_download_are_not_taken_for_scans(download, tmp_path):
+    scannet.prepare(download, download / "data", every=2, workers=1)
+    folders, _ = scannet._find(download, None, None)
+    assert folders["scene0000_00"] == [download / "scans" / "scene0000_00"]
+
+
+def test_links_to_folders_are_followed(download, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "raw").symlink_to(download)
+    (tmp_path / "links" / "raw" / "loop").symlink_to(tmp_path / "links")
+    assert scannet.prepare(tmp_path / "links", tmp_path / "out", workers=1)["made"] == 3
 
 
 def test_files_of_another_scan_are_refused(download, tmp_path):
@@ -679,7 +713,7 @@ def peak_memory(function):
 
 
 def test_reading_takes_no_more_than_twice_the_file_in_memory(tmp_path):
-    coord, faces = grid_mesh(250, 200)
+    coord, faces = grid_mesh(180, 150)
     spare = 2 * 2**20  # what a piece of text and a piece of rows take while they are converted
     for encoding in ("ascii", "binary_little_endian", "binary_big_endian"):
         (tmp_path / "a.ply").write_bytes(data := ply_bytes(mesh_columns(coord), faces, encoding))
@@ -772,3 +806,15 @@ def test_submit_writes_a_line_for_each_vertex_of_each_scene_of_the_list(download
 def test_the_200_classes_are_200():
     ids = scannet.SCANNET200_IDS
     assert len(ids) == len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
+
+
+def test_the_plain_reader_of_the_bench_reads_the_same_frames(tmp_path):
+    import bench
+
+    bench.write_sens(tmp_path / "a.sens", 3, color_size=COLOR_SIZE, depth_size=DEPTH_SIZE)
+    plain = bench.sens_by_struct(tmp_path / "a.sens")
+    for (_, pose, color, depth), (plain_pose, plain_color, plain_depth) in zip(
+            scannet.read_sens(tmp_path / "a.sens")[1], plain, strict=True):
+        np.testing.assert_array_equal(pose, plain_pose)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(color))), plain_color)
+        np.testing.assert_array_equal(depth, plain_depth)
