@@ -947,8 +947,9 @@ def _axis_of_points(scene, folder):
     if folder is None:
         return np.eye(4), "no mesh to compare with: points taken as not axis-aligned, as Pointcept stores them"
     try:
-        coord = np.load(scene / "coord.npy", allow_pickle=False).astype(np.float64)
-    except (ValueError, TypeError, EOFError, AttributeError) as error:
+        with np.errstate(all="ignore"):  # mapped, so that NumPy looks at the file's size before it takes memory
+            coord = np.load(scene / "coord.npy", mmap_mode="r", allow_pickle=False).astype(np.float64)
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything
         raise _fault(scene / "coord.npy", "an array (N, 3)", error) from None
     mesh = read_ply(folder / f"{folder.name}_vh_clean_2.ply")["coord"]
     axis = _axis_alignment(folder / f"{folder.name}.txt")

@@ -165,6 +165,35 @@ def download(tmp_path):
     return root
 
 
+def damage(data, how, place, value):
+    """The bytes of a file cut short, with bits turned, with bytes replaced by a large number, or swapped about."""
+    at = int(place * len(data))
+    if how == "cut":
+        return data[:at]
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ (1 << value % 8)]) + data[at + 1 :] if at < len(data) else data
+    if how == "large":
+        return data[:at] + b"\xff" * 8 + data[at + 8 :]
+    if how == "digits":
+        return data[:at] + b"9" * 12 + data[at:]
+    return data[at:] + data[:at]
+
+
+DAMAGE = given(how=st.sampled_from(["cut", "flip", "large", "digits", "swap"]), place=st.floats(0, 1),
+               value=st.integers(0, 255))
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def scene_or_clear_error(path, read):
+    """Run read; a ValueError must name the file. Returns True where it went through."""
+    try:
+        read()
+    except ValueError as error:
+        assert str(path) in str(error) and "expected" in str(error) and "found" in str(error)
+        return False
+    return True
+
+
 # ------------------------------------------------------------------------------------------------- scans to scenes
 
 
@@ -427,6 +456,18 @@ def test_frames_only_says_when_there_is_no_mesh_to_compare_with(download, tmp_pa
     assert "not axis-aligned" in result["notes"]["scene0000_00"]
 
 
+@DAMAGE
+@QUICK
+def test_a_damaged_coord_npy_gets_no_frames(tmp_path, how, place, value):
+    scan = tmp_path / "scene0000_00"
+    if not scan.is_dir():
+        write_scan(scan, sens=False)
+    data = io.BytesIO()
+    np.save(data, grid_mesh()[0])
+    (tmp_path / "coord.npy").write_bytes(damage(data.getvalue(), how, place, value))
+    scene_or_clear_error(tmp_path / "coord.npy", lambda: scannet._axis_of_points(tmp_path, scan))
+
+
 def test_points_of_another_mesh_get_no_frames(download, tmp_path):
     scene = tmp_path / "out" / "train" / "scene0000_00"
     scene.mkdir(parents=True)
@@ -534,34 +575,6 @@ def test_a_broken_ply_is_refused_with_the_reason(tmp_path, text, reason):
 
 
 # --------------------------------------------------------------------------------------------------- damaged files
-
-def damage(data, how, place, value):
-    """The bytes of a file cut short, with bits turned, with bytes replaced by a large number, or swapped about."""
-    at = int(place * len(data))
-    if how == "cut":
-        return data[:at]
-    if how == "flip":
-        return data[:at] + bytes([data[at] ^ (1 << value % 8)]) + data[at + 1 :] if at < len(data) else data
-    if how == "large":
-        return data[:at] + b"\xff" * 8 + data[at + 8 :]
-    if how == "digits":
-        return data[:at] + b"9" * 12 + data[at:]
-    return data[at:] + data[:at]
-
-
-DAMAGE = given(how=st.sampled_from(["cut", "flip", "large", "digits", "swap"]), place=st.floats(0, 1),
-               value=st.integers(0, 255))
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def scene_or_clear_error(path, read):
-    """Run read; a ValueError must name the file. Returns True where it went through."""
-    try:
-        read()
-    except ValueError as error:
-        assert str(path) in str(error) and "expected" in str(error) and "found" in str(error)
-        return False
-    return True
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian", "binary_big_endian"])
