@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import SceneDataset, collate, voxelise
+from data import NYU40_IDS, SceneDataset, collate, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
+from metrics import _intersections, _unique_ids, instance_ap
 from model import build_model
 from rooms import write_scene
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
@@ -190,6 +191,43 @@ def sample_densely(feature_maps, links, image_size, num_points):
     return ((sampled * mask[:, None]).sum(0) / count.clamp(min=1)).T, count > 0
 
 
+def instance_scene(seed, num_points=150_000, num_masks=60):
+    """A scene as instance_ap takes it, points in random order: ~40 instances of 18 classes, a third of them void.
+
+    Masks are true instances with a tenth of their points lost and 0.2 % of all points added, the last fifth of them
+    balls anywhere; of 60 masks, eight show an instance a second time.
+    """
+    rng = np.random.default_rng(seed)
+    points, _ = box_room(num_points, seed)
+    centers = points[rng.choice(num_points, 60, replace=False)]
+    cell = ((centers**2).sum(1) - 2 * points @ centers.T).argmin(1)  # (N,) nearest centre
+    common = 1 / np.arange(1, 19)  # a room has many chairs and one fridge
+    label_of = rng.choice(NYU40_IDS[2:], 60, p=common / common.sum())
+    label_of[40:] = rng.choice([0, 1, 2], 20)  # unannotated, wall, floor
+    gt = np.where(label_of > 0, label_of * 1000 + np.arange(1, 61), 0)[cell]  # (N,)
+    source = np.append(np.arange(num_masks - num_masks // 5) % 40, rng.integers(0, 40, num_masks // 5))
+    masks = np.zeros((num_masks, num_points), dtype=bool)
+    for p, mask in enumerate(masks):
+        if p < num_masks - num_masks // 5:
+            mask[:] = (cell == source[p]) & (rng.random(num_points) > 0.1)
+            mask[rng.integers(0, num_points, num_points // 500)] = True
+        else:
+            mask[:] = ((points - points[rng.integers(num_points)]) ** 2).sum(1) < rng.uniform(0.3, 0.8) ** 2
+    return {"gt": gt, "masks": masks, "labels": label_of[source], "scores": rng.random(num_masks)}
+
+
+def intersect_by_pairs(gt, masks, labels, scores, count=np.count_nonzero):
+    """Overlaps of each mask, one pass over all points each: [{gt id of its class: points}], [points on void].
+
+    The masks of the true instances are made once. NumPy counts a bool array by count_nonzero or, slower, by sum.
+    """
+    instances = {i: gt == i for i in np.unique(gt).tolist() if i // 1000 in NYU40_IDS[2:]}
+    void = ~np.isin(gt // 1000, NYU40_IDS[2:])
+    overlaps = [{i: int(count(np.logical_and(own, mask))) for i, own in instances.items() if i // 1000 == label}
+                for mask, label in zip(masks, labels.tolist())]
+    return overlaps, [int(count(np.logical_and(void, mask))) for mask in masks]
+
+
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -285,12 +323,33 @@ def train_step(name, batch, epoch, device):
     return step
 
 
+def instance_ap_rows(device):
+    """metrics.instance_ap, matching and all, against the overlaps alone."""
+    scenes = [instance_scene(seed) for seed in range(10)]
+    ours, by_sum, by_count = timed(lambda: instance_ap(scenes, NYU40_IDS[2:]),
+                                   lambda: [intersect_by_pairs(**scene, count=np.sum) for scene in scenes],
+                                   lambda: [intersect_by_pairs(**scene) for scene in scenes], repeats=3)
+    pairs = differ = 0
+    for scene in scenes:
+        ids, instance, _ = _unique_ids(scene["gt"])
+        counts = _intersections(scene["masks"], np.arange(len(scene["masks"])), instance, len(ids))
+        overlaps, void = intersect_by_pairs(**scene)
+        for count, overlap, on_void in zip(counts, overlaps, void):
+            found = [*count[np.searchsorted(ids, list(overlap))], count[~np.isin(ids // 1000, NYU40_IDS[2:])].sum()]
+            pairs += len(found)
+            differ += sum(a != b for a, b in zip(found, [*overlap.values(), on_void]))
+    note = f"{pairs:,} overlaps, {differ} differ; ours with matching"
+    what = "instance_ap 10 scenes x 150 k points x 60 masks"
+    return [Row(what, ms(ours), f"{ms(by_sum)} NumPy pairs, sum", by_sum / ours, 5, note),
+            Row(what, ms(ours), f"{ms(by_count)} NumPy pairs, count_nonzero", by_count / ours)]
+
+
 def ms(seconds):
     return f"{1000 * seconds:.1f} ms"
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows}
+           "steps": steps_rows, "instance_ap": instance_ap_rows}
 
 
 def table(rows):
