@@ -283,15 +283,16 @@ class QueryDecoder(nn.Module):
 
     def forward(self, superpoint):
         """(S, D) of ONE scene -> list of layers + 1 predictions, of the untouched queries and after each layer: dict of
-        class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims."""
+        class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims;
+        origin (Q,) int64, the superpoint that each query was made from."""
         keys, masks = self.to_key(superpoint), self.to_mask(superpoint)  # (S, C)
+        count = len(superpoint)
+        origin = torch.arange(count)
         if self.training:
-            count = len(superpoint)
             share = 0.5 + 0.5 * torch.rand(()).item()
-            chosen = torch.randperm(count)[: max(1, round(share * count))].to(superpoint.device)
-            query = self.to_query(superpoint[chosen])  # (Q, C)
-        else:
-            query = self.to_query(superpoint)
+            origin = torch.randperm(count)[: max(1, round(share * count))]
+        origin = origin.to(superpoint.device)  # (Q,)
+        query = self.to_query(superpoint[origin])  # (Q, C)
         predictions = [self.predict(query, masks)]
         for cross, own, feed, norm in zip(self.cross, self.own, self.feed, self.feed_norm):
             allowed = predictions[-1]["mask_logits"].detach() >= 0  # (Q, S)
@@ -300,10 +301,10 @@ class QueryDecoder(nn.Module):
             query = own(query, query)
             query = norm(query + feed(query))
             predictions.append(self.predict(query, masks))
-        return predictions
+        return [prediction | {"origin": origin} for prediction in predictions]
 
     def predict(self, query, masks):
-        """(Q, C), (S, C) -> one prediction of `forward`."""
+        """(Q, C), (S, C) -> one prediction of `forward`, origin apart."""
         query = self.norm(query)
         return {"class_logits": self.class_head(query), "mask_logits": query @ masks.T,
                 "score": self.score_head(query).squeeze(1)}

@@ -246,6 +246,11 @@ def show(value, form="{:.3f}"):
     return "-" if value is None else form.format(value)
 
 
+def average_precisions(line):
+    """AP / AP50 / AP25 of a line of the log, as text."""
+    return " / ".join(show(line.get(f"val_{name}"), "{:.2f}") for name in ("ap", "ap50", "ap25"))
+
+
 def summary(log, bounds, number):
     """The table at the end of a stage."""
     lines = [line for line in log if line["stage"] == number]
@@ -259,7 +264,7 @@ def summary(log, bounds, number):
         "loss": f"{show(lines[0]['loss'])} -> {show(last['loss'])}",
         "val mIoU": f"{show(lines[0]['val_miou'])} -> {show(last['val_miou'])}"
                     f"   best {show(max((x['val_miou'] for x in lines if x['val_miou'] is not None), default=None))}",
-        "val AP / AP50 / AP25": " / ".join(show(last.get(f"val_{name}")) for name in ("ap", "ap50", "ap25")),
+        "val AP / AP50 / AP25": average_precisions(last),
         "fusion_2d_ratio": show(last["fusion_2d_ratio"]),
         "voxels seen": show(last["seen_share"], "{:.0%}"),
         "skipped steps": str(sum(line["skipped_steps"] for line in lines)),
@@ -408,7 +413,7 @@ def train(config):
                     break
             before, ratio = (log[-1] if log else {}), (stats[-1]["fusion_2d_ratio"] if stats else None)
             bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {show(before.get('val_miou'))}, "
-                                f"AP50 {show(before.get('val_ap50'))}, 2D {show(ratio, '{:.2f}')}", refresh=False)
+                                f"AP {average_precisions(before)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
             bar.update()
 
         # ---- evaluate, log, save
