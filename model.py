@@ -286,12 +286,7 @@ class QueryDecoder(nn.Module):
         class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims;
         origin (Q,) int64, the superpoint that each query was made from."""
         keys, masks = self.to_key(superpoint), self.to_mask(superpoint)  # (S, C)
-        count = len(superpoint)
-        origin = torch.arange(count)
-        if self.training:
-            share = 0.5 + 0.5 * torch.rand(()).item()
-            origin = torch.randperm(count)[: max(1, round(share * count))]
-        origin = origin.to(superpoint.device)  # (Q,)
+        origin = self.choose_queries(len(superpoint)).to(superpoint.device)  # (Q,)
         query = self.to_query(superpoint[origin])  # (Q, C)
         predictions = [self.predict(query, masks)]
         for cross, own, feed, norm in zip(self.cross, self.own, self.feed, self.feed_norm):
@@ -302,6 +297,13 @@ class QueryDecoder(nn.Module):
             query = norm(query + feed(query))
             predictions.append(self.predict(query, masks))
         return [prediction | {"origin": origin} for prediction in predictions]
+
+    def choose_queries(self, count):
+        """The superpoints, out of count, that become queries: (Q,) int64 on the CPU."""
+        if not self.training:
+            return torch.arange(count)
+        share = 0.5 + 0.5 * torch.rand(()).item()
+        return torch.randperm(count)[: max(1, round(share * count))]
 
     def predict(self, query, masks):
         """(Q, C), (S, C) -> one prediction of `forward`, origin apart."""

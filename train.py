@@ -348,6 +348,9 @@ def train(config):
     count = sum(p.numel() for p in model.parameters())
     print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters) on {device}; {len(train_set)} train and "
           f"{len(val_set)} val scenes of {config.data}; epochs {start}-{end} of {total_epochs}; {run}/")
+    bare = sum(not (folder / "instance.npy").is_file() for folder in train_set.folders)
+    if bare and config.plan != "A":
+        print(f"{bare} of {len(train_set)} train scenes have no instance.npy: they teach classes only, no instances")
     if use_images and not pretrained:
         print("image tower: from scratch (no pretrained weights); it trains from stage 2 on")
 
