@@ -3,6 +3,7 @@
     python bench.py                                # everything, a few minutes on two cores
     python bench.py --only voxelise projection     # some of it
     python bench.py --threads 1 --device cuda
+    python bench.py --control runs/bifusion/stage3.pt runs/baseline/stage3.pt   # AP beside that of plain groupings
 
 Ours and the alternative take turns and the median is given, so that a busy machine disturbs both alike. That both
 compute the same is checked in tests/test_bench.py. Memory is the largest extra amount during one call.
@@ -25,15 +26,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
-from data import SceneDataset, collate, voxelise
+from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
-from model import build_model
+from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
+from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_means
 from rooms import write_scene
 from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
-from train import RECIPES, loss_terms, to_device
+from train import RECIPES, instances_of_scene, load_model, loss_terms, to_device
 
 
 class Row(NamedTuple):
@@ -273,6 +278,65 @@ def sample_densely(feature_maps, links, image_size, num_points):
     return ((sampled * mask[:, None]).sum(0) / count.clamp(min=1)).T, count > 0
 
 
+def attend_explicitly(self, query, keys, allowed=None):
+    """model.Attention.forward with the weights of all heads, (h, Q, S), written out."""
+    q = self.to_query(query).unflatten(1, (self.heads, -1)).transpose(0, 1)
+    k, v = self.to_key_value(keys).unflatten(1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+    logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    weights = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(2)
+    return self.norm(query + self.out((weights @ v).transpose(0, 1).flatten(1)))
+
+
+def touching(coord, superpoint, label, neighbours=8, reach=0.15):
+    """Connected superpoints of one label as one piece each: (S,) number of the piece.
+
+    Two superpoints touch where a point of one is among the nearest of a point of the other, at most reach metres away.
+    coord (N, 3), superpoint (N,) 0..S-1, label (S,).
+    """
+    distance, near = cKDTree(coord).query(coord, neighbours)
+    a, b = np.repeat(superpoint, neighbours), superpoint[near.ravel()]
+    keep = (distance.ravel() <= reach) & (label[a] == label[b])
+    graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(len(label),) * 2)
+    return connected_components(graph, directed=False)[1]
+
+
+def instance_scene(seed, num_points=150_000, num_masks=60):
+    """A scene as instance_ap takes it, points in random order: ~40 instances of 18 classes, a third of them void.
+
+    Masks are true instances with a tenth of their points lost and 0.2 % of all points added, the last fifth of them
+    balls anywhere; of 60 masks, eight show an instance a second time.
+    """
+    rng = np.random.default_rng(seed)
+    points, _ = box_room(num_points, seed)
+    centers = points[rng.choice(num_points, 60, replace=False)]
+    cell = ((centers**2).sum(1) - 2 * points @ centers.T).argmin(1)  # (N,) nearest centre
+    common = 1 / np.arange(1, 19)  # a room has many chairs and one fridge
+    label_of = rng.choice(NYU40_IDS[2:], 60, p=common / common.sum())
+    label_of[40:] = rng.choice([0, 1, 2], 20)  # unannotated, wall, floor
+    gt = np.where(label_of > 0, label_of * 1000 + np.arange(1, 61), 0)[cell]  # (N,)
+    source = np.append(np.arange(num_masks - num_masks // 5) % 40, rng.integers(0, 40, num_masks // 5))
+    masks = np.zeros((num_masks, num_points), dtype=bool)
+    for p, mask in enumerate(masks):
+        if p < num_masks - num_masks // 5:
+            mask[:] = (cell == source[p]) & (rng.random(num_points) > 0.1)
+            mask[rng.integers(0, num_points, num_points // 500)] = True
+        else:
+            mask[:] = ((points - points[rng.integers(num_points)]) ** 2).sum(1) < rng.uniform(0.3, 0.8) ** 2
+    return {"gt": gt, "masks": masks, "labels": label_of[source], "scores": rng.random(num_masks)}
+
+
+def intersect_by_pairs(gt, masks, labels, scores, count=np.count_nonzero):
+    """Overlaps of each mask, one pass over all points each: [{gt id of its class: points}], [points on void].
+
+    The masks of the true instances are made once. NumPy counts a bool array by count_nonzero or, slower, by sum.
+    """
+    instances = {i: gt == i for i in np.unique(gt).tolist() if i // 1000 in NYU40_IDS[2:]}
+    void = ~np.isin(gt // 1000, NYU40_IDS[2:])
+    overlaps = [{i: int(count(np.logical_and(own, mask))) for i, own in instances.items() if i // 1000 == label}
+                for mask, label in zip(masks, labels.tolist())]
+    return overlaps, [int(count(np.logical_and(void, mask))) for mask in masks]
+
+
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -386,12 +450,101 @@ def train_step(name, batch, epoch, device):
     return step
 
 
+def instance_ap_rows(device):
+    """metrics.instance_ap, matching and all, against the overlaps alone."""
+    scenes = [instance_scene(seed) for seed in range(10)]
+    ours, by_sum, by_count = timed(lambda: instance_ap(scenes, NYU40_IDS[2:]),
+                                   lambda: [intersect_by_pairs(**scene, count=np.sum) for scene in scenes],
+                                   lambda: [intersect_by_pairs(**scene) for scene in scenes], repeats=3)
+    pairs = differ = 0
+    for scene in scenes:
+        ids, instance, _ = _unique_ids(scene["gt"])
+        counts = _intersections(scene["masks"], np.arange(len(scene["masks"])), instance, len(ids))
+        overlaps, void = intersect_by_pairs(**scene)
+        for count, overlap, on_void in zip(counts, overlaps, void):
+            found = [*count[np.searchsorted(ids, list(overlap))], count[~np.isin(ids // 1000, NYU40_IDS[2:])].sum()]
+            pairs += len(found)
+            differ += sum(a != b for a, b in zip(found, [*overlap.values(), on_void]))
+    note = f"{pairs:,} overlaps, {differ} differ; ours with matching"
+    what = "instance_ap 10 scenes x 150 k points x 60 masks"
+    return [Row(what, ms(ours), f"{ms(by_sum)} NumPy pairs, sum", by_sum / ours, 5, note),
+            Row(what, ms(ours), f"{ms(by_count)} NumPy pairs, count_nonzero", by_count / ours)]
+
+
+def decoder_rows(device):
+    """model.QueryDecoder of base, forward and backward, 200 queries: time, and memory over superpoints."""
+    sizes, rows = PRESETS["base"], []
+    torch.manual_seed(0)
+    decoder = QueryDecoder(sizes["dim"], num_classes=20, **sizes["decoder"]).to(device)
+    decoder.choose_queries = lambda count: torch.randperm(count)[:200]
+
+    def step(count, explicit=False):
+        feat = torch.randn(count, sizes["dim"], device=device, requires_grad=True)
+
+        def run():
+            forward, Attention.forward = Attention.forward, attend_explicitly if explicit else Attention.forward
+            try:
+                sum(p["class_logits"].sum() + p["mask_logits"].square().sum() + p["score"].sum()
+                    for p in decoder(feat)).backward()
+            finally:
+                Attention.forward = forward
+        return run
+
+    ours, explicit = timed(step(1500), step(1500, explicit=True), repeats=5, device=device)
+    what = "decoder of base, 200 queries, forward + backward"
+    rows.append(Row(f"{what}: 1,500 superpoints", ms(ours), f"{ms(explicit)} softmax written out", explicit / ours,
+                    note=f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters"))
+    for count in (1500, 6000, 24000):
+        mine, theirs = extra_memory(step(count), device), extra_memory(step(count, explicit=True), device)
+        if mine is not None:
+            rows.append(Row(f"{what}: memory, {count:,}", f"{mine:.0f} MB", f"{theirs:.0f} MB softmax written out",
+                            theirs / max(mine, 1), note=f"{1024 * mine / count:.1f} kB a superpoint"))
+    return rows
+
+
+@torch.no_grad()
+def control_rows(checkpoints, root, device):
+    """AP of trained decoders beside that of instances made from the same model's class of each superpoint alone.
+
+    One instance a superpoint, and one a connected piece of superpoints of one class; walls and floors are left out, the
+    score is the mean probability of the class. Rows of text.
+    """
+    lines = [("checkpoint", "instances", "AP", "AP50", "AP25")]
+    for path in checkpoints:
+        model, config, _ = load_model(path, device)
+        scenes = SceneDataset(root, "val", voxel_size=config.voxel_size, views=2 * config.views,
+                              image_size=RECIPES[config.preset]["image_size"])
+        judged = {"query decoder": InstanceAP(THINGS), "touching superpoints of one class": InstanceAP(THINGS),
+                  "every superpoint": InstanceAP(THINGS)}
+        for i in range(len(scenes)):
+            batch = to_device(collate([scenes[i]]), device)
+            out = model(batch)
+            gt, *found = instances_of_scene(out["instances"][0][-1], batch, 0)
+            judged["query decoder"].add(gt, *found)
+            score, label = superpoint_means(out["logits"].softmax(1), batch).max(1)  # (S,)
+            score, label = score.cpu().numpy(), label.cpu().numpy()
+            superpoint = batch["point_superpoint"].cpu().numpy()
+            coord = batch["world_coord"][batch["point_to_voxel"]].cpu().numpy()
+            for name, piece in (("touching superpoints of one class", touching(coord, superpoint, label)),
+                                ("every superpoint", np.arange(len(label)))):
+                things = np.unique(piece[~np.isin(label, STUFF)])
+                first = np.array([np.flatnonzero(piece == t)[0] for t in things], int)
+                masks = piece[superpoint] == things[:, None]
+                mean = np.array([score[piece == t].mean() for t in things])
+                judged[name].add(gt, masks, label[first], mean)
+        for name, metric in judged.items():
+            result = metric.result()
+            lines.append((str(path), name, *(f"{result[key]:.3f}" for key in ("AP", "AP50", "AP25"))))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
 def ms(seconds):
     return f"{1000 * seconds:.1f} ms"
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows, "scannet": scannet_rows}
+           "steps": steps_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows, "scannet": scannet_rows}
 
 
 def table(rows):
@@ -412,8 +565,12 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="of PyTorch (default %(default)s); OMP_NUM_THREADS sets NumPy's as well")
     parser.add_argument("--device", default="cpu", help="for projection, sampling and steps (default %(default)s)")
+    parser.add_argument("--control", nargs="+", metavar="CHECKPOINT", help="instead: AP beside plain groupings")
+    parser.add_argument("--data", default="data/rooms", help="of --control (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.control:
+        return print(control_rows(args.control, args.data, args.device))
     name = platform.processor() or platform.machine()
     if args.device != "cpu":
         name += ", " + torch.cuda.get_device_name(args.device)

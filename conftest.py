@@ -58,6 +58,21 @@ def _scene(rng, voxels, views, num_classes, image_size, extent=(21, 15, 11), vox
         "image": rng.integers(0, 256, (views, 3, height, width)).astype(np.uint8),
         "depth": np.array(depths).reshape(views, height, width),
         "world_to_camera": np.array(matrices).reshape(views, 4, 4), "intrinsics": np.tile(intrinsics, (views, 1, 1)),
+        **_superpoints(rng, voxels, num_classes),
+    }
+
+
+def _superpoints(rng, voxels, num_classes):
+    """Superpoints of up to 10 voxels each, of one point a voxel; instances of up to 3 superpoints."""
+    superpoint = np.unique(rng.permutation(np.arange(voxels) // 10), return_inverse=True)[1]  # (M,) 0..S-1
+    count = superpoint.max() + 1
+    owner = rng.permutation(np.arange(count) // 3 - 1)  # (S,) three superpoints are of no instance
+    label = rng.integers(2, num_classes, owner.max() + 1)
+    return {
+        "point_superpoint": superpoint, "piece_superpoint": superpoint, "piece_voxel": np.arange(voxels),
+        "piece_points": np.ones(voxels), "superpoint_instance": owner, "instance_label": label,
+        "point_instance": np.where(owner >= 0, np.append(label, 0)[owner] * 1000 + owner + 1, 0)[superpoint],
+        "has_instances": np.array([True]),
     }
 
 
@@ -71,24 +86,31 @@ def _make_batch(voxels=(150, 90), views=(2, 2), num_classes=5, image_size=SMALL_
         batch[key] = value.float() if value.dtype == torch.float64 else value
     batch["batch_index"] = torch.repeat_interleave(torch.arange(len(scenes)), torch.tensor(voxels))
     batch["view_batch"] = torch.repeat_interleave(torch.arange(len(scenes)), torch.tensor(views))
-    batch["point_to_voxel"] = torch.arange(sum(voxels))
+    for like, key in (("superpoint_instance", "superpoint_batch"), ("instance_label", "instance_batch")):
+        counts = torch.tensor([len(s[like]) for s in scenes])
+        batch[key] = torch.repeat_interleave(torch.arange(len(scenes)), counts)
+    first = torch.cumsum(torch.tensor([0, *(len(s["superpoint_instance"]) for s in scenes)]), 0)
+    for key in ("point_superpoint", "piece_superpoint"):
+        batch[key] = batch[key] + first[batch["batch_index"]]
+    batch["point_to_voxel"] = batch["piece_voxel"] = torch.arange(sum(voxels))
     batch["point_segment"], batch["point_batch"] = batch["segment"], batch["batch_index"]
     return batch
 
 
 def _make_model(name="bifusion", pretrained=False, num_classes=5, seed=0):
     """Baseline3D or BiFusion of a few ten thousand parameters; pretrained only sets the flag that protects a tower."""
-    from model import IN_CHANNELS, Baseline3D, BiFusion, ClipTower, SparseUNet
+    from model import IN_CHANNELS, Baseline3D, BiFusion, ClipTower, QueryDecoder, SparseUNet
 
     torch.manual_seed(seed)
     unet = SparseUNet(IN_CHANNELS, stem=8, encoder=(8, 16), encoder_blocks=(1, 1), decoder=(16, 8),
                       decoder_blocks=(1, 1))
+    decoder = QueryDecoder(16, dim=16, hidden=32, layers=2, heads=2, num_classes=num_classes)
     if name == "baseline":
-        return Baseline3D(unet, 16, num_classes)
+        return Baseline3D(unet, decoder, 16, num_classes)
     from open_clip.modified_resnet import ModifiedResNet
 
     visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8)
-    return BiFusion(unet, ClipTower(visual, 16, pretrained), 16, num_classes, depth_tolerance=0.05)
+    return BiFusion(unet, ClipTower(visual, 16, pretrained), decoder, 16, num_classes, depth_tolerance=0.05)
 
 
 def _train_steps(model, setting, batch, steps=4, lr=1e-2, optimizer=None):

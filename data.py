@@ -12,7 +12,8 @@ valid 3D-only scene, one without labels can be predicted but not trained on.
 The camera and the augmentation: voxels are made from augmented coordinates, and every voxel keeps `world_coord`, the
 mean of its points' unaugmented coordinates. Only world_coord is ever projected. Images change in colour alone.
 
-Axes: N points, M voxels, V views, S superpoints, K classes, H, W image size.
+Axes: N points, M voxels, V views, S superpoints, G instances, L pieces (the points that a voxel and a superpoint
+share), K classes, H, W image size.
 """
 
 import signal
@@ -32,6 +33,8 @@ CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "doo
                "counter", "desk", "curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub",
                "otherfurniture")
 NUM_CLASSES = len(CLASS_NAMES)
+STUFF = (0, 1)  # wall and floor have no instances
+THINGS = tuple(k for k in range(NUM_CLASSES) if k not in STUFF)
 NYU40_IDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its classes
     (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
@@ -44,14 +47,14 @@ CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_scene(folder, num_classes=NUM_CLASSES, superpoints=False):
+def load_scene(folder, num_classes=NUM_CLASSES):
     """Read one scene folder, frames apart.
 
     Returns:
         dict: name str, coord (N, 3) f32 metres, color (N, 3) u8, normal (N, 3) f32 unit (estimated where absent),
-        segment (N,) int64 or None, instance (N,) int64 or None, frame_ids list of int in numeric order (frames with
-        image, depth and a usable pose), frames_skipped int (pose not finite or not rigid);
-        with superpoints=True also superpoint (N,) int64, computed where absent.
+        segment (N,) int64 or None, instance (N,) int64 or None, superpoint (N,) int64 0..S-1 (computed where absent),
+        frame_ids list of int in numeric order (frames with image, depth and a usable pose), frames_skipped int (pose
+        not finite or not rigid).
 
     Raises:
         FileNotFoundError: no such folder, or no coord.npy in it.
@@ -88,10 +91,9 @@ def load_scene(folder, num_classes=NUM_CLASSES, superpoints=False):
         if low < IGNORE or high >= num_classes:
             raise ValueError(f"{folder / 'segment20.npy'}: expected labels {IGNORE}..{num_classes - 1}, "
                              f"found {low}..{high}")
-    if superpoints:
-        stored = folder / "superpoint.npy"
-        scene["superpoint"] = (_read_array(stored, (n,)).astype(np.int64) if stored.is_file()
-                               else superpoints_from_points(coord, scene["normal"]))
+    stored = folder / "superpoint.npy"
+    superpoint = _read_array(stored, (n,)) if stored.is_file() else superpoints_from_points(coord, scene["normal"])
+    scene["superpoint"] = np.unique(superpoint, return_inverse=True)[1].ravel().astype(np.int64)
     scene["frame_ids"], scene["frames_skipped"] = _usable_frames(folder)
     return scene
 
@@ -433,12 +435,56 @@ def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None):
     segment = scene["segment"]
     if segment is None:
         segment = np.full(len(coord), IGNORE, np.int64)
+    superpoint = scene["superpoint"]
+    point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint,
+                                                                           num_classes)
+    piece, piece_points = np.unique(superpoint * m + point_to_voxel, return_counts=True)
     return {
         "name": scene["name"], "grid_coord": grid_coord.astype(np.int32), "coord": voxel_coord,
         "world_coord": world_coord, "color": color / np.float32(127.5) - 1, "normal": normal / np.maximum(length, 1e-6),
         "segment": voxel_majority(segment, point_to_voxel, m, num_classes), "point_segment": segment,
         "point_to_voxel": point_to_voxel, **frames, "image": image,
+        "point_superpoint": superpoint, "point_instance": point_instance,
+        "piece_voxel": piece % m, "piece_superpoint": piece // m, "piece_points": piece_points.astype(np.float32),
+        "superpoint_instance": superpoint_instance, "instance_label": instance_label,
+        "has_instances": np.array([scene["instance"] is not None]),
     }
+
+
+def instance_targets(segment, instance, superpoint, num_classes=NUM_CLASSES):
+    """What the query decoder is trained and judged by.
+
+    An instance has the class of most of its labelled points; instances of STUFF and of no class are left out. A
+    superpoint belongs to the instance that holds over half of its points.
+
+    Args:
+        segment: (N,) class or IGNORE.  instance: (N,) any id, below 0 = none; or None.  superpoint: (N,) 0..S-1.
+
+    Returns:
+        point_instance:      (N,) int64, class * 1000 + number from 1 on as the benchmark has it, 0 = none.
+        superpoint_instance: (S,) int64, 0..G-1, IGNORE = none.
+        instance_label:      (G,) int64 class of each instance; those that hold no superpoint are not among them.
+    """
+    s = superpoint.max() + 1
+    nothing = np.zeros(len(segment), np.int64), np.full(s, IGNORE, np.int64), np.zeros(0, np.int64)
+    if instance is None or (instance < 0).all():
+        return nothing
+    ids, own = np.unique(instance.clip(min=IGNORE), return_inverse=True)
+    own = own.ravel() - (ids[0] == IGNORE)  # (N,) number of the instance, IGNORE = none
+    label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, num_classes)
+    keep = ~np.isin(label, (IGNORE, *STUFF))
+    own, label = np.append(np.where(keep, keep.cumsum() - 1, IGNORE), IGNORE)[own], label[keep]
+    if not len(label):
+        return nothing
+    if len(label) > 999:
+        raise ValueError(f"a scene may hold 999 instances (the benchmark's ids have no room for more), found "
+                         f"{len(label)}; cut it into parts")
+    point_instance = np.where(own >= 0, label[own] * 1000 + own + 1, 0)
+    most = voxel_majority(own, superpoint, s, len(label))  # (S,) the instance with the most points, if any
+    share = np.bincount(superpoint[own == most[superpoint]], minlength=s) / np.bincount(superpoint, minlength=s)
+    owner = np.where(share > 0.5, most, IGNORE)
+    held, owner = np.unique(np.append(owner, IGNORE), return_inverse=True)  # the first is IGNORE
+    return point_instance, owner.ravel()[:-1] - 1, label[held[1:]]
 
 
 class SceneDataset(torch.utils.data.Dataset):
@@ -510,17 +556,25 @@ def collate(items):
         world_coord (M, 3) f32 NOT augmented, segment (M,) int64;
         image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
         view_batch (V,) int64, the scene of each view;
-        point_to_voxel (N,) int64 row of the batch's voxels, point_segment (N,) int64, point_batch (N,) int64.
+        point_to_voxel (N,) int64 row of the batch's voxels, point_segment (N,) int64, point_batch (N,) int64,
+        point_superpoint (N,) int64 row of the batch's superpoints, point_instance (N,) int64 (`instance_targets`);
+        superpoint_batch (S,) int64, superpoint_instance (S,) int64, numbered within a scene;
+        instance_label (G,) int64, instance_batch (G,) int64, has_instances (B,) bool, False = not annotated;
+        piece_voxel, piece_superpoint (L,) int64 rows of the batch, piece_points (L,) f32 points that both share.
     """
-    batch = {"names": [item["name"] for item in items]}
+    batch, voxels, superpoints = {"names": [item["name"] for item in items]}, 0, 0
+    items = list(items)
+    for i, item in enumerate(items):  # rows of a scene -> rows of the batch
+        items[i] = item | {key: item[key] + voxels for key in ("point_to_voxel", "piece_voxel")} \
+                        | {key: item[key] + superpoints for key in ("point_superpoint", "piece_superpoint")}
+        voxels, superpoints = voxels + len(item["grid_coord"]), superpoints + len(item["superpoint_instance"])
     for key in items[0]:
         if key != "name":
             batch[key] = torch.from_numpy(np.concatenate([item[key] for item in items]))
-    for key, like in (("batch_index", "grid_coord"), ("view_batch", "image"), ("point_batch", "point_segment")):
+    for key, like in (("batch_index", "grid_coord"), ("view_batch", "image"), ("point_batch", "point_segment"),
+                      ("superpoint_batch", "superpoint_instance"), ("instance_batch", "instance_label")):
         counts = torch.tensor([len(item[like]) for item in items])
         batch[key] = torch.repeat_interleave(torch.arange(len(items)), counts)
-    first = np.cumsum([0] + [len(item["grid_coord"]) for item in items])
-    batch["point_to_voxel"] += torch.from_numpy(first)[batch["point_batch"]]
     return batch
 
 

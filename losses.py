@@ -1,16 +1,19 @@
-"""The losses of BiFusion and their weights: semantic, branch, alignment, gate prior. Instances are not here yet.
+"""The losses of BiFusion and their weights: semantic, instance with its matcher, branch, alignment, gate prior.
 
-Needs torch only and imports no other file of this project: copy it and it works.
+Needs torch and scipy and imports no other file of this project: copy it and it works.
 
 Every loss is the mean over the scenes of a batch of that scene's own loss, so a scene counts the same whatever its
 size and whatever it is batched with. A scene without a single labelled voxel adds 0 and still counts as a scene.
 
-Axes: M voxels of all scenes, B scenes, K classes, D channels.
-Sources: soft dice after Milletari et al. (V-Net, 2016), in its multi-class form; alignment as a cosine distance.
+Axes: M voxels of all scenes, B scenes, K classes, D channels; S superpoints, Q queries and G instances of one scene.
+Sources: soft dice after Milletari et al. (V-Net, 2016), in its multi-class form; alignment as a cosine distance;
+instance losses and matching after SPFormer (Sun et al. 2023) and OneFormer3D (Kolodiazhnyi et al. 2024), who follow
+DETR (Carion et al. 2020).
 """
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
 IGNORE = -1
 
@@ -26,8 +29,16 @@ LOSS_WEIGHTS = {
         "branch": 0.3,
         "gate": 0.3,
     },
-    "baseline": {"semantic": 1.0, "instance": 1.0},
+    "baseline": {  # semantic 1.0 and instance 1.0: its four terms as they are
+        "semantic": 1.0,
+        "instance_cls": 1.0,
+        "instance_bce": 1.0,
+        "instance_dice": 1.0,
+        "instance_score": 1.0,
+    },
 }
+NO_OBJECT = 0.1  # weight of the queries that match nothing in the class cross-entropy
+OUTSIDE = 100.0  # added to the matching cost of a query made from a superpoint outside the instance
 
 
 def scene_mean(values, mask, batch_index, num_scenes):
@@ -81,6 +92,107 @@ def semantic_loss(logits, labels, batch_index, num_scenes, mask=None):
     dice = (1 - (2 * overlap + 1) / (size + 1)) * present
     dice = (dice.sum(1) / present.sum(1).clamp(min=1)).mean()
     return cross_entropy + dice
+
+
+def mask_costs(mask_logits, masks):
+    """BCE (mean over superpoints) and dice of every query with every instance: (Q, S), (G, S) -> (Q, G), (Q, G).
+
+    dice = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1).
+    """
+    probability, target = mask_logits.sigmoid(), masks.to(mask_logits.dtype)
+    bce = F.softplus(mask_logits).sum(1, keepdim=True) - mask_logits @ target.T  # softplus(x) - x t, summed
+    overlap = 2 * probability @ target.T + 1
+    dice = 1 - overlap / (probability.sum(1, keepdim=True) + target.sum(1) + 1)
+    return bce / mask_logits.shape[1], dice
+
+
+@torch.no_grad()
+def match(prediction, labels, masks):
+    """Assign instances to queries one to one at the least total cost, -0.5 p(class) + BCE + dice (Hungarian algorithm).
+
+    An instance gets a query that was made from one of its own superpoints wherever there is one left, as in
+    OneFormer3D: the query knows from the start what it is to find, and learns sooner.
+
+    Args:
+        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), origin (Q,) int64, superpoint of the query.
+        labels:     (G,) int64.  masks: (G, S) bool.
+
+    Returns:
+        query, instance: (min(Q, G),) int64 each, no query and no instance twice. With fewer queries than instances the
+        costliest instances stay without one. A cost that is not finite counts as a large one: the loss will say so.
+    """
+    probability = prediction["class_logits"].float().softmax(1)  # (Q, K + 1)
+    bce, dice = mask_costs(prediction["mask_logits"].float(), masks)
+    cost = -0.5 * probability[:, labels] + bce + dice + OUTSIDE * ~masks[:, prediction["origin"]].T  # (Q, G)
+    cost = cost.nan_to_num(1e6, 1e6, 1e6).clamp(max=1e6)
+    query, instance = linear_sum_assignment(cost.cpu().numpy())
+    return torch.as_tensor(query, device=labels.device), torch.as_tensor(instance, device=labels.device)
+
+
+def layer_loss(prediction, labels, masks):
+    """The four instance losses of one scene and one decoder layer.
+
+    cls:   cross-entropy of all queries, target "no object" (the last class, weight 0.1) where unmatched, over the sum
+           of the weights.
+    bce:   binary cross-entropy of the matched masks, mean over superpoints and matched queries.
+    dice:  1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of the matched masks, mean over matched queries.
+    score: squared error of the claimed IoU to that of the mask p > 0.5, mean over the matched queries where the latter
+           is above 0.5.
+
+    Args:
+        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), score (Q,), origin (Q,) int64.
+        labels:     (G,) int64, G may be 0 or exceed Q.  masks: (G, S) bool.
+
+    Returns:
+        dict of four finite scalars; without instances cls alone is not 0, and every prediction still gets a gradient.
+    """
+    class_logits, mask_logits = prediction["class_logits"].float(), prediction["mask_logits"].float()
+    query, instance = match(prediction, labels, masks)
+    no_object = class_logits.shape[1] - 1
+    target = labels.new_full((len(class_logits),), no_object)  # (Q,)
+    target[query] = labels[instance]
+    weight = class_logits.new_ones(no_object + 1)
+    weight[no_object] = NO_OBJECT
+    matched, truth = mask_logits[query], masks[instance].to(mask_logits.dtype)  # (m, S)
+    count = max(1, len(query))
+    bce = F.binary_cross_entropy_with_logits(matched, truth, reduction="sum") / (count * matched.shape[1])
+    probability = matched.sigmoid()
+    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1)  # (m,)
+    with torch.no_grad():
+        positive = (matched > 0).to(truth.dtype)
+        overlap = (positive * truth).sum(1)
+        iou = overlap / (positive.sum(1) + truth.sum(1) - overlap).clamp(min=1)
+        good = (iou > 0.5).to(truth.dtype)
+    score = (good * (prediction["score"].float()[query] - iou).square()).sum() / good.sum().clamp(min=1)
+    return {"instance_cls": F.cross_entropy(class_logits, target, weight), "instance_bce": bce,
+            "instance_dice": dice.sum() / count, "instance_score": score}
+
+
+def instance_loss(predictions, superpoint_instance, superpoint_batch, instance_label, instance_batch, has_instances):
+    """`layer_loss`, mean over the decoder's layers, then over the scenes.
+
+    A scene whose instances are not annotated adds 0 and counts as a scene.
+
+    Args:
+        predictions:         list of B, one a scene, of lists of the layers' predictions (model.QueryDecoder.forward).
+        superpoint_instance: (S of all scenes,) int64, number of the instance within its scene or -1.
+        superpoint_batch:    (S of all scenes,) int64.
+        instance_label:      (G of all scenes,) int64, in the order of those numbers.  instance_batch: the same shape.
+        has_instances:       (B,) bool, False = not annotated.
+
+    Returns:
+        dict of instance_cls, instance_bce, instance_dice, instance_score.
+    """
+    sums = dict.fromkeys(("instance_cls", "instance_bce", "instance_dice", "instance_score"), 0.0)
+    for scene, layers in enumerate(predictions):
+        labels = instance_label[instance_batch == scene]  # (G,)
+        numbers = torch.arange(len(labels), device=labels.device)
+        masks = superpoint_instance[superpoint_batch == scene] == numbers[:, None]  # (G, S)
+        share = has_instances[scene].float() / (len(layers) * len(predictions))
+        for prediction in layers:
+            for name, loss in layer_loss(prediction, labels, masks).items():
+                sums[name] = sums[name] + share * loss
+    return sums
 
 
 def branch_loss(logits_2d, logits_3d, labels, seen, batch_index, num_scenes):

@@ -1,15 +1,17 @@
-"""The networks: SparseUNet, ClipTower, and Baseline3D and BiFusion put together from them; PRESETS; build_model.
+"""The networks: SparseUNet, ClipTower, QueryDecoder, and Baseline3D and BiFusion put together from them; PRESETS.
 
-    Baseline3D   voxels -> SparseUNet -> Standardise -> semantic head
-    BiFusion     the same, and frames -> ClipTower -> sampled at the voxels -> Standardise; FiLM, gate, blend -> head
+    Baseline3D   voxels -> SparseUNet -> Standardise -> semantic head; superpoint means -> QueryDecoder -> instances
+    BiFusion     the same, and frames -> ClipTower -> sampled at the voxels -> Standardise; FiLM, gate, blend -> heads
 
 BiFusion is a Baseline3D: with its 2D branch off (fusion "identity") it computes exactly what Baseline3D computes.
 Importing this file imports spconv and, for an image tower, open_clip.
 
-Axes: M voxels of all scenes of a batch, V views of all scenes, C, D channels, K classes, H, W image size.
+Axes: M voxels of all scenes of a batch, V views of all scenes, S superpoints, Q queries, P predicted instances,
+C, D channels, K classes, H, W image size.
 
 Sources: U-Net layout of SpUNet-v1m1 (Pointcept), the spconv form of Mask3D's Res16UNet34C (Schult et al. 2023) after
-MinkowskiNet (Choy et al. 2019); ModifiedResNet of CLIP (Radford et al. 2021) as open_clip builds it.
+MinkowskiNet (Choy et al. 2019); decoder after SPFormer (Sun et al. 2023) and OneFormer3D (Kolodiazhnyi et al. 2024);
+matrix NMS of SOLOv2 (Wang et al. 2020); ModifiedResNet of CLIP (Radford et al. 2021) as open_clip builds it.
 """
 
 import logging
@@ -31,12 +33,14 @@ PRESETS = {
         "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64,
+        "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
         "tower": {"layers": (1, 1, 1, 1), "width": 32},
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),
                  "decoder": (256, 128, 96, 96), "decoder_blocks": (2, 2, 2, 2)},
         "dim": 256,
+        "decoder": {"dim": 192, "hidden": 768, "layers": 3, "heads": 8},
         "tower": None,  # CLIP ViT-B/16: not built yet
     },
 }
@@ -214,28 +218,171 @@ class ClipTower(nn.Module):
                 "2d": list(self.neck.parameters())}
 
 
-class Baseline3D(nn.Module):
-    """The 3D baseline: sparse U-Net, standardisation, semantic head."""
+def superpoint_means(feat, batch):
+    """(M, D) -> (S, D): the mean over a superpoint's points, each with the feature of its voxel."""
+    points = batch["piece_points"]  # (L,)
+    zeros = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
+    total = zeros.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * points[:, None])
+    return total / superpoint_sizes(batch)[:, None]
 
-    def __init__(self, unet, dim, num_classes):
+
+def superpoint_sizes(batch):
+    """(S,) float: number of points."""
+    points = batch["piece_points"]
+    return points.new_zeros(len(batch["superpoint_batch"])).index_add(0, batch["piece_superpoint"], points)
+
+
+def mlp(in_channels, hidden, out_channels):
+    return nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, out_channels))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True; then the residual sum
+    and LayerNorm. PyTorch's fused attention: no (heads, Q, S) weights are held."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_query = nn.Linear(dim, dim)
+        self.to_key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, query, keys, allowed=None):
+        q = self.to_query(query).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (h, Q, C/h)
+        k, v = self.to_key_value(keys).unflatten(1, (2, self.heads, -1)).permute(1, 2, 0, 3)  # (h, S, C/h) each
+        x = F.scaled_dot_product_attention(q[None], k[None], v[None], allowed)[0]  # (h, Q, C/h)
+        return self.norm(query + self.out(x.transpose(0, 1).flatten(1)))
+
+
+class QueryDecoder(nn.Module):
+    """Instances of a scene from the features of its superpoints: every query becomes one class, mask and score.
+
+    A layer is masked cross-attention to the superpoints, self-attention among the queries, a feed-forward network, each
+    with residual and LayerNorm after it. A query looks only at the superpoints that its mask of the layer before holds;
+    at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries; else all do.
+
+    Args:
+        in_channels: D of the superpoint features.  dim: width C.  hidden: width of the feed-forward network.
+        layers:      number of layers.  heads: of the attention.  num_classes: K.
+    """
+
+    def __init__(self, in_channels, dim, hidden, layers, heads, num_classes):
+        super().__init__()
+        self.to_key = nn.Sequential(nn.Linear(in_channels, dim), nn.LayerNorm(dim))
+        self.to_query = mlp(in_channels, dim, dim)
+        self.to_mask = mlp(in_channels, dim, dim)
+        self.cross = nn.ModuleList(Attention(dim, heads) for _ in range(layers))
+        self.own = nn.ModuleList(Attention(dim, heads) for _ in range(layers))
+        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+                                  for _ in range(layers))
+        self.feed_norm = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.class_head = mlp(dim, dim, num_classes + 1)
+        self.score_head = mlp(dim, dim, 1)
+
+    def forward(self, superpoint):
+        """(S, D) of ONE scene -> list of layers + 1 predictions, of the untouched queries and after each layer: dict of
+        class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims;
+        origin (Q,) int64, the superpoint that each query was made from."""
+        keys, masks = self.to_key(superpoint), self.to_mask(superpoint)  # (S, C)
+        origin = self.choose_queries(len(superpoint)).to(superpoint.device)  # (Q,)
+        query = self.to_query(superpoint[origin])  # (Q, C)
+        predictions = [self.predict(query, masks)]
+        for cross, own, feed, norm in zip(self.cross, self.own, self.feed, self.feed_norm):
+            allowed = predictions[-1]["mask_logits"].detach() >= 0  # (Q, S)
+            allowed = allowed | ~allowed.any(1, keepdim=True)
+            query = cross(query, keys, allowed)
+            query = own(query, query)
+            query = norm(query + feed(query))
+            predictions.append(self.predict(query, masks))
+        return [prediction | {"origin": origin} for prediction in predictions]
+
+    def choose_queries(self, count):
+        """The superpoints, out of count, that become queries: (Q,) int64 on the CPU."""
+        if not self.training:
+            return torch.arange(count)
+        share = 0.5 + 0.5 * torch.rand(()).item()
+        return torch.randperm(count)[: max(1, round(share * count))]
+
+    def predict(self, query, masks):
+        """(Q, C), (S, C) -> one prediction of `forward`, origin apart."""
+        query = self.norm(query)
+        return {"class_logits": self.class_head(query), "mask_logits": query @ masks.T,
+                "score": self.score_head(query).squeeze(1)}
+
+
+@torch.no_grad()
+def select_instances(prediction, sizes, top_k=100, min_points=100):
+    """The instances of a scene out of the last prediction of its queries.
+
+    Each pair of query and class has the score p(class) * claimed IoU * mean p(superpoint) over the mask; the best top_k
+    are kept, then matrix NMS lowers the score of whatever overlaps a better one of its class: by the least of
+    (1 - IoU with a better one) / (1 - that one's own largest IoU with a still better one), IoU in points.
+
+    Args:
+        prediction: as QueryDecoder.forward.  sizes: (S,) float, points of each superpoint.
+        top_k:      pairs kept, or all where there are fewer.  min_points: smaller instances are left out.
+
+    Returns:
+        masks (P, S) bool, labels (P,) int64, scores (P,) float in 0..1, best first; P may be 0.
+    """
+    probability = prediction["class_logits"].float().softmax(1)[:, :-1]  # (Q, K)
+    probability = probability * prediction["score"].float().clamp(0, 1)[:, None]
+    score, pair = probability.flatten().topk(min(top_k, probability.numel()))  # (k,)
+    query, label = pair // probability.shape[1], pair % probability.shape[1]
+    logits = prediction["mask_logits"].float()[query]  # (k, S)
+    masks = logits > 0
+    score = score * (logits.sigmoid() * masks).sum(1) / masks.sum(1).clamp(min=1)
+    order = score.argsort(descending=True, stable=True)
+    score, label, masks = score[order], label[order], masks[order]
+    points = (masks * sizes).sum(1)  # (k,)
+    overlap = (masks * sizes) @ masks.T.to(sizes.dtype)  # (k, k)
+    iou = overlap / (points[:, None] + points - overlap).clamp(min=1)
+    iou = (iou * (label[:, None] == label)).triu(1)  # [i, j]: i is better than j
+    decay = ((1 - iou) / (1 - iou.amax(0)[:, None]).clamp(min=1e-6)).amin(0)  # (k,)
+    score = score * decay.clamp(max=1)
+    order = score.argsort(descending=True, stable=True)
+    order = order[((score > 0) & (points >= min_points))[order]]
+    return masks[order], label[order], score[order]
+
+
+class Baseline3D(nn.Module):
+    """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder.
+
+    Args:
+        unet: SparseUNet.  decoder: QueryDecoder of D = dim.  dim: D.  num_classes: K.
+    """
+
+    def __init__(self, unet, decoder, dim, num_classes):
         super().__init__()
         self.unet = unet
         self.standardise_3d = Standardise(unet.out_channels, dim)
         self.semantic_head = nn.Linear(dim, num_classes)
-        self.setting = None  # stages.Setting in force; the baseline has nothing to switch
+        self.decoder = decoder
+        self.setting = None  # stages.Setting in force; None: everything is on
 
     def forward(self, batch):
         """Segment a batch of scenes.
 
         Args:
             batch: dict as data.collate makes it: names list of B str, grid_coord (M, 3) int, batch_index (M,) int64,
-                   color (M, 3), normal (M, 3).
+                   color (M, 3), normal (M, 3), superpoint_batch, piece_voxel, piece_superpoint, piece_points.
 
         Returns:
-            dict: logits (M, K), feat_3d (M, D).
+            dict: logits (M, K), feat_3d (M, D); once the decoder is on, instances: list of B, one a scene, of what
+            QueryDecoder.forward returns.
         """
         feat_3d = self.encode_3d(batch)
-        return {"logits": self.semantic_head(feat_3d), "feat_3d": feat_3d}
+        return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
+
+    def segment(self, feat, batch):
+        """(M, D) -> logits of the voxels and instances of the scenes, as `forward` returns them."""
+        out = {"logits": self.semantic_head(feat)}
+        if self.setting is None or "decoder" in self.setting.parts:
+            superpoint, scene = superpoint_means(feat, batch), batch["superpoint_batch"]
+            out["instances"] = [self.decoder(superpoint[scene == i]) for i in range(len(batch["names"]))]
+        return out
 
     def encode_3d(self, batch):
         """-> feat_3d (M, D) of RMS 1."""
@@ -245,14 +392,15 @@ class Baseline3D(nn.Module):
 
     def parts(self):
         """Parameters by part of stages.PARTS, each in exactly one."""
-        return {"3d": [*self.unet.parameters(), *self.standardise_3d.parameters(), *self.semantic_head.parameters()]}
+        return {"3d": [*self.unet.parameters(), *self.standardise_3d.parameters(), *self.semantic_head.parameters()],
+                "decoder": list(self.decoder.parameters())}
 
 
 class BiFusion(Baseline3D):
     """Baseline3D with an image tower, FiLM and a gate. What is active is read from `setting` (stages.apply_setting)."""
 
-    def __init__(self, unet, tower, dim, num_classes, depth_tolerance):
-        super().__init__(unet, dim, num_classes)
+    def __init__(self, unet, tower, decoder, dim, num_classes, depth_tolerance):
+        super().__init__(unet, decoder, dim, num_classes)
         self.tower = tower
         self.depth_tolerance = depth_tolerance
         self.standardise_2d = Standardise(tower.out_channels, dim)
@@ -269,13 +417,13 @@ class BiFusion(Baseline3D):
                    depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64.
 
         Returns:
-            dict: logits (M, K), feat_3d (M, D); with a fusion other than "identity" also feat_2d (M, D), seen (M,)
-            bool, alpha (M,), logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats).
+            dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
+            logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats).
         """
         setting = self.setting
         feat_3d = self.encode_3d(batch)
         if setting.fusion == "identity":
-            return {"logits": self.semantic_head(feat_3d), "feat_3d": feat_3d}
+            return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
         feat_2d, seen = self.encode_2d(batch)
         out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen,
                "logits_2d": self.head_2d(feat_2d), "logits_3d": self.head_3d(feat_3d)}
@@ -284,7 +432,7 @@ class BiFusion(Baseline3D):
         alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
         stats = fusion_stats(feat_2d, feat_3d, alpha, seen)
-        return out | {"logits": self.semantic_head(fused), "alpha": alpha, "stats": stats}
+        return out | self.segment(fused, batch) | {"alpha": alpha, "stats": stats}
 
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
@@ -337,12 +485,13 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05):
     if name not in ("baseline", "bifusion"):
         raise KeyError(f"unknown model {name!r}; choose from ['baseline', 'bifusion']")
     unet = SparseUNet(IN_CHANNELS, **sizes["unet"])
+    decoder = QueryDecoder(sizes["dim"], num_classes=num_classes, **sizes["decoder"])
     if name == "baseline":
-        return Baseline3D(unet, sizes["dim"], num_classes)
+        return Baseline3D(unet, decoder, sizes["dim"], num_classes)
     if sizes["tower"] is None:
         raise ValueError(f"preset {preset!r} has no image tower yet; take --preset small, or --model baseline")
     from open_clip.modified_resnet import ModifiedResNet
 
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
         tower = ClipTower(ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"]), sizes["dim"])
-    return BiFusion(unet, tower, sizes["dim"], num_classes, depth_tolerance)
+    return BiFusion(unet, tower, decoder, sizes["dim"], num_classes, depth_tolerance)

@@ -1,10 +1,13 @@
-"""A checkpoint and scene folders -> labelled .ply files and pictures.
+"""A checkpoint and scene folders -> labelled .ply files, a list of instances and pictures.
 
     python predict.py runs/bifusion/best.pt data/rooms/val/room_0000 [more scene folders] --out predictions
 
-Writes <out>/<scene>_semantic.ply, which CloudCompare and MeshLab open in class colours (its property `label` is the
-NYU40 id, as in ScanNet's own label files), and <out>/<scene>.png: colours, prediction, and ground truth where there is
-one. Neither labels nor frames are needed.
+Writes for each scene into <out>/
+    <scene>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files
+    <scene>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
+    <scene>_instances.txt  the list: class, score, points, box
+    <scene>.png            colours, classes, instances, and the ground truth where there is one
+CloudCompare and MeshLab open the .ply files. Neither labels nor frames are needed.
 """
 
 import argparse
@@ -17,9 +20,11 @@ from plyfile import PlyData, PlyElement
 
 from data import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, load_frames, load_scene, scene_item
 from metrics import semantic_iou
-from train import RECIPES, load_model, to_device
+from train import RECIPES, instances_of_scene, load_model, to_device
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
+NO_INSTANCE = np.array([225, 225, 225], np.uint8)
+MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
 def open_checkpoint(path, device="cpu"):
@@ -51,9 +56,11 @@ def predict_scene(model, config, folder, device="cpu"):
         folder:        scene folder; frames are used where there are some and the model has an image branch.
 
     Returns:
-        scene:  dict of data.load_scene; its segment is None where every label is IGNORE; voxels, M.
-        labels: (N,) int64 class index of each point.
-        seen:   share of the voxels that a frame sees, 0 without frames; None for a model without image branch.
+        scene:      dict of data.load_scene; its segment is None where every label is IGNORE.
+        prediction: dict with labels (N,) int64 class index of each point; masks (P, N) bool, classes (P,) int64,
+                    scores (P,) float of the instances, best first, P = 0 for a model without a trained decoder;
+                    true_instance (N,) int64, data.instance_targets; voxels, M; seen, the share of the voxels that a
+                    frame sees, 0 without frames, None for a model without image branch.
 
     Raises:
         FileNotFoundError, ValueError: as data.load_scene.
@@ -66,25 +73,84 @@ def predict_scene(model, config, folder, device="cpu"):
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, count).round().astype(int)]
     frames = load_frames(folder, chosen, RECIPES[config.preset]["image_size"])
     batch = to_device(collate([scene_item(scene, frames, config.voxel_size)]), device)
-    scene["voxels"] = len(batch["grid_coord"])
     out = model(batch)
-    labels = out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy()
-    return scene, labels, out["stats"]["seen_share"] if use_images else None
+    prediction = {"labels": out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy(),
+                  "voxels": len(batch["grid_coord"]), "seen": out["stats"]["seen_share"] if use_images else None,
+                  "true_instance": batch["point_instance"].cpu().numpy(), "classes": np.zeros(0, np.int64),
+                  "masks": np.zeros((0, len(scene["coord"])), bool), "scores": np.zeros(0, np.float32)}
+    if "instances" in out:
+        _, *found = instances_of_scene(out["instances"][0][-1], batch, 0)
+        prediction |= {key: value.cpu().numpy() for key, value in zip(("masks", "classes", "scores"), found)}
+    return scene, prediction
 
 
-def write_ply(path, coord, labels):
-    """Points in class colours: x y z float, red green blue uchar, label ushort (NYU40 id; 0 = none)."""
-    vertex = np.zeros(len(coord), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"),
-                                   ("blue", "u1"), ("label", "u2")])
+def panoptic(prediction, min_score=MIN_SCORE):
+    """Semantic labels and instances -> one label and at most one instance a point.
+
+    Instances of min_score or more take their points, the best first; one that gets less than half of its points
+    because better ones were there before is left out. All other points keep their semantic label.
+
+    Args:
+        prediction: dict with labels (N,), masks (P, N), classes (P,), scores (P,), best first (`predict_scene`).
+
+    Returns:
+        labels: (N,) int64.  instance: (N,) int64, 0 = none, else the number from 1 on.
+        rows:   list of int, the row of prediction that each number stands for.
+    """
+    labels, rows = prediction["labels"].copy(), []
+    instance = np.zeros(len(labels), np.int64)
+    for row in np.flatnonzero(prediction["scores"] >= min_score).tolist():
+        mask = prediction["masks"][row]
+        free = mask & (instance == 0)
+        if 2 * free.sum() >= max(1, mask.sum()):
+            rows.append(row)
+            instance[free], labels[free] = len(rows), prediction["classes"][row]
+    return labels, instance, rows
+
+
+def instance_table(coord, prediction, instance, rows):
+    """The instances of `panoptic` as text: number, class, score, points, box (metres, along the axes)."""
+    lines = ["  #  class             score  points  x from .. to     y from .. to     z from .. to  (m)"]
+    for number, row in enumerate(rows, 1):
+        points = coord[instance == number]
+        box = "  ".join(f"{low:6.2f} .. {high:6.2f}" for low, high in zip(points.min(0), points.max(0)))
+        lines.append(f"{number:3}  {CLASS_NAMES[prediction['classes'][row]]:<16}  {prediction['scores'][row]:.3f}  "
+                     f"{len(points):6}  {box}")
+    return "\n".join(lines)
+
+
+def write_ply(path, coord, labels, color, instance=None):
+    """Points with colours: x y z float, red green blue uchar, label ushort (NYU40 id; 0 = none), with instance (N,)
+    also instance ushort."""
+    fields = [("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "u2")]
+    vertex = np.zeros(len(coord), fields + ([("instance", "u2")] if instance is not None else []))
     vertex["x"], vertex["y"], vertex["z"] = coord.T
-    vertex["red"], vertex["green"], vertex["blue"] = class_colors(labels).T
+    vertex["red"], vertex["green"], vertex["blue"] = color.T
     vertex["label"] = np.array([*NYU40_IDS, 0])[labels]  # IGNORE is the last
+    if instance is not None:
+        vertex["instance"] = instance
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
 
 
 def class_colors(labels):
     """(N,) class index or IGNORE -> (N, 3) u8."""
     return np.vstack([CLASS_COLORS, NO_LABEL])[labels]  # IGNORE, -1, is the last
+
+
+def instance_colors(instance, like=None):
+    """(N,) ids, 0 = none -> (N, 3) u8, neighbouring ids far apart in hue. With like (N,), another labelling of the
+    points, each instance takes the colour of the one there that shares most of its points, if over half of them."""
+    ids, inverse = np.unique(instance, return_inverse=True)
+    key = ids.copy()
+    for i, number in enumerate(ids if like is not None else ()):
+        there, count = np.unique(like[instance == number], return_counts=True)
+        if number and there[count.argmax()] and 2 * count.max() > count.sum():
+            key[i] = there[count.argmax()]
+    hue, level = key * 0.618 % 1, 0.75 + 0.25 * (key * 0.38 % 1)  # steps of the golden ratio
+    ramp = np.clip(np.abs((hue[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
+    color = (255 * level[:, None] * (0.3 + 0.7 * ramp)).astype(np.uint8)
+    color[ids == 0] = NO_INSTANCE
+    return color[inverse.ravel()]
 
 
 def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
@@ -128,29 +194,38 @@ def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
     return image
 
 
-def draw(path, scene, labels, title):
-    """One picture: input colours, prediction, ground truth where there is one, and a legend of the classes shown."""
+def draw(path, scene, prediction, instance, title):
+    """One picture: input colours, classes, instances, below the ground truth where there is one; and a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    panels = [("input colours", scene["color"]), ("prediction", class_colors(labels))]
+    labels, true_instance = prediction["labels"], prediction["true_instance"]
+    panels = {(0, 0): ("input colours", scene["color"]), (0, 1): ("classes", class_colors(labels)),
+              (0, 2): ("instances", instance_colors(instance, true_instance))}
     shown = set(labels.tolist())
     if scene["segment"] is not None:
-        panels.append(("ground truth", class_colors(scene["segment"])))
+        panels |= {(1, 1): ("classes, ground truth", class_colors(scene["segment"])),
+                   (1, 2): ("instances, ground truth", instance_colors(true_instance))}
         shown |= set(scene["segment"].tolist())
-    figure = Figure(figsize=(5.4 * len(panels), 5.6), dpi=100, layout="constrained")
+    rows = 1 + max(row for row, _ in panels)
+    figure = Figure(figsize=(16.2, 5.3 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (name, color) in zip(figure.subplots(1, len(panels)), panels):
-        axis.imshow(render(scene["coord"], scene["normal"], color))
-        axis.set_title(name, fontsize=13)
+    axes = figure.subplots(rows, 3, squeeze=False)
+    for place, axis in np.ndenumerate(axes):
         axis.axis("off")
+        if place in panels:
+            name, color = panels[place]
+            axis.imshow(render(scene["coord"], scene["normal"], color))
+            axis.set_title(name, fontsize=13)
     patches = [Patch(facecolor=CLASS_COLORS[k] / 255, label=CLASS_NAMES[k]) for k in sorted(shown - {IGNORE})]
     if IGNORE in shown:
         patches.append(Patch(facecolor=NO_LABEL / 255, label="no label"))
     figure.suptitle(title, fontsize=14)
-    columns = min(10 * len(panels) // 3, len(patches))  # what the picture is wide enough for
-    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
+    if rows == 2:
+        axes[1, 0].legend(handles=patches, loc="center", ncols=2, frameon=False, fontsize=13)
+    else:
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), frameon=False)
     figure.savefig(path)
 
 
@@ -159,6 +234,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="stage3.pt, best.pt, ... of a run")
     parser.add_argument("scenes", nargs="+", help="scene folders")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
+    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -169,17 +245,22 @@ def main(argv=None):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
-            scene, labels, seen = predict_scene(model, config, Path(folder).resolve(), args.device)
+            scene, prediction = predict_scene(model, config, Path(folder).resolve(), args.device)
+            labels, instance, rows = panoptic(prediction, args.min_score)
             name, title = scene["name"], scene["name"]
             if scene["segment"] is not None:
-                miou = semantic_iou([(scene["segment"], labels)], range(len(CLASS_NAMES)))["miou"]
+                miou = semantic_iou([(scene["segment"], prediction["labels"])], range(len(CLASS_NAMES)))["miou"]
                 title += f", mIoU {miou:.3f}"
-            write_ply(out / f"{name}_semantic.ply", scene["coord"], labels)
-            draw(out / f"{name}.png", scene, labels, f"{config.model}: {title}")
+            coord, table = scene["coord"], instance_table(scene["coord"], prediction, instance, rows)
+            write_ply(out / f"{name}_semantic.ply", coord, prediction["labels"], class_colors(prediction["labels"]))
+            write_ply(out / f"{name}_instances.ply", coord, labels, instance_colors(instance), instance)
+            (out / f"{name}_instances.txt").write_text(table + "\n")
+            draw(out / f"{name}.png", scene, prediction, instance, f"{config.model}: {title}")
             views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
-            sight = views.get(seen) or f"{seen:.0%} seen by frames"
-            print(f"{title}: {len(labels)} points, {scene['voxels']} voxels, {sight}, "
-                  f"{len(np.unique(labels))} classes -> {out}/{name}_semantic.ply, {out}/{name}.png")
+            sight = views.get(prediction["seen"]) or f"{prediction['seen']:.0%} seen by frames"
+            print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, "
+                  f"{len(np.unique(labels))} classes, {len(rows)} instances -> {out}/{name}_semantic.ply, "
+                  f"{name}_instances.ply, {name}_instances.txt, {name}.png\n{table}")
     except (OSError, ValueError) as error:
         sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
 

@@ -157,7 +157,8 @@ def config_differences(config, baseline_config):
 
 def summary_table(runs):
     """One row a run, as text: epochs logged of those planned, val mIoU, fusion_2d_ratio after the ramp, cost."""
-    rows = [("run", "model", "seed", "epochs", "best mIoU", "final mIoU", "2D ratio", "range", "skipped", "minutes")]
+    rows = [("run", "model", "seed", "epochs", "best mIoU", "final mIoU", "final AP/50/25", "2D ratio", "range",
+             "skipped", "minutes")]
     for run in runs:
         log, config = run["log"], run["config"]
         evaluated = [(e["val_miou"], -e["epoch"]) for e in log if is_finite(e.get("val_miou"))]
@@ -168,6 +169,7 @@ def summary_table(runs):
             f"{len(log)}/{config.get('epochs', '?')}",
             f"{best[0]:.4f} @{-best[1]}" if best else "-",
             f"{final[1]:.4f} @{final[0]}" if final else "-",
+            "/".join(f"{v:.3f}" if is_finite(v) else "-" for v in map(log[-1].get, ("val_ap", "val_ap50", "val_ap25"))),
             f"{ratios[-1]:.3f}" if ratios else "-",
             f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "-",
             str(sum(e.get("skipped_steps") or 0 for e in log)),
@@ -177,7 +179,7 @@ def summary_table(runs):
 
 
 def seeds_summary(runs, pairs):
-    """Mean and standard deviation (n - 1) of the final val mIoU of each model, and of the paired difference.
+    """Mean and standard deviation (n - 1) of the final val mIoU and AP of each model, and of the paired difference.
 
     Args:
         runs:  list from `read_run`, baselines included.
@@ -185,10 +187,11 @@ def seeds_summary(runs, pairs):
     """
     lines, by_model = [], {}
     for run in runs:
-        final = final_miou(run["log"])
-        if final:
-            by_model.setdefault(str(run["config"].get("model", "?")), []).append(final[1])
-    lines += [f"final val mIoU, {model}: {_mean_and_deviation(v)}" for model, v in by_model.items()]
+        last = run["log"][-1]
+        for label, key in (("mIoU", "val_miou"), ("AP", "val_ap"), ("AP50", "val_ap50"), ("AP25", "val_ap25")):
+            if is_finite(last.get(key)):
+                by_model.setdefault((label, str(run["config"].get("model", "?"))), []).append(last[key])
+    lines += [f"final val {label}, {model}: {_mean_and_deviation(v)}" for (label, model), v in sorted(by_model.items())]
     finals = [(final_miou(run["log"]), final_miou(baseline["log"])) for run, baseline in pairs]
     differences = [ours[1] - theirs[1] for ours, theirs in finals if ours and theirs and ours[0] == theirs[0]]
     if differences:
@@ -233,19 +236,19 @@ STAGE_TINTS = {1: "#eef2f7", 2: "#fbf4e6", 3: "#edf5ee"}
 COLORS = {  # of a loss term or branch, the same in every run's picture
     "semantic": "#1f6fb4", "branch": "#d9731a", "alignment": "#2c8c57", "instance_cls": "#b8397a",
     "instance_bce": "#7a5bb0", "instance_dice": "#8a6a3b", "instance_score": "#2a9aa8",
-    "3d": "#1f6fb4", "2d": "#d9731a", "fusion": "#2c8c57",
+    "3d": "#1f6fb4", "2d": "#d9731a", "fusion": "#2c8c57", "decoder": "#b8397a",
 }
 INK, FAINT, BLUE, RED = "#222222", "#8a8f98", "#1f6fb4", "#c00000"
 
 
 def draw_curves(log_or_logs, path):
-    """Draw losses, val mIoU, fusion_2d_ratio and gradient norms of a run over its epochs, 1200 x 840 pixels.
+    """Draw losses, val mIoU and AP, fusion_2d_ratio, gradient norms and range of a run over its epochs, 1650 x 840.
 
     Null or missing values leave gaps. The file is written beside its place and renamed, so it is never half there.
 
     Args:
         log_or_logs: a log (list of dicts, one an epoch, see `read_log`), or a dict name -> log: the first is the run
-                     that all panels show, the others (the baseline) appear in the val mIoU panel only.
+                     that all panels show, the others (the baseline) appear in the panels of mIoU and AP only.
         path:        where the .png goes.
 
     Raises:
@@ -259,14 +262,16 @@ def draw_curves(log_or_logs, path):
         raise ValueError("nothing to draw: a log is empty; draw after the first epoch")
     log = next(iter(logs.values()))
 
-    figure = Figure(figsize=(12, 8.4), dpi=100, facecolor="white")
+    figure = Figure(figsize=(16.5, 8.4), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    figure.subplots_adjust(left=0.06, right=0.885, top=0.92, bottom=0.065, wspace=0.42, hspace=0.33)
+    axes = figure.subplots(2, 3)
+    figure.subplots_adjust(left=0.045, right=0.905, top=0.92, bottom=0.065, wspace=0.46, hspace=0.33)
     _draw_losses(axes[0, 0], log)
     _draw_miou(axes[0, 1], logs)
+    _draw_average_precision(axes[0, 2], logs)
     _draw_fusion(axes[1, 0], log)
     _draw_gradients(axes[1, 1], log)
+    _draw_range(axes[1, 2], log)
     for ax in axes.flat:
         _dress(ax, log)
 
@@ -299,13 +304,47 @@ def _draw_miou(ax, logs):
     curves = []
     for i, (name, log) in enumerate(logs.items()):
         final = final_miou(log)
-        short = name if len(name) <= 12 else name[:11] + "\u2026"  # longer ones leave the picture
-        curves.append((f"{short} {final[1]:.3f}" if final else short, _series(log, lambda e: e.get("val_miou")),
+        curves.append((_short(name) + (f" {final[1]:.3f}" if final else ""), _series(log, lambda e: e.get("val_miou")),
                        BLUE if i == 0 else FAINT))
     _draw_lines(ax, curves)
     ax.set_ylim(bottom=0)
     ax.set_title("Validation mIoU")
     ax.set_ylabel("mIoU")
+
+
+def _short(name, length=12):
+    """A name cut to what the margin has room for."""
+    return name if len(name) <= length else name[: length - 1] + "\u2026"
+
+
+def _draw_average_precision(ax, logs):
+    """Val AP, AP50 and AP25 of the run, AP50 of the others."""
+    (_, log), *others = logs.items()
+    curves = [(label, _series(log, lambda e, k=key: e.get(k)), color) for label, key, color in
+              (("AP25", "val_ap25", "#2c8c57"), ("AP50", "val_ap50", BLUE), ("AP", "val_ap", INK))]
+    curves += [(f"AP50 {_short(name, 9)}", _series(theirs, lambda e: e.get("val_ap50")), FAINT)
+               for name, theirs in others]
+    ax.set_ylim(0, 1.03)
+    if any(map(math.isfinite, curves[0][1])):
+        _draw_lines(ax, curves)
+    else:
+        ax.text(0.5, 0.5, "no instances in this run so far", transform=ax.transAxes, ha="center", va="center",
+                color=INK)
+    ax.set_title("Validation AP of instances")
+    ax.set_ylabel("average precision")
+
+
+def _draw_range(ax, log):
+    """RMS of each branch's feature before the blend, and their cosine."""
+    curves = [(label, _series(log, lambda e, k=key: e.get(k)), color) for label, key, color in
+              (("rms 2d", "rms_2d", COLORS["2d"]), ("rms 3d", "rms_3d", COLORS["3d"]), ("cosine", "cosine", INK))]
+    if any(map(math.isfinite, curves[0][1])):
+        _draw_lines(ax, curves)
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    else:
+        ax.text(0.5, 0.5, "no fusion in this run so far", transform=ax.transAxes, ha="center", va="center", color=INK)
+    ax.set_title("Range and agreement of the branches")
+    ax.set_ylabel("over seen voxels, mean of the epoch")
 
 
 def _draw_fusion(ax, log):

@@ -4,7 +4,7 @@ Needs torch only (nothing else is imported) and imports no other file of this pr
 model with a method `parts()` that returns {part name: list of parameters}; see PARTS.
 
     epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
-            21-60  alignment    2D joins: SimpleFusion ramped in from 0, then the learned gate with a prior on its mean
+            21-60  alignment    instances join, and 2D: SimpleFusion ramped in from 0, then the learned gate
            61-128  enhancement  FiLM joins, a pretrained tower's first and last layers train at a hundredth of the rate
 
 No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
@@ -16,7 +16,8 @@ import torch
 
 # part of the model -> the branch whose gradient is clipped together and logged under this name
 PARTS = {
-    "3d": "3d",  # sparse U-Net, its standardisation, the heads
+    "3d": "3d",  # sparse U-Net, its standardisation, the semantic head
+    "decoder": "decoder",  # the query decoder
     "2d": "2d",  # neck of the image tower and the standardisation behind it
     "tower": "2d",  # the image tower but for its ends
     "tower_ends": "2d",  # conv1 (RGB-D) and the last blocks of the image tower
@@ -24,6 +25,7 @@ PARTS = {
     "gate": "fusion",
     "film": "fusion",
 }
+INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 RAMP = 0.125  # share of stage 2 over which alpha rises from 0 to 0.5: 5 of 40 epochs
 LEARNED_GATE_FROM = 0.5  # share of stage 2 after which the learned gate takes over from SimpleFusion
 
@@ -45,9 +47,10 @@ class Stage:
 
 STAGES = {
     1: Stage("stability", 0, 20, ("3d",), ("semantic",), 0.0, use_2d=False),
-    2: Stage("alignment", 21, 60, ("3d", "2d", "branch"), ("semantic", "branch", "alignment"), 0.0),
-    3: Stage("enhancement", 61, 128, ("3d", "2d", "branch", "gate", "film", "tower_ends"),
-             ("semantic", "branch", "alignment", "gate"), 0.01, film=True),
+    2: Stage("alignment", 21, 60, ("3d", "decoder", "2d", "branch"), ("semantic", *INSTANCE, "branch", "alignment"),
+             0.0),
+    3: Stage("enhancement", 61, 128, ("3d", "decoder", "2d", "branch", "gate", "film", "tower_ends"),
+             ("semantic", *INSTANCE, "branch", "alignment", "gate"), 0.01, film=True),
 }
 PLANS = {
     "full": "the curriculum as it stands",

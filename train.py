@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import CLASS_NAMES, SceneDataset, loader
-from losses import LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, semantic_loss, weighted_sum
-from metrics import semantic_iou
-from model import PRESETS, build_model
+from data import CLASS_NAMES, THINGS, SceneDataset, loader
+from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
+                    weighted_sum)
+from metrics import InstanceAP, semantic_iou
+from model import PRESETS, build_model, select_instances, superpoint_sizes
 from report import draw_curves, read_log
 from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
                     setting_at, stage_epochs)
@@ -134,6 +135,9 @@ def loss_terms(out, batch, setting):
     """The loss terms of a setting that apply to this output, unweighted: dict of scalars."""
     index, scenes = batch["batch_index"], len(batch["names"])
     terms = {"semantic": semantic_loss(out["logits"], batch["segment"], index, scenes)}
+    if "instance_cls" in setting.losses and "instances" in out:
+        terms |= instance_loss(out["instances"], batch["superpoint_instance"], batch["superpoint_batch"],
+                               batch["instance_label"], batch["instance_batch"], batch["has_instances"])
     if "branch" in setting.losses and "logits_2d" in out:
         terms["branch"] = branch_loss(out["logits_2d"], out["logits_3d"], batch["segment"], out["seen"], index, scenes)
     if "alignment" in setting.losses and "feat_2d" in out:
@@ -145,16 +149,35 @@ def loss_terms(out, batch, setting):
 
 @torch.no_grad()
 def evaluate(model, scenes, device):
-    """Val mIoU over points (not voxels), as metrics.semantic_iou gives it; scenes without labels are left out."""
+    """Val metrics over points (not voxels): metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's.
+
+    Scenes without labels do not count for mIoU, those without instance annotation not for AP.
+    """
     model.eval()
+    average_precision, judged = InstanceAP(THINGS), False
 
     def pairs():
+        nonlocal judged
         for batch in scenes:
             batch = to_device(batch, device)
-            predicted = model(batch)["logits"].argmax(1)[batch["point_to_voxel"]]  # (N,)
+            out = model(batch)
+            for i, prediction in enumerate(out.get("instances", ())):
+                if batch["has_instances"][i]:
+                    average_precision.add(*instances_of_scene(prediction[-1], batch, i))
+                    judged = True
+            predicted = out["logits"].argmax(1)[batch["point_to_voxel"]]  # (N,)
             yield batch["point_segment"].cpu(), predicted.cpu()
 
-    return semantic_iou(pairs(), range(len(CLASS_NAMES)))
+    result = semantic_iou(pairs(), range(len(CLASS_NAMES)))
+    return result | (average_precision.result() if judged else {})
+
+
+def instances_of_scene(prediction, batch, i):
+    """Scene i of a batch as InstanceAP.add takes it: gt (N,), masks (P, N) bool, labels (P,), scores (P,)."""
+    rows, points = batch["superpoint_batch"] == i, batch["point_batch"] == i
+    masks, labels, scores = select_instances(prediction, superpoint_sizes(batch)[rows])
+    superpoint = batch["point_superpoint"][points] - rows.int().argmax()  # (N,) row of the scene's own superpoints
+    return batch["point_instance"][points], masks[:, superpoint], labels, scores
 
 
 def to_device(batch, device):
@@ -223,6 +246,11 @@ def show(value, form="{:.3f}"):
     return "-" if value is None else form.format(value)
 
 
+def average_precisions(line):
+    """AP / AP50 / AP25 of a line of the log, as text."""
+    return " / ".join(show(line.get(f"val_{name}"), "{:.2f}") for name in ("ap", "ap50", "ap25"))
+
+
 def summary(log, bounds, number):
     """The table at the end of a stage."""
     lines = [line for line in log if line["stage"] == number]
@@ -236,6 +264,7 @@ def summary(log, bounds, number):
         "loss": f"{show(lines[0]['loss'])} -> {show(last['loss'])}",
         "val mIoU": f"{show(lines[0]['val_miou'])} -> {show(last['val_miou'])}"
                     f"   best {show(max((x['val_miou'] for x in lines if x['val_miou'] is not None), default=None))}",
+        "val AP / AP50 / AP25": average_precisions(last),
         "fusion_2d_ratio": show(last["fusion_2d_ratio"]),
         "voxels seen": show(last["seen_share"], "{:.0%}"),
         "skipped steps": str(sum(line["skipped_steps"] for line in lines)),
@@ -319,6 +348,9 @@ def train(config):
     count = sum(p.numel() for p in model.parameters())
     print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters) on {device}; {len(train_set)} train and "
           f"{len(val_set)} val scenes of {config.data}; epochs {start}-{end} of {total_epochs}; {run}/")
+    bare = sum(not (folder / "instance.npy").is_file() for folder in train_set.folders)
+    if bare and config.plan != "A":
+        print(f"{bare} of {len(train_set)} train scenes have no instance.npy: they teach classes only, no instances")
     if use_images and not pretrained:
         print("image tower: from scratch (no pretrained weights); it trains from stage 2 on")
 
@@ -382,18 +414,20 @@ def train(config):
                           f"{ {k: v.item() for k, v in norm.items()} }")
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     break
-            miou, ratio = (log[-1]["val_miou"] if log else None), (stats[-1]["fusion_2d_ratio"] if stats else None)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {show(miou)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
+            before, ratio = (log[-1] if log else {}), (stats[-1]["fusion_2d_ratio"] if stats else None)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {show(before.get('val_miou'))}, "
+                                f"AP {average_precisions(before)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
             bar.update()
 
         # ---- evaluate, log, save
         diverged = skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
-        result = {"miou": None, "iou": []} if diverged else evaluate(model, val_loader, device)
+        result = {"miou": None, "iou": ()} if diverged else evaluate(model, val_loader, device)
         miou = finite(result["miou"])
         line = {
             "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(losses),
             "losses": {name: mean_of(values) for name, values in sums.items()},
             "val_miou": miou, "val_iou": [finite(v) for v in result["iou"]],
+            **{f"val_{name.lower()}": finite(result.get(name)) for name in ("AP", "AP50", "AP25")},
             "fusion_ramp": finite(setting.ramp) if stats else 0.0,  # at the start of the epoch
             **{name: mean_of([s[name] for s in stats])
                for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},

@@ -502,20 +502,19 @@ def test_tiny_pieces_join_the_nearest_superpoint():
     np.testing.assert_array_equal(ids[-3:], ids[near])
 
 
-def test_stored_superpoints_are_read_as_they_are_and_absent_ones_are_computed(tmp_path):
+def test_stored_superpoints_are_kept_and_absent_ones_are_computed(tmp_path):
     stored = np.random.default_rng(9).integers(5, 900, 200).astype(np.int32)
-    scene = load_scene(write_scene(tmp_path / "stored", superpoint=stored), superpoints=True)
-    np.testing.assert_array_equal(scene["superpoint"], stored)
-    scene = load_scene(write_scene(tmp_path / "absent"), superpoints=True)
+    scene = load_scene(write_scene(tmp_path / "stored", superpoint=stored))
+    np.testing.assert_array_equal(np.unique(stored)[scene["superpoint"]], stored)  # numbered 0..S-1, in the same order
+    scene = load_scene(write_scene(tmp_path / "absent"))
     np.testing.assert_array_equal(scene["superpoint"], data.superpoints_from_points(scene["coord"], scene["normal"]))
-    assert "superpoint" not in load_scene(tmp_path / "stored")
 
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("points", [1, 2, 5])
 def test_a_scene_of_one_or_few_points_works(points, augment, tmp_path):
     folder = write_scene(tmp_path / "train" / "dot", points, frames=(0, 1), normal=None)
-    ids = load_scene(folder, superpoints=True)["superpoint"]
+    ids = load_scene(folder)["superpoint"]
     np.testing.assert_array_equal(np.unique(ids), np.arange(ids.max() + 1))
     batch = collate([SceneDataset(tmp_path, "train", voxel_size=0.01, augment=augment, views=2)[(1, 0)]])
     assert batch["grid_coord"].shape == (points, 3) and batch["grid_coord"].min() == 0
@@ -616,13 +615,17 @@ def test_a_batch_is_its_scenes_one_behind_the_other(root, augment):
     for b, item in enumerate(items):
         for key, index in [*[(k, "batch_index") for k in ("grid_coord", "color", "normal", "coord", "world_coord",
                                                           "segment")],
-                           *[(k, "view_batch") for k in ("image", *CAMERA_KEYS)], ("point_segment", "point_batch")]:
+                           *[(k, "view_batch") for k in ("image", *CAMERA_KEYS)], ("point_segment", "point_batch"),
+                           ("point_instance", "point_batch"), ("superpoint_instance", "superpoint_batch"),
+                           ("instance_label", "instance_batch")]:
             np.testing.assert_array_equal(batch[key][batch[index] == b], item[key], err_msg=key)
         mine = batch["point_to_voxel"][batch["point_batch"] == b]
         np.testing.assert_array_equal(mine, item["point_to_voxel"] + sum(rows[:b]))
         assert (batch["batch_index"][mine] == b).all()
     kinds = {"grid_coord": torch.int32, "image": torch.uint8, **dict.fromkeys(
-        ("batch_index", "segment", "view_batch", "point_to_voxel", "point_segment", "point_batch"), torch.int64)}
+        ("batch_index", "segment", "view_batch", "point_to_voxel", "point_segment", "point_batch", "point_superpoint",
+         "point_instance", "superpoint_batch", "superpoint_instance", "instance_batch", "instance_label",
+         "piece_voxel", "piece_superpoint"), torch.int64), "has_instances": torch.bool}
     assert all(value.dtype == kinds.get(key, torch.float32) for key, value in batch.items() if key != "names")
     assert same(collate([dataset[2, i] for i in (1, 0, 2)]), batch)           # collate changed nothing it was given
 
@@ -668,3 +671,69 @@ def test_the_loader_gives_the_same_batches_with_and_without_workers(root):
         assert all(same(a, b) for a, b in zip(plain, parallel))
         orders.append((plain[0]["names"], plain[0]["world_coord"].shape, float(plain[0]["coord"].sum())))
     assert orders[0] != orders[1] != orders[2]
+
+
+# ---- instances
+
+
+def slow_targets(segment, instance, superpoint):
+    """data.instance_targets with dictionaries: {id: class}, owner of each superpoint as an id or None."""
+    label = {}
+    for i in sorted({*instance.tolist()} - {j for j in instance.tolist() if j < 0}):
+        votes = [k for k in segment[instance == i].tolist() if k != IGNORE]
+        best = max(sorted(set(votes)), key=votes.count) if votes else IGNORE
+        if best not in (IGNORE, *data.STUFF):
+            label[i] = best
+    owner = []
+    for s in range(superpoint.max() + 1):
+        members = instance[superpoint == s].tolist()
+        owner.append(next((i for i in label if 2 * members.count(i) > len(members)), None))
+    return label, owner
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_instance_targets_are_those_of_a_slow_loop(seed):
+    rng = np.random.default_rng(seed)
+    superpoint = np.unique(rng.integers(0, 25, 300), return_inverse=True)[1]
+    ids = rng.choice([-7, -1, 2, 3, 40, 999, 12345], superpoint.max() + 1)[superpoint]  # an id for most of a superpoint
+    instance = np.where(rng.random(300) < 0.3, rng.choice([-1, 2, 3, 40, 50], 300), ids)
+    kind = {i: rng.integers(-1, 6) for i in np.unique(instance)}
+    segment = np.where(rng.random(300) < 0.2, rng.integers(-1, 6, 300), [kind[i] for i in instance])
+    label, owner = slow_targets(segment, instance, superpoint)
+    points, superpoints, labels = data.instance_targets(segment, instance, superpoint)
+    number = {i: n for n, i in enumerate(label)}  # every instance with a class counts for the benchmark
+    expected = [label[i] * 1000 + number[i] + 1 if i in label else 0 for i in instance.tolist()]
+    np.testing.assert_array_equal(points, expected)
+    held = [i for i in label if i in owner]  # those that own a superpoint can be learnt
+    np.testing.assert_array_equal(labels, [label[i] for i in held])
+    np.testing.assert_array_equal(superpoints, [held.index(i) if i in held else IGNORE for i in owner])
+
+
+@pytest.mark.parametrize("instance", [None, np.full(6, -1), np.array([4, 4, 4, 5, 5, -1])],
+                         ids=["no file", "none", "stuff alone"])
+def test_a_scene_without_instances_has_no_targets(instance):
+    points, superpoints, labels = data.instance_targets(np.array([0, 0, 1, -1, -1, 7]), instance, np.arange(6) // 2)
+    assert not points.any() and (superpoints == IGNORE).all() and len(labels) == 0
+
+
+def test_more_instances_than_the_benchmark_numbers_are_refused():
+    many = np.arange(1000)
+    with pytest.raises(ValueError, match="999 instances"):
+        data.instance_targets(np.full(1000, 5), many, many)
+
+
+def test_an_item_knows_whether_its_instances_are_annotated(tmp_path):
+    write_scene(tmp_path / "train" / "known")
+    write_scene(tmp_path / "train" / "unknown", instance=None)
+    dataset = SceneDataset(tmp_path, "train", voxel_size=0.3)
+    assert collate([dataset[0], dataset[1]])["has_instances"].tolist() == [True, False]
+
+
+def test_pieces_join_every_voxel_and_superpoint_that_share_points(root):
+    batch = collate([dataset_of(root)[i] for i in (0, 1)])
+    pairs = torch.stack([batch["point_superpoint"], batch["point_to_voxel"]])
+    pieces, points = pairs.unique(dim=1, return_counts=True)
+    assert torch.equal(torch.stack([batch["piece_superpoint"], batch["piece_voxel"]]), pieces)
+    assert torch.equal(batch["piece_points"], points.float())
+    assert torch.equal(batch["superpoint_batch"][batch["point_superpoint"]], batch["point_batch"])
+    assert torch.equal(batch["batch_index"][batch["piece_voxel"]], batch["superpoint_batch"][batch["piece_superpoint"]])

@@ -1,12 +1,13 @@
 """Tests of losses.py: agreement with slow formulas, ignored labels, batches, gradients."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from losses import (IGNORE, LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, scene_mean, semantic_loss,
-                    weighted_sum)
+from losses import (IGNORE, LOSS_WEIGHTS, NO_OBJECT, OUTSIDE, alignment_loss, branch_loss, gate_prior, instance_loss,
+                    layer_loss, mask_costs, match, scene_mean, semantic_loss, weighted_sum)
 
 
 def example(sizes=(40, 25), classes=4, scale=1.0):
@@ -15,6 +16,52 @@ def example(sizes=(40, 25), classes=4, scale=1.0):
     logits = (scale * torch.randn(count, classes)).requires_grad_()
     labels = torch.randint(-1, classes, (count,))
     return logits, labels, torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+INSTANCE = ["instance_cls", "instance_bce", "instance_dice", "instance_score"]
+
+
+def queries(q=7, s=12, classes=5, scale=2.0):
+    """A prediction of q queries over s superpoints, as QueryDecoder makes it, that asks for a gradient."""
+    return {"class_logits": (scale * torch.randn(q, classes + 1)).requires_grad_(),
+            "mask_logits": (scale * torch.randn(q, s)).requires_grad_(), "score": torch.rand(q).requires_grad_(),
+            "origin": torch.randint(0, s, (q,))}
+
+
+def instances(g=4, s=12, classes=5):
+    """labels (G,), masks (G, S): every instance has at least one superpoint, some superpoints have none."""
+    owner = torch.cat([torch.arange(g), torch.randint(-1, g, (max(0, s - g),))])[torch.randperm(s)]
+    return torch.randint(0, classes, (g,)), owner == torch.arange(g)[:, None]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def slow_costs(logits, mask):
+    """BCE and dice of one query and one instance, superpoint by superpoint, in Python floats."""
+    p, t = [sigmoid(x) for x in logits.tolist()], [float(x) for x in mask.tolist()]
+    bce = -sum(math.log(a) if b else math.log(1 - a) for a, b in zip(p, t)) / len(p)
+    return bce, 1 - (2 * sum(a * b for a, b in zip(p, t)) + 1) / (sum(p) + sum(t) + 1)
+
+
+def slow_layer(prediction, labels, masks, pairs):
+    """The four losses for a given assignment [(query, instance)], in Python floats."""
+    logits, total, weights = prediction["class_logits"].tolist(), 0.0, 0.0
+    for q, row in enumerate(logits):
+        target = next((labels[g].item() for a, g in pairs if a == q), len(row) - 1)
+        weight = NO_OBJECT if target == len(row) - 1 else 1.0
+        total += weight * (math.log(sum(map(math.exp, row))) - row[target])
+        weights += weight
+    costs = [slow_costs(prediction["mask_logits"][q], masks[g]) for q, g in pairs]
+    errors = []
+    for q, g in pairs:
+        positive = prediction["mask_logits"][q] > 0
+        iou = (positive & masks[g]).sum().item() / max(1, (positive | masks[g]).sum().item())
+        if iou > 0.5:
+            errors.append((prediction["score"][q].item() - iou) ** 2)
+    return {"instance_cls": total / weights, "instance_bce": sum(c[0] for c in costs) / len(pairs),
+            "instance_dice": sum(c[1] for c in costs) / len(pairs), "instance_score": sum(errors) / max(1, len(errors))}
 
 
 def slow_semantic(logits, labels):
@@ -192,7 +239,7 @@ def test_the_five_weights_of_bifusion_are_the_documented_ones():
     five = {"semantic": 0.4, "instance_cls": 1.0, "instance_bce": 0.8, "instance_dice": 0.6, "instance_score": 0.3}
     assert {name: weights[name] for name in five} == five
     assert sum(five.values()) == pytest.approx(3.1)
-    assert LOSS_WEIGHTS["baseline"] == {"semantic": 1.0, "instance": 1.0}
+    assert LOSS_WEIGHTS["baseline"] == dict.fromkeys(["semantic", *INSTANCE], 1.0)
 
 
 def test_weighted_sum_multiplies_adds_and_refuses_a_term_without_weight():
@@ -220,3 +267,144 @@ def test_gate_prior_is_zero_and_finite_where_nothing_is_seen():
     loss.backward()
     assert loss == 0
     assert (alpha.grad == 0).all()
+
+
+# ---- instances
+
+
+def test_mask_costs_agree_with_their_formulas():
+    prediction, (_, masks) = queries(), instances()
+    bce, dice = mask_costs(prediction["mask_logits"], masks)
+    for q, g in itertools.product(range(7), range(4)):
+        expected = slow_costs(prediction["mask_logits"][q], masks[g])
+        assert (bce[q, g].item(), dice[q, g].item()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("q, g", [(5, 3), (3, 5), (4, 4), (1, 3)])
+def test_the_matching_is_the_cheapest_of_all_one_to_one_assignments(q, g):
+    for _ in range(5):
+        prediction, (labels, masks) = queries(q), instances(g)
+        query, instance = match(prediction, labels, masks)
+        assert len(query) == len(set(query.tolist())) == len(set(instance.tolist())) == min(q, g)
+        probability = prediction["class_logits"].softmax(1)
+        cost = [[-0.5 * probability[a, labels[b]].item() + sum(slow_costs(prediction["mask_logits"][a], masks[b]))
+                 + (0 if masks[b, prediction["origin"][a]] else OUTSIDE) for b in range(g)] for a in range(q)]
+        pairs = ([zip(chosen, range(g)) for chosen in itertools.permutations(range(q), g)] if q >= g else
+                 [zip(range(q), chosen) for chosen in itertools.permutations(range(g), q)])
+        best = min(sum(cost[a][b] for a, b in assignment) for assignment in pairs)
+        assert sum(cost[a][b] for a, b in zip(query.tolist(), instance.tolist())) == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("q, g", [(7, 4), (3, 6), (1, 1)])
+def test_the_four_instance_losses_agree_with_their_formulas(q, g):
+    scored = 0
+    for _ in range(10):
+        prediction, (labels, masks) = queries(q), instances(g)
+        with torch.no_grad():  # some queries are near an instance, so that some scores count
+            prediction["mask_logits"][:g] += 6 * (masks[:q].float() - 0.5)
+        pairs = list(zip(*(x.tolist() for x in match(prediction, labels, masks))))
+        expected = slow_layer(prediction, labels, masks, pairs)
+        losses = {name: value.item() for name, value in layer_loss(prediction, labels, masks).items()}
+        assert losses == pytest.approx(expected, abs=1e-4)
+        scored += expected["instance_score"] > 0
+    assert scored
+
+
+def test_the_order_of_queries_instances_and_superpoints_does_not_change_the_instance_losses():
+    prediction, (labels, masks) = queries(), instances()
+    q, g, s = torch.randperm(7), torch.randperm(4), torch.randperm(12)
+    mixed = {"class_logits": prediction["class_logits"][q], "mask_logits": prediction["mask_logits"][q][:, s],
+             "score": prediction["score"][q], "origin": s.argsort()[prediction["origin"]][q]}
+    before, after = layer_loss(prediction, labels, masks), layer_loss(mixed, labels[g], masks[g][:, s])
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in INSTANCE)
+
+
+def test_true_masks_and_classes_cost_nothing_and_a_wrong_class_or_mask_costs_much():
+    labels, masks = instances(g=4, classes=5)
+    perfect = {"class_logits": 40.0 * torch.eye(6)[torch.cat([labels, torch.tensor([5, 5, 5])])],
+               "mask_logits": 80.0 * (torch.cat([masks, torch.zeros(3, 12, dtype=torch.bool)]).float() - 0.5),
+               "score": torch.ones(7), "origin": torch.cat([masks.int().argmax(1), torch.zeros(3, dtype=torch.long)])}
+    assert all(v < 1e-6 for v in layer_loss(perfect, labels, masks).values())
+    assert layer_loss(perfect, (labels + 1) % 5, masks)["instance_cls"] > 10
+    wrong = layer_loss(perfect, labels, masks.roll(1, 1))
+    assert wrong["instance_bce"] > 5 and wrong["instance_dice"] > 0.3
+    assert layer_loss(perfect | {"score": torch.zeros(7)}, labels, masks)["instance_score"] == 1
+
+
+def test_without_instances_only_the_class_is_supervised_and_the_gradient_is_finite():
+    prediction = queries()
+    losses = layer_loss(prediction, torch.zeros(0, dtype=torch.long), torch.zeros(0, 12, dtype=torch.bool))
+    assert [losses[name].item() for name in INSTANCE[1:]] == [0, 0, 0]
+    assert losses["instance_cls"] > 0
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
+
+
+def test_more_instances_than_queries_and_a_single_superpoint_give_finite_losses_and_gradients():
+    for prediction, (labels, masks) in ((queries(2), instances(9)), (queries(1, s=1), instances(1, s=1))):
+        losses = layer_loss(prediction, labels, masks)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(v) for v in losses.values())
+        assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
+
+
+def test_huge_query_logits_give_finite_instance_losses():
+    losses = layer_loss(queries(scale=1e4), *instances())
+    assert all(torch.isfinite(v) for v in losses.values())
+
+
+def test_a_nan_in_a_prediction_reaches_the_loss_instead_of_stopping_the_matcher():
+    prediction = {name: value.detach() for name, value in queries().items()}
+    prediction["mask_logits"][2, 3] = math.nan
+    prediction["class_logits"][4, 1] = math.inf
+    assert not torch.isfinite(sum(layer_loss(prediction, *instances(g=7)).values()))
+
+
+def batch_of_scenes(counts, superpoints=(12, 9, 5)):
+    """predictions of two layers a scene, and the five other arguments of instance_loss."""
+    scenes = [instances(g, s) for g, s in zip(counts, superpoints)]
+    owner = [torch.where(masks.any(0), masks.int().argmax(0) if len(masks) else -1, -1) for _, masks in scenes]
+    predictions = [[queries(6, s), queries(6, s)] for s in superpoints[: len(counts)]]
+    number, sizes = torch.arange(len(counts)), torch.tensor([len(o) for o in owner])
+    return (predictions, torch.cat(owner), number.repeat_interleave(sizes), torch.cat([labels for labels, _ in scenes]),
+            number.repeat_interleave(torch.tensor(counts)), torch.ones(len(counts), dtype=torch.bool)), scenes
+
+
+def test_instance_loss_of_a_batch_is_the_mean_of_its_scenes_and_of_their_layers():
+    arguments, scenes = batch_of_scenes((4, 0, 5))
+    loss = instance_loss(*arguments)
+    for name in INSTANCE:
+        single = [layer_loss(layer, *scene)[name] for layers, scene in zip(arguments[0], scenes) for layer in layers]
+        assert torch.allclose(loss[name], torch.stack(single).mean(), atol=1e-6)
+
+
+def test_a_scene_whose_instances_are_not_annotated_adds_zero_and_counts():
+    arguments, scenes = batch_of_scenes((4, 3))
+    loss = instance_loss(*arguments[:-1], torch.tensor([True, False]))
+    for name in INSTANCE:
+        expected = sum(layer_loss(layer, *scenes[0])[name] for layer in arguments[0][0]) / 2 / 2
+        assert torch.allclose(loss[name], expected, atol=1e-6)
+
+
+def test_the_score_learns_only_where_the_mask_is_good_and_learns_the_iou():
+    labels, masks = torch.tensor([1, 2]), torch.tensor([[True] * 6 + [False] * 6, [False] * 6 + [True] * 6])
+    logits = 8.0 * (masks.float() - 0.5)
+    logits[0, 4:8] *= -1  # 4 of its 6 superpoints, and 2 of the other's: IoU 0.5, not above
+    logits[1, 6] *= -1  # 5 of 6
+    prediction = queries(2) | {"mask_logits": logits, "score": torch.tensor([0.2, 0.3], requires_grad=True),
+                               "origin": torch.tensor([0, 11])}
+    layer_loss(prediction, labels, masks)["instance_score"].backward()
+    assert prediction["score"].grad.tolist() == pytest.approx([0, 2 * (0.3 - 5 / 6)])
+
+
+def test_an_instance_gets_a_query_of_its_own_superpoints_however_well_others_fit():
+    labels, masks = torch.tensor([1, 2]), torch.tensor([[True] * 4 + [False] * 8, [False] * 4 + [True] * 8])
+    prediction = queries(3)
+    prediction["mask_logits"] = 8 * (masks[[0, 1, 1]].float() - 0.5)
+    prediction["class_logits"] = 9.0 * torch.eye(6)[[1, 2, 2]]
+    prediction["origin"] = torch.tensor([7, 2, 9])  # the first query fits instance 0 but comes from instance 1
+    query, instance = match(prediction, labels, masks)
+    assert dict(zip(instance.tolist(), query.tolist())) == {0: 1, 1: 2}
+    prediction["origin"] = torch.tensor([7, 5, 9])  # none comes from instance 0: the cheapest it is
+    query, instance = match(prediction, labels, masks)
+    assert dict(zip(instance.tolist(), query.tolist()))[0] == 0

@@ -1,8 +1,9 @@
-"""metrics.py: semantic IoU against the reference vectors and a slow loop; every way in which a criterion can fail."""
+"""metrics.py: IoU and AP against the reference vectors and slow loops; every way in which a criterion can fail."""
 
 import copy
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import metrics
-from metrics import criteria, semantic_iou
+from metrics import MIN_REGION, InstanceAP, criteria, instance_ap, semantic_iou
 
 VECTORS = Path(__file__).parent / "metric_vectors"
 CASES = sorted(path.stem for path in VECTORS.glob("p*.json"))
@@ -147,6 +148,289 @@ def test_wrong_labels_are_named(gt, pred, message):
 def test_repeated_class_ids_are_refused():
     with pytest.raises(ValueError, match="distinct"):
         semantic_iou([], [1, 1])
+
+
+# ---------------------------------------------------------------------------------------------- instance segmentation
+
+
+def reference_scenes(case):
+    """The scenes of a reference case, one at a time, as instance_ap takes them."""
+    arrays = np.load(VECTORS / f"{case}.npz")
+    for k in range(int(arrays["n_scenes"])):
+        gt = arrays[f"s{k}_gt"]
+        masks = np.unpackbits(arrays[f"s{k}_masks_packed"], axis=1)[:, :len(gt)].astype(bool)
+        yield {"gt": gt, "masks": masks, "labels": arrays[f"s{k}_pred_label"], "scores": arrays[f"s{k}_pred_conf"]}
+
+
+def slow_instance_counts(scenes, class_ids, min_region):
+    """Matching by sets of points, one Python step each: {(class, overlap): (hits, false alarms, missed)}."""
+    overlaps = [0.5, 0.55, 0.6000000000000001, 0.6500000000000001, 0.7000000000000002, 0.7500000000000002,
+                0.8000000000000003, 0.8500000000000003, 0.9000000000000004, 0.25]
+    counts = {(c, t): ([], [], []) for c in class_ids for t in overlaps}  # missed is a list of ids here
+    for scene in scenes:
+        truth, void = {}, set()
+        for point, i in enumerate(scene["gt"].tolist()):
+            if i // 1000 in class_ids:
+                truth.setdefault(i, set()).add(point)
+            else:
+                void.add(point)
+        found = [(label, score, set(np.flatnonzero(mask).tolist()))
+                 for mask, label, score in zip(scene["masks"], scene["labels"].tolist(), scene["scores"].tolist())]
+        for (c, threshold), (hits, false_alarms, missed) in counts.items():
+            own = {i: points for i, points in sorted(truth.items()) if i // 1000 == c}
+            mine = [(score, points) for label, score, points in found if label == c and len(points) >= min_region]
+            visited = set()
+            for i, points in own.items():
+                if len(points) < min_region:
+                    continue
+                matched = []
+                for number, (score, member) in enumerate(mine):
+                    if number not in visited and len(points & member) / len(points | member) > threshold:
+                        if not matched:
+                            visited.add(number)
+                        matched.append(score)
+                kept = matched[:1]
+                for score in matched[1:]:
+                    false_alarms.append(min(kept[0], score))
+                    kept = [max(kept[0], score)]
+                hits.extend(kept)
+                if not kept:
+                    missed.append(i)
+            for score, member in mine:
+                if any(len(points & member) / len(points | member) > threshold for points in own.values()):
+                    continue
+                ignored = len(void & member) + sum(len(p & member) for p in own.values() if len(p) < min_region)
+                if ignored / len(member) <= threshold:
+                    false_alarms.append(score)
+    return counts
+
+
+def slow_average_precision(hits, false_alarms, missed):
+    """AP point by point."""
+    total = len(hits) + len(missed)
+    if total == 0:
+        return math.nan
+    if not hits + false_alarms:
+        return 0.0
+    curve = []
+    for u in sorted(set(hits + false_alarms)):
+        tp, fp = sum(score >= u for score in hits), sum(score >= u for score in false_alarms)
+        curve.append((tp / (tp + fp), tp / total))
+    curve.append((1.0, 0.0))
+    recall = [curve[0][1], *(r for _, r in curve), 0.0]
+    return sum(precision * (recall[i] - recall[i + 2]) / 2 for i, (precision, _) in enumerate(curve))
+
+
+def instance_scenes(seed, class_ids, count=2):
+    """Small scenes in which everything happens: duplicates, splits, ties, void, small and empty ones, other classes."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        n, p = int(rng.integers(0, 120)), int(rng.integers(0, 14))
+        ids = [c * 1000 + i for c in [*class_ids, 1] for i in rng.integers(0, 6, 2)]
+        gt = np.repeat(rng.choice([*ids, 0, 7, 999, -1, -3001, 250_000], 40), rng.integers(1, 14, 40))[:n]
+        n, masks = len(gt), np.zeros((p, len(gt)), dtype=bool)
+        labels = rng.choice([*class_ids, class_ids[0], 1], p)
+        for row in range(p if n else 0):
+            i = rng.choice(gt)
+            masks[row] = (gt == i) & (rng.random(n) > rng.choice([0, 0.1, 0.4]))
+            start = rng.integers(n)
+            masks[row, start:start + rng.integers(0, 12)] ^= True
+            if i // 1000 in class_ids and rng.random() < 0.8:
+                labels[row] = i // 1000
+        yield {"gt": gt, "masks": masks, "labels": labels, "scores": rng.integers(-2, 6, p) / 2}
+
+
+def one_class(sizes, members, scores=None):
+    """AP of class 5 at 0.25 to 0.9 for true instances of these sizes (None: void) and masks of [start, end) points."""
+    gt = np.concatenate([np.full(abs(size), 5001 + i if size > 0 else 0) for i, size in enumerate(sizes)])
+    masks = np.array([(np.arange(len(gt)) >= a) & (np.arange(len(gt)) < b) for a, b in members], dtype=bool)
+    evaluator = InstanceAP([5])
+    evaluator.add(gt, masks.reshape(-1, len(gt)), np.full(len(members), 5),
+                  np.arange(len(members))[::-1] if scores is None else np.array(scores))
+    return evaluator
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_instance_ap_meets_the_official_benchmark(case):
+    expected = json.loads((VECTORS / f"{case}.json").read_text())["instance"]
+    result = instance_ap(reference_scenes(case), expected["class_ids"])
+    np.testing.assert_array_equal(metrics.OVERLAPS, expected["overlaps"])
+    np.testing.assert_allclose(result["ap"], np.load(VECTORS / f"{case}.npz")["ap"], rtol=0, atol=1e-9)  # NaN meets NaN
+    per_class = [expected["per_class"][name] for name in expected["classes"]]
+    for key, found in (("ap", result["ap_by_class"]), ("ap50", result["ap"][:, 0]), ("ap25", result["ap"][:, 9])):
+        official = [math.nan if c[key] is None else c[key] for c in per_class]
+        np.testing.assert_allclose(found, official, rtol=0, atol=1e-9)
+        assert result[key.upper()] == pytest.approx(expected[f"all_{key}"], abs=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_instance_counts_of_the_reference_cases_agree_with_a_slow_loop(case):
+    class_ids = json.loads((VECTORS / f"{case}.json").read_text())["instance"]["class_ids"]
+    assert_same_counts(list(reference_scenes(case)), class_ids, MIN_REGION)
+
+
+def assert_same_counts(scenes, class_ids, min_region):
+    """InstanceAP against the slow loop: counts exactly, AP to 1e-12."""
+    evaluator = InstanceAP(class_ids)
+    for scene in scenes:
+        evaluator.add(**scene)
+    ap = evaluator.result()["ap"]
+    for (c, t), (hits, false_alarms, missed) in slow_instance_counts(scenes, class_ids, min_region).items():
+        row, column = list(class_ids).index(c), metrics.OVERLAPS.tolist().index(t)
+        assert sorted(evaluator.hits[row][column]) == sorted(hits)
+        assert sorted(evaluator.false_alarms[row][column]) == sorted(false_alarms)
+        assert evaluator.missed[row][column] == len(missed)
+        expected = slow_average_precision(hits, false_alarms, missed)
+        np.testing.assert_allclose(ap[row, column], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("table", [2**21, 0])  # ids compacted by a table, by a sort
+def test_instance_ap_agrees_with_a_slow_loop_on_small_scenes(monkeypatch, table):
+    monkeypatch.setattr(metrics, "MIN_REGION", 6)
+    monkeypatch.setattr(metrics, "MAX_TABLE", table)
+    for seed in range(150):
+        assert_same_counts(list(instance_scenes(seed, [5, 3, 40])), [5, 3, 40], 6)
+
+
+def test_instances_are_counted_alike_however_many_there_are():
+    rng = np.random.default_rng(0)
+    for distinct in (3, 300, 5000):  # the last one mask by mask
+        instance, masks = rng.integers(0, distinct, 9000), rng.random((19, 9000)) < 0.1
+        rows = np.array([0, *range(3, 19)])
+        slow = [np.bincount(instance[masks[row]], minlength=distinct) for row in rows]
+        np.testing.assert_array_equal(metrics._intersections(masks, rows, instance, distinct), slow)
+
+
+def test_a_perfect_prediction_has_an_ap_of_one_and_an_iou_at_the_threshold_does_not_match():
+    assert one_class([100, 150], [(0, 100), (100, 250)]).result()["AP"] == 1
+    half = one_class([200], [(0, 100)]).result()  # IoU 0.5 exactly
+    assert half["AP50"] == 0 and half["AP25"] == 1
+
+
+def test_a_duplicate_gives_its_lower_score_to_a_false_positive_and_stays_free():
+    evaluator = one_class([200], [(0, 200), (0, 200), (0, 199)], [0.2, 0.9, 0.5])
+    assert evaluator.hits[0][0] == [0.9] and sorted(evaluator.false_alarms[0][0]) == [0.2, 0.5]
+    # at 0.25 the second mask is a duplicate of the first instance, then the match of the second one
+    evaluator = one_class([100, 100], [(0, 100), (40, 160)], [0.9, 0.5])
+    assert evaluator.hits[0][9] == [0.9, 0.5] and evaluator.false_alarms[0][9] == [0.5]
+
+
+def test_the_order_of_predictions_decides_what_is_matched():
+    both, first = (40, 160), (0, 100)  # `both` overlaps either instance by 60 / 160
+    in_order, reverse = (one_class([100, 100], order, [0.5, 0.5]) for order in ([first, both], [both, first]))
+    assert in_order.missed[0][9] == 0 and reverse.missed[0][9] == 1
+
+
+def test_a_prediction_on_void_or_small_instances_is_left_out():
+    for sizes in ([-100, 200], [99, -1, 200]):  # void, or an instance of 99 points
+        evaluator = one_class(sizes, [(0, 100)])
+        assert not any(evaluator.false_alarms[0]) and evaluator.missed[0] == [1] * 10
+    evaluator = one_class([-50, 200], [(0, 100)])  # 50 of 100 on void: not above 0.5, but above 0.25; IoU 0.2
+    assert evaluator.false_alarms[0][0] == [0] and evaluator.false_alarms[0][9] == []
+
+
+def test_predictions_and_instances_below_the_least_size_are_left_out():
+    assert one_class([200], [(0, 99)]).result()["AP25"] == 0 and not one_class([200], [(0, 99)]).hits[0][9]
+    assert one_class([200], [(0, 100)]).hits[0][9] == [0]
+    assert math.isnan(one_class([99], [(0, 99)]).result()["AP"])
+    assert one_class([100], [(0, 100)]).result()["AP"] == 1
+
+
+def test_precision_is_not_raised_to_its_envelope():
+    evaluator = InstanceAP([5])
+    evaluator.hits[0][0], evaluator.false_alarms[0][0] = [4.0, 2.0, 1.0], [3.0]
+    # recall 1, 2/3, 1/3, 1/3, 0 at precision 3/4, 2/3, 1/2, 1, 1
+    steps = np.array([1 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3]) / 2
+    assert evaluator.result()["AP50"] == pytest.approx(float(steps @ [3 / 4, 2 / 3, 1 / 2, 1, 1]), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_empty_scenes_and_empty_masks_work():
+    nothing = instance_ap([], [5, 6])
+    assert nothing["ap"].shape == (2, 10) and np.isnan(nothing["ap"]).all() and np.isnan(nothing["ap_by_class"]).all()
+    assert all(math.isnan(nothing[key]) for key in ("AP", "AP50", "AP25"))
+    empty = {"gt": np.zeros(0, int), "masks": np.zeros((3, 0), bool), "labels": [5, 5, 6], "scores": [1, 2, 3]}
+    blind = {"gt": np.full(100, 5001), "masks": np.zeros((0, 100), bool), "labels": [], "scores": []}
+    no_member = {**blind, "masks": np.zeros((1, 100), bool), "labels": [5], "scores": [1.0]}
+    assert math.isnan(instance_ap([empty], [5, 6])["AP"])
+    for scenes in ([blind], [no_member], [empty, blind]):
+        result = instance_ap(scenes, [5, 6])
+        assert result["AP"] == 0 and np.isnan(result["ap"][1]).all()
+
+
+def test_ids_outside_the_classes_are_void_whatever_they_are():
+    for other in (0, 999, -1, -5000, 6001, 4999, 2**62, -2**62):
+        gt = np.array([5001] * 100 + [other] * 120)
+        masks = np.stack([gt == 5001, gt == other])
+        assert instance_ap([{"gt": gt, "masks": masks, "labels": [5, 5], "scores": [1, 2]}], [5])["AP"] == 1
+
+
+def test_torch_predictions_give_the_same():
+    scenes = list(reference_scenes("p02"))
+    as_torch = [{key: torch.from_numpy(array) for key, array in scene.items()} for scene in scenes]
+    for scene in as_torch:
+        scene["scores"].requires_grad_()
+    found, expected = instance_ap(as_torch, [3, 4, 5]), instance_ap(scenes, [3, 4, 5])
+    np.testing.assert_array_equal(found["ap"], expected["ap"])
+    strided = [{**scene, "masks": np.asfortranarray(scene["masks"])} for scene in scenes]
+    np.testing.assert_array_equal(instance_ap(strided, [3, 4, 5])["ap"], expected["ap"])
+
+
+def test_instance_ap_leaves_its_inputs_as_they_were():
+    scenes = list(reference_scenes("p03"))
+    before = copy.deepcopy(scenes)
+    instance_ap(scenes, [3, 4, 5])
+    for scene, old in zip(scenes, before):
+        for key in scene:
+            np.testing.assert_array_equal(scene[key], old[key])
+
+
+def test_instance_scenes_are_streamed_and_only_scores_are_kept():
+    earlier = []
+
+    def generate():
+        for _ in range(5):
+            assert all(ref() is None for ref in earlier), "an earlier scene is still held"
+            scene = {"gt": np.repeat([5001, 5002], 5000), "labels": np.array([5]), "scores": np.array([1.0])}
+            scene["masks"] = (scene["gt"] == 5001)[None]
+            earlier.extend(weakref.ref(scene[key]) for key in ("gt", "masks"))
+            yield scene
+            del scene
+
+    assert instance_ap(generate(), [5])["AP"] == pytest.approx(0.5)
+    assert len(earlier) == 10
+    evaluator = InstanceAP([5])
+    earlier.clear()
+    evaluator.add(**next(generate()))
+    assert len(pickle.dumps(evaluator)) < 3000  # of 10,000 points a scene
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"masks": np.ones((2, 5), bool)}, r"scene 0: masks must be \(P, 4\) bool.*\(2, 5\)"),
+    ({"masks": np.ones(4, bool)}, r"masks must be \(P, 4\) bool"),
+    ({"masks": np.ones((2, 4), np.uint8)}, "uint8"),
+    ({"labels": [5]}, "2 masks, 1 labels and 2 scores"),
+    ({"scores": [1.0, 2.0, 3.0]}, "2 masks, 2 labels and 3 scores"),
+    ({"scores": [[1.0], [2.0]]}, r"scores must be \(P,\)"),
+    ({"scores": ["a", "b"]}, r"scores must be \(P,\) numbers"),
+    ({"scores": [1.0, math.nan]}, "score of prediction 1 is NaN"),
+    ({"labels": [5.0, 5.0]}, r"labels must be \(P,\) integers"),
+    ({"gt": [0.0, 1, 2, 3]}, r"gt must be \(N,\) integers"),
+    ({"gt": [[0, 1, 2, 3]]}, r"gt must be \(N,\) integers"),
+])
+def test_a_wrong_instance_scene_is_named_and_not_counted(change, message):
+    good = {"gt": [5001] * 4, "masks": np.ones((2, 4), bool), "labels": [5, 5], "scores": [1.0, 2.0]}
+    evaluator = InstanceAP([5])
+    with pytest.raises(ValueError, match=message):
+        evaluator.add(**{**good, **change})
+    evaluator.add(**good)
+    assert evaluator.num_scenes == 1
+
+
+def test_instance_classes_must_be_distinct_and_above_zero():
+    for bad, message in (([], "distinct"), ([3, 3], "distinct"), ([0, 1], "1 or larger")):
+        with pytest.raises(ValueError, match=message):
+            InstanceAP(bad)
 
 
 # ---------------------------------------------------------------------------------------------------------- criteria

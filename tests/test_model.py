@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from losses import LOSS_WEIGHTS, weighted_sum
-from model import IN_CHANNELS, PRESETS, RGBDConv, SparseUNet, VoxelBatchNorm, build_model
+from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, RGBDConv, SparseUNet, VoxelBatchNorm, build_model,
+                   select_instances, superpoint_means, superpoint_sizes)
 from stages import PARTS, apply_setting, setting_at
 from train import loss_terms
 
@@ -41,18 +42,24 @@ def assert_finite_step(model, batch):
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+AXES = {  # the key that tells the scene of each row of these keys; batch_index tells it of all others
+    "view_batch": ("image", "depth", "world_to_camera", "intrinsics", "view_batch"),
+    "superpoint_batch": ("superpoint_batch", "superpoint_instance"),
+    "instance_batch": ("instance_batch", "instance_label"),
+}
+
+
 def scenes_of(batch):
-    """The scenes of a batch as batches of one."""
+    """The scenes of a batch as batches of one; the batch has one point a voxel, as make_batch gives it."""
     for s, name in enumerate(batch["names"]):
-        rows, views = batch["batch_index"] == s, batch["view_batch"] == s
-        single = {"names": [name]}
-        for key, value in batch.items():
-            if key in ("image", "depth", "world_to_camera", "intrinsics", "view_batch"):
-                single[key] = value[views]
-            elif torch.is_tensor(value):
-                single[key] = value[rows]
-        single["batch_index"] = single["batch_index"] * 0
-        single["view_batch"] = single["view_batch"] * 0
+        single, rows = {"names": [name], "has_instances": batch["has_instances"][s : s + 1]}, batch["batch_index"] == s
+        for key in batch.keys() - single.keys():
+            axis = next((axis for axis, keys in AXES.items() if key in keys), "batch_index")
+            single[key] = batch[key][batch[axis] == s]
+        for key in ("batch_index", "view_batch", "point_batch", "superpoint_batch", "instance_batch"):
+            single[key] = single[key] * 0
+        for key in ("point_to_voxel", "piece_voxel", "point_superpoint", "piece_superpoint"):
+            single[key] = single[key] - single[key].min()
         yield rows, single
 
 
@@ -60,6 +67,12 @@ def scenes_of(batch):
 
 def test_the_3d_branch_of_base_has_the_published_number_of_parameters():
     assert count(SparseUNet(IN_CHANNELS, **PRESETS["base"]["unet"])) == 39_155_904
+
+
+def test_the_baseline_of_base_has_41_million_parameters():
+    model = build_model("baseline", "base", 20)
+    assert count(model) == pytest.approx(41e6, rel=0.02)
+    assert count(model.decoder) > 1.5e6
 
 
 def test_the_3d_branch_of_small_has_about_a_million():
@@ -171,8 +184,10 @@ def test_a_batch_gives_what_its_scenes_give_singly(make_model, make_batch, train
     model.eval()
     with torch.no_grad():
         whole = model(batch)
-        for rows, single in scenes_of(batch):
+        for i, (rows, single) in enumerate(scenes_of(batch)):
             out = model(single)
+            for layer, expected in zip(out["instances"][0], whole["instances"][i], strict=True):
+                assert all(torch.allclose(layer[key], expected[key], atol=1e-4) for key in expected)
             assert torch.allclose(out["logits"], whole["logits"][rows], atol=1e-5)
             if name == "bifusion":
                 assert torch.equal(out["seen"], whole["seen"][rows])
@@ -186,7 +201,7 @@ def test_the_order_of_the_voxels_does_not_matter(make_model, make_batch, train_s
     model.eval()
     order = torch.randperm(len(batch["segment"]))
     rows = ("grid_coord", "batch_index", "color", "normal", "coord", "world_coord", "segment")
-    shuffled = batch | {key: batch[key][order] for key in rows}
+    shuffled = batch | {key: batch[key][order] for key in rows} | {"piece_voxel": order.argsort()}
     with torch.no_grad():
         assert torch.allclose(model(shuffled)["logits"], model(batch)["logits"][order], atol=1e-4)
 
@@ -287,7 +302,7 @@ def test_after_a_few_steps_no_gradient_is_zero_throughout(make_model, make_batch
     optimizer = train_steps(model, setting_at(70, pretrained=kind == "pretrained"), batch)
     train_steps(model, model.setting, batch, optimizer=optimizer)
     dead = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
-    assert dead == []
+    assert [name for name in dead if "score_head" not in name] == []  # that one learns where a mask's IoU is above 0.5
 
 
 @pytest.mark.parametrize("name", ["baseline", "bifusion"])
@@ -324,3 +339,128 @@ def test_both_models_of_one_seed_start_from_the_same_3d_weights():
     bifusion = build_model("bifusion", "small", 20).state_dict()
     assert len(baseline) > 50
     assert all(torch.equal(value, bifusion[name]) for name, value in baseline.items())
+
+
+# ---- the query decoder
+
+
+def decoder(layers=2, channels=12, classes=5):
+    return QueryDecoder(channels, dim=16, hidden=32, layers=layers, heads=4, num_classes=classes)
+
+
+def test_superpoint_means_are_those_of_a_loop_over_the_points():
+    voxel = torch.tensor([0, 0, 1, 2, 2, 2, 3])  # of seven points
+    superpoint = torch.tensor([1, 0, 0, 1, 1, 2, 2])
+    pieces, points = torch.stack([superpoint, voxel]).unique(dim=1, return_counts=True)
+    batch = {"piece_superpoint": pieces[0], "piece_voxel": pieces[1], "piece_points": points.float(),
+             "superpoint_batch": torch.zeros(3, dtype=torch.long)}
+    feat = torch.randn(4, 5)
+    expected = torch.stack([feat[voxel[superpoint == s]].mean(0) for s in range(3)])
+    assert torch.allclose(superpoint_means(feat, batch), expected, atol=1e-6)
+    assert superpoint_sizes(batch).tolist() == [2, 3, 2]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_softmax_over_the_allowed_keys(masked):
+    attention, query, keys = Attention(16, 4), torch.randn(5, 16), torch.randn(9, 16)
+    allowed = (torch.rand(5, 9) > 0.5) | (torch.arange(9) == 0) if masked else None
+    q, (k, v) = attention.to_query(query), attention.to_key_value(keys).chunk(2, 1)
+    heads = []
+    for h in range(4):
+        part = slice(4 * h, 4 * h + 4)
+        logits = q[:, part] @ k[:, part].T / 2
+        heads.append((logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(1) @ v[:, part])
+    expected = attention.norm(query + attention.out(torch.cat(heads, 1)))
+    assert torch.allclose(attention(query, keys, allowed), expected, atol=1e-5)
+
+
+def test_the_decoder_predicts_before_the_first_and_after_each_layer():
+    predictions = decoder(layers=3).eval()(torch.randn(9, 12))
+    assert len(predictions) == 4
+    for prediction in predictions:
+        assert {key: tuple(value.shape) for key, value in prediction.items()} == {
+            "class_logits": (9, 6), "mask_logits": (9, 9), "score": (9,), "origin": (9,)}
+        assert torch.equal(prediction["origin"], torch.arange(9))
+
+
+def test_a_random_share_of_superpoints_from_a_half_up_become_queries_in_training():
+    net, superpoint = decoder(layers=1), torch.randn(40, 12)
+    origins = [net(superpoint)[0]["origin"] for _ in range(60)]
+    counts = [len(origin) for origin in origins]
+    assert 20 <= min(counts) < 25 and 35 < max(counts) <= 40
+    assert all(len(origin.unique()) == len(origin) for origin in origins)
+    assert set(torch.cat(origins).tolist()) == set(range(40))
+    query = net.eval()(superpoint)[0]
+    net.train()
+    sampled = net(superpoint)[0]  # without dropout a query predicts the same, whoever else was drawn
+    assert torch.allclose(sampled["mask_logits"], query["mask_logits"][sampled["origin"]], atol=1e-5)
+
+
+def test_a_query_looks_only_at_the_superpoints_of_its_mask_and_at_all_where_it_has_none():
+    net, superpoint = decoder(layers=1).eval(), torch.randn(6, 12)
+    seen = []
+    net.cross[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    logits = torch.randn(6, 6)
+    logits[0], logits[1] = -1, torch.tensor([1.0, -1, -1, -1, -1, 0])
+    net.predict = lambda query, masks: {"mask_logits": logits}
+    net(superpoint)
+    assert seen[0][0].all() and seen[0][1].tolist() == [True, False, False, False, False, True]
+    assert torch.equal(seen[0][1:], (logits >= 0)[1:] | ~(logits >= 0).any(1, keepdim=True)[1:])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_scene_of_one_or_two_superpoints_passes_the_decoder(count):
+    net, superpoint = decoder(), torch.randn(count, 12, requires_grad=True)
+    for mode in (True, False):
+        predictions = net.train(mode)(superpoint)
+        assert all(torch.isfinite(value).all() for p in predictions for value in p.values())
+    masks, labels, scores = select_instances(predictions[-1], torch.full((count,), 500.0))
+    assert len(masks) == len(labels) == len(scores) <= 5 * count
+
+
+def slow_nms(score, label, masks, sizes):
+    """Decayed score of each instance, from the formula of matrix NMS (linear), sets and loops; best first."""
+    members = [set(row.nonzero()[:, 0].tolist()) for row in masks]
+
+    def iou(a, b):
+        points = lambda those: sum(sizes[s].item() for s in those)  # noqa: E731
+        return points(members[a] & members[b]) / max(1, points(members[a] | members[b])) * (label[a] == label[b]).item()
+
+    out = []
+    for j in range(len(score)):
+        factors = [(1 - iou(i, j)) / max(1e-6, 1 - max([iou(h, i) for h in range(i)], default=0)) for i in range(j)]
+        out.append(score[j].item() * min([1.0, *factors]))
+    return out
+
+
+def test_select_instances_follows_its_formulas():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        logits, mask_logits, claimed = 2 * torch.randn(8, 4), 3 * torch.randn(8, 6), torch.rand(8) * 1.4 - 0.1
+        mask_logits[5] = mask_logits[2] + 0.1  # two of almost the same mask
+        mask_logits[7] = -1  # holds nothing
+        sizes = torch.randint(20, 90, (6,)).float()
+        prediction = {"class_logits": logits, "mask_logits": mask_logits, "score": claimed}
+        masks, labels, scores = select_instances(prediction, sizes, top_k=15, min_points=100)
+        pairs = []
+        for q in range(8):
+            inside = mask_logits[q] > 0
+            mean = mask_logits[q].sigmoid()[inside].mean().item() if inside.any() else 0.0
+            pairs += [(logits[q].softmax(0)[k].item() * claimed[q].clamp(0, 1).item(), mean, q, k) for k in range(3)]
+        pairs = sorted(sorted(pairs, reverse=True)[:15], key=lambda pair: -pair[0] * pair[1])
+        decayed = slow_nms(torch.tensor([p * m for p, m, _, _ in pairs]), torch.tensor([k for *_, k in pairs]),
+                           torch.stack([mask_logits[q] > 0 for *_, q, _ in pairs]), sizes)
+        expected = sorted(((s, q, k) for s, (*_, q, k) in zip(decayed, pairs)
+                           if s > 0 and sizes[mask_logits[q] > 0].sum() >= 100), reverse=True)
+        assert scores.tolist() == pytest.approx([s for s, _, _ in expected], abs=1e-5)
+        assert labels.tolist() == [k for *_, k in expected]
+        assert all(torch.equal(mask, mask_logits[q] > 0) for mask, (_, q, _) in zip(masks, expected, strict=True))
+
+
+def test_of_two_equal_instances_one_is_left_and_the_best_keeps_its_score():
+    masks = torch.tensor([[9.0, 9, -9], [9, 9, -9], [-9, -9, 9]])
+    prediction = {"class_logits": 9 * torch.eye(4)[[0, 0, 1]], "mask_logits": masks,
+                  "score": torch.tensor([0.9, 0.8, 0.7])}
+    masks, labels, scores = select_instances(prediction, torch.full((3,), 200.0))
+    assert labels[:2].tolist() == [0, 1] and scores[:2].tolist() == pytest.approx([0.9, 0.7], abs=2e-3)
+    assert all(score < 1e-3 for score in scores[2:].tolist())

@@ -72,7 +72,7 @@ def test_the_command_exits_0_when_all_pass_and_prints_each_figure(fused, base):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("PASS") == 3 and "FAIL" not in done.stdout
     assert "30 of 30 epochs" in done.stdout and "+0.1000" in done.stdout and "0.500..0.500" in done.stdout
-    assert picture_size(Path(fused, "curves.png"))[0] == 1200
+    assert picture_size(Path(fused, "curves.png"))[0] == 1650
 
 
 @pytest.mark.parametrize("criterion, change", [
