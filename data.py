@@ -19,6 +19,7 @@ share), K classes, H, W image size.
 import signal
 import warnings
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its 
     (214, 39, 40), (197, 176, 213), (148, 103, 189), (196, 156, 148), (23, 190, 207), (247, 182, 210), (219, 219, 141),
     (255, 127, 14), (158, 218, 229), (44, 160, 44), (112, 128, 144), (227, 119, 194), (82, 84, 163)], np.uint8)
 MAX_WARP_CELLS = 20_000_000  # of the elastic warp's noise grid, 12 bytes each: 160 000 cubic metres
+MAX_PIXELS = 2**24  # of an image: a damaged header must not ask for gigabytes
 CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
 
 
@@ -143,10 +145,11 @@ def load_frames(folder, frame_ids, image_size):
 def _read_array(path, shape):
     """A .npy of this shape (None = any length; a trailing axis of 1 is dropped), never a pickle."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: checks the size of the file first
+        array = np.array(array) if isinstance(array, np.ndarray) else array
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; a scene folder needs it") from None
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, OverflowError, TypeError, MemoryError, SyntaxError, TokenError) as error:
         raise ValueError(f"{path}: expected an array of numbers, found a file that cannot be read: {error}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: expected one array, found an archive of several")
@@ -176,13 +179,15 @@ def _read_image(path, image_size, mode, resampling):
     try:
         with Image.open(path) as image:
             size = image.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
             if mode:
                 image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
                 image = image.convert(mode)
             elif image.mode not in ("I;16", "I"):
                 raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
             return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: expected an image, found a file that cannot be read: {error}") from None
 
 
