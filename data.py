@@ -96,7 +96,7 @@ def load_scene(folder, num_classes=NUM_CLASSES):
     stored = folder / "superpoint.npy"
     superpoint = _read_array(stored, (n,)) if stored.is_file() else superpoints_from_points(coord, scene["normal"])
     scene["superpoint"] = np.unique(superpoint, return_inverse=True)[1].ravel().astype(np.int64)
-    scene["frame_ids"], scene["frames_skipped"] = _usable_frames(folder)
+    scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
     return scene
 
 
@@ -196,7 +196,7 @@ def _image_path(folder, frame):
     return path if path.exists() else path.with_suffix(".png")
 
 
-def _usable_frames(folder):
+def usable_frames(folder):
     """Ids of the frames that have all three files and a usable pose, in numeric order; number of those without."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if _image_path(folder, i).exists() and (folder / "depth" / f"{i}.png").exists()]

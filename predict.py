@@ -1,29 +1,41 @@
-"""A checkpoint and scene folders -> labelled .ply files, a list of instances and pictures.
+"""A checkpoint and any scan -> labelled .ply files, a list of instances and pictures.
 
-    python predict.py runs/bifusion/best.pt data/rooms/val/room_0000 [more scene folders] --out predictions
+    python predict.py runs/bifusion/best.pt scan.ply
+    python predict.py runs/bifusion/best.pt data/rooms/val/room_0000 [more scans] --out predictions
 
-Writes for each scene into <out>/
-    <scene>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files
-    <scene>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
-    <scene>_instances.txt  the list: class, score, points, box
-    <scene>.png            colours, classes, instances, and the ground truth where there is one
-CloudCompare and MeshLab open the .ply files. Neither labels nor frames are needed.
+A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
+scene folder, or a folder with one such file and frames (color/ depth/ pose/ intrinsic/). Metres, z up, colours 0..255.
+Whatever is missing is computed or done without, and said in one line. Writes for each scan into <out>/
+    <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files
+    <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
+    <scan>_instances.txt  the list: class, score, points, box
+    <scan>.png            colours, classes, instances, and the ground truth where there is one
+CloudCompare and MeshLab open the .ply files. A large scan is predicted in tiles; an object on a border becomes two.
 """
 
 import argparse
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, load_frames, load_scene, scene_item
+from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimate_normals, instance_targets,
+                  load_frames, load_scene, scene_item, superpoints_from_points, usable_frames, voxel_means, voxelise)
 from metrics import semantic_iou
+from ply import read_ply, vertex_normals
 from train import RECIPES, instances_of_scene, load_model, to_device
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
+FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
+TILE_VOXELS = 300_000  # of a tile, its margin apart
+MARGIN = 1.0  # metres around a tile that the network sees as well
+ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
+POINTWISE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # of a scene
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
@@ -47,41 +59,184 @@ def open_checkpoint(path, device="cpu"):
     return model, config
 
 
+def read_scan(path):
+    """Read a scan of any of the forms named at the top of this file.
+
+    Returns:
+        scene: dict as data.load_scene; coord may be shifted, by origin (3,) f64: coord + origin is what the file holds.
+        notes: list of str, what was missing and what was done about it.
+
+    Raises:
+        FileNotFoundError, ValueError: as data.load_scene and ply.read_ply, and for a path that holds no scan.
+    """
+    path, notes = Path(path), []
+    if (path / "coord.npy").is_file():
+        scene = load_scene(path)
+        for key, what in (("normal", "normals"), ("superpoint", "superpoints")):
+            if not (path / f"{key}.npy").is_file():
+                notes.append(f"no {what}: computed")
+        return scene | {"origin": np.zeros(3)}, notes
+    file = path
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in READERS)
+        if len(files) != 1:
+            raise FileNotFoundError(f"{path}: expected coord.npy, or one .ply, .npy or .npz of points, found "
+                                    f"{len(files)} such files")
+        file = files[0]
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; give a .ply, .npy or .npz of points, or a scene folder")
+    if file.suffix.lower() not in READERS:
+        raise ValueError(f"{file}: expected one of {', '.join(READERS)} or a folder")
+    raw = READERS[file.suffix.lower()](file)
+    coord, color, normal, faces = (raw.get(key) for key in ("coord", "color", "normal", "faces"))
+    broken = int((~np.isfinite(coord)).any(1).sum())
+    if broken or not len(coord):
+        raise ValueError(f"{file}: expected finite coordinates, found {broken} of {len(coord)} points that are not; "
+                         "remove them")
+    far = np.abs(coord).max() > 1e4  # metres, where f32 is too coarse
+    origin = np.floor(coord.min(0).astype(np.float64)) if far else np.zeros(3)
+    coord = (coord - origin).astype(np.float32)
+    if color is None:
+        color = np.full((len(coord), 3), 127, np.uint8)
+        notes.append("no colours: taken as grey")
+    cells, point_to_cell = coord, None
+    if len(coord) > FINE_POINTS:
+        edge = 0.02
+        while point_to_cell is None or len(cells) > FINE_POINTS:
+            grid, point_to_cell = voxelise(coord, edge)
+            cells, edge = voxel_means(coord, point_to_cell, len(grid)), 1.5 * edge
+    if normal is None and faces is not None:
+        normal = vertex_normals(coord, faces)
+        notes.append("no normals: from the faces")
+    elif normal is None:
+        normal = estimate_normals(cells)
+        normal = normal if point_to_cell is None else normal[point_to_cell]
+        notes.append("no normals: estimated")
+    cell_normal = normal if point_to_cell is None else voxel_means(normal, point_to_cell, len(cells))
+    superpoint = superpoints_from_points(cells, cell_normal)
+    notes.append("no superpoints: computed")
+    folder = path if path.is_dir() else None
+    ids, skipped = usable_frames(folder) if folder else ([], 0)
+    if not ids:
+        notes.append("no frames: 3D only")
+    return {"name": path.stem, "coord": coord, "color": color, "normal": normal, "segment": None, "instance": None,
+            "superpoint": superpoint if point_to_cell is None else superpoint[point_to_cell], "frame_ids": ids,
+            "frames_skipped": skipped, "origin": origin}, notes
+
+
+def _read_arrays(path):
+    """Points of a .npy, (N, 3) or with colours (N, 6), or of a .npz with the names of ARRAYS: dict as ply.read_ply."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            arrays = {"coord": found[:, :3], "color": found[:, 3:6] if found.shape[1] >= 6 else None}
+        else:
+            names = {key: next((name for name in known if name in found.files), None) for key, known in ARRAYS.items()}
+            arrays = {"coord": found[names["coord"] or "coord"]}
+            arrays |= {key: found[name] for key, name in names.items() if name}
+        wrong = {key: a.shape for key, a in arrays.items() if a is not None
+                 and (a.shape != (len(arrays["coord"]), 3) or a.dtype.kind not in "iuf")}
+    except (ValueError, EOFError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError, SyntaxError,
+            zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected points (N, 3) or (N, 6), or an .npz with one of {ARRAYS['coord']}, found a "
+                         f"file that cannot be read so: {error}") from None
+    if wrong:
+        raise ValueError(f"{path}: expected (N, 3) numbers of one length, found {wrong}")
+    color = arrays.get("color")
+    if color is not None:
+        color = color * 255 if color.dtype.kind == "f" and 0 < np.nanmax(color, initial=0) <= 1 else color
+        if not (np.isfinite(color).all() and color.min(initial=0) >= 0 and color.max(initial=0) <= 255):
+            raise ValueError(f"{path}: expected colours in 0..255 or 0..1, found {color.min()}..{color.max()}")
+        arrays["color"] = color.astype(np.uint8)
+    return arrays
+
+
+READERS = {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
+
+
+def tiles(coord, voxel_size, limit):
+    """Cut a scan across its longer horizontal side until no tile holds more than limit voxels.
+
+    Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
+    """
+    parts, waiting = [], [np.arange(len(coord))]
+    while waiting:
+        rows = waiting.pop()
+        axis = np.ptp(coord[rows, :2], axis=0).argmax()
+        if len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit:
+            parts.append(rows)
+            continue
+        left = coord[rows, axis] < np.median(coord[rows, axis])
+        if not left.any():
+            raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
+        waiting += [rows[~left], rows[left]]
+    if len(parts) == 1:
+        return [(parts[0], parts[0])]
+    out = []
+    for core in parts:
+        low, high = coord[core, :2].min(0) - MARGIN, coord[core, :2].max(0) + MARGIN
+        out.append((core, np.flatnonzero(((coord[:, :2] >= low) & (coord[:, :2] <= high)).all(1))))
+    return out
+
+
 @torch.no_grad()
-def predict_scene(model, config, folder, device="cpu"):
-    """Label every point of a scene.
+def predict_scene(model, config, path, device="cpu"):
+    """Label every point of a scan.
 
     Args:
         model, config: as train.load_model returns them.
-        folder:        scene folder; frames are used where there are some and the model has an image branch.
+        path:          as `read_scan`; frames are used where there are some and the model has an image branch.
 
     Returns:
-        scene:      dict of data.load_scene; its segment is None where every label is IGNORE.
-        prediction: dict with labels (N,) int64 class index of each point; masks (P, N) bool, classes (P,) int64,
-                    scores (P,) float of the instances, best first, P = 0 for a model without a trained decoder;
-                    true_instance (N,) int64, data.instance_targets; voxels, M; seen, the share of the voxels that a
-                    frame sees, 0 without frames, None for a model without image branch.
+        scene:      dict of `read_scan`; its segment is None where every label is IGNORE.
+        prediction: dict with labels (N,) int64 class index of each point; of the P instances, best first, members, list
+                    of P int64 arrays of point indices, classes (P,) int64, scores (P,) float, P = 0 for a model
+                    without a trained decoder; true_instance (N,) int64, data.instance_targets; voxels, their number;
+                    seen, the share of the voxels that a frame sees, 0 without frames, None for a model without image
+                    branch; notes, list of str of `read_scan`.
 
     Raises:
-        FileNotFoundError, ValueError: as data.load_scene.
+        FileNotFoundError, ValueError: as `read_scan`.
     """
-    scene = load_scene(folder)
+    scene, notes = read_scan(path)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
     ids, use_images = scene["frame_ids"], config.model == "bifusion" and model.setting.fusion != "identity"
     count = min(2 * config.views, len(ids)) if use_images else 0  # as many as evaluation takes
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, count).round().astype(int)]
-    frames = load_frames(folder, chosen, RECIPES[config.preset]["image_size"])
-    batch = to_device(collate([scene_item(scene, frames, config.voxel_size)]), device)
-    out = model(batch)
-    prediction = {"labels": out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy(),
-                  "voxels": len(batch["grid_coord"]), "seen": out["stats"]["seen_share"] if use_images else None,
-                  "true_instance": batch["point_instance"].cpu().numpy(), "classes": np.zeros(0, np.int64),
-                  "masks": np.zeros((0, len(scene["coord"])), bool), "scores": np.zeros(0, np.float32)}
-    if "instances" in out:
-        _, *found = instances_of_scene(out["instances"][0][-1], batch, 0)
-        prediction |= {key: value.cpu().numpy() for key, value in zip(("masks", "classes", "scores"), found)}
-    return scene, prediction
+    frames = load_frames(path, chosen, RECIPES[config.preset]["image_size"])
+    shift = frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # the cameras see the points as they are stored
+    frames["world_to_camera"][:, :3, 3] += shift
+    n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
+    members, classes, scores, labels, voxels, seen = [], [], [], np.zeros(n, np.int64), 0, 0.0
+    for core, rows in cut:
+        part = scene | {key: scene[key][rows] for key in POINTWISE if scene[key] is not None}
+        part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
+        batch = to_device(collate([scene_item(part, frames, config.voxel_size)]), device)
+        out = model(batch)
+        inside = np.zeros(n, bool)
+        inside[core] = True
+        inside = inside[rows]
+        labels[core] = out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy()[inside]
+        voxels += len(batch["grid_coord"])
+        seen += out["stats"]["seen_share"] * len(batch["grid_coord"]) if use_images else 0
+        if "instances" in out:
+            _, masks, label, score = (x.cpu().numpy() for x in instances_of_scene(out["instances"][0][-1], batch, 0))
+            for mask, k, value in zip(masks, label, score):
+                if (mask & inside).any():
+                    members.append(rows[mask & inside])
+                    classes.append(k)
+                    scores.append(value)
+    scores = np.array(scores, np.float32)
+    order = np.argsort(-scores, kind="stable")
+    if len(cut) > 1:
+        notes.append(f"cut into {len(cut)} tiles")
+    true_instance = np.zeros(n, np.int64)
+    if scene["segment"] is not None:
+        true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"])[0]
+    return scene, {"labels": labels, "members": [members[i] for i in order], "scores": scores[order],
+                   "classes": np.array(classes, np.int64)[order], "true_instance": true_instance, "voxels": voxels,
+                   "seen": seen / voxels if use_images else None, "notes": notes}
 
 
 def panoptic(prediction, min_score=MIN_SCORE):
@@ -91,7 +246,7 @@ def panoptic(prediction, min_score=MIN_SCORE):
     because better ones were there before is left out. All other points keep their semantic label.
 
     Args:
-        prediction: dict with labels (N,), masks (P, N), classes (P,), scores (P,), best first (`predict_scene`).
+        prediction: dict with labels (N,), members, classes (P,), scores (P,), best first (`predict_scene`).
 
     Returns:
         labels: (N,) int64.  instance: (N,) int64, 0 = none, else the number from 1 on.
@@ -100,9 +255,9 @@ def panoptic(prediction, min_score=MIN_SCORE):
     labels, rows = prediction["labels"].copy(), []
     instance = np.zeros(len(labels), np.int64)
     for row in np.flatnonzero(prediction["scores"] >= min_score).tolist():
-        mask = prediction["masks"][row]
-        free = mask & (instance == 0)
-        if 2 * free.sum() >= max(1, mask.sum()):
+        mask = prediction["members"][row]
+        free = mask[instance[mask] == 0]
+        if 2 * len(free) >= max(1, len(mask)):
             rows.append(row)
             instance[free], labels[free] = len(rows), prediction["classes"][row]
     return labels, instance, rows
@@ -120,9 +275,10 @@ def instance_table(coord, prediction, instance, rows):
 
 
 def write_ply(path, coord, labels, color, instance=None):
-    """Points with colours: x y z float, red green blue uchar, label ushort (NYU40 id; 0 = none), with instance (N,)
-    also instance ushort."""
-    fields = [("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "u2")]
+    """Points with colours: x y z (as coord: float or double), red green blue uchar, label ushort (NYU40 id; 0 = none),
+    with instance (N,) also instance ushort."""
+    fields = [(axis, coord.dtype.str) for axis in "xyz"]
+    fields += [("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "u2")]
     vertex = np.zeros(len(coord), fields + ([("instance", "u2")] if instance is not None else []))
     vertex["x"], vertex["y"], vertex["z"] = coord.T
     vertex["red"], vertex["green"], vertex["blue"] = color.T
@@ -232,13 +388,13 @@ def draw(path, scene, prediction, instance, title):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="stage3.pt, best.pt, ... of a run")
-    parser.add_argument("scenes", nargs="+", help="scene folders")
+    parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        names = [Path(folder).resolve().name for folder in args.scenes]
+        names = [Path(folder).resolve().stem for folder in args.scenes]
         if len(set(names)) < len(names):
             raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
         model, config = open_checkpoint(args.checkpoint, args.device)
@@ -246,12 +402,15 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
             scene, prediction = predict_scene(model, config, Path(folder).resolve(), args.device)
+            if prediction["notes"]:
+                print(f"{scene['name']}: {'; '.join(prediction['notes'])}")
             labels, instance, rows = panoptic(prediction, args.min_score)
             name, title = scene["name"], scene["name"]
             if scene["segment"] is not None:
                 miou = semantic_iou([(scene["segment"], prediction["labels"])], range(len(CLASS_NAMES)))["miou"]
                 title += f", mIoU {miou:.3f}"
-            coord, table = scene["coord"], instance_table(scene["coord"], prediction, instance, rows)
+            coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]
+            table = instance_table(coord, prediction, instance, rows)
             write_ply(out / f"{name}_semantic.ply", coord, prediction["labels"], class_colors(prediction["labels"]))
             write_ply(out / f"{name}_instances.ply", coord, labels, instance_colors(instance), instance)
             (out / f"{name}_instances.txt").write_text(table + "\n")

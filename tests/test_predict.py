@@ -1,13 +1,15 @@
 """predict.py: labels, .ply and picture of scenes with and without labels and frames; errors in one line."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plyfile import PlyData
+from plyfile import PlyData, PlyElement
 
+import data
 import predict
 from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, collate, load_frames, load_scene, scene_item
 from metrics import instance_ap
@@ -149,7 +151,7 @@ def test_a_bad_scene_or_device_ends_in_one_line(checkpoints, room, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "absent", tmp_path / "empty"):
         message = failure(checkpoints["baseline"], folder, out=tmp_path)
-        assert str(folder) in message and "coord.npy" in message
+        assert str(folder) in message and ("coord.npy" in message or "scene folder" in message)
     other = tmp_path / room.name
     assert "two scenes" in failure(checkpoints["baseline"], room, other, out=tmp_path)
     with pytest.raises(ValueError, match="--device cpu"):
@@ -160,7 +162,7 @@ def test_a_bad_scene_or_device_ends_in_one_line(checkpoints, room, tmp_path):
 
 
 def scored(scores, masks, classes, labels):
-    return {"scores": np.array(scores), "masks": np.array(masks, bool),
+    return {"scores": np.array(scores), "members": [np.flatnonzero(mask) for mask in masks],
             "classes": np.array(classes, int), "labels": np.array(labels)}
 
 
@@ -182,9 +184,10 @@ def test_the_list_and_the_ply_of_the_instances_say_the_same(checkpoints, room, t
     masks[0, :400], masks[1, 400:1000], masks[2, 300:420] = True, True, True
 
     def predict_scene(model, config, folder, device):
-        return load_scene(room), {"labels": np.zeros(len(coord), np.int64), "masks": masks, "voxels": 7, "seen": None,
-                                  "classes": np.array([4, 18, 4]), "scores": np.array([0.91, 0.5, 0.4]),
-                                  "true_instance": np.zeros(len(coord), np.int64)}
+        return load_scene(room) | {"origin": np.zeros(3)}, {
+            "labels": np.zeros(len(coord), np.int64), "members": [np.flatnonzero(mask) for mask in masks], "voxels": 7,
+            "seen": None, "classes": np.array([4, 18, 4]), "scores": np.array([0.91, 0.5, 0.4]), "notes": [],
+            "true_instance": np.zeros(len(coord), np.int64)}
 
     monkeypatch.setattr(predict, "predict_scene", predict_scene)
     run(checkpoints["baseline"], room, out=tmp_path)
@@ -222,3 +225,156 @@ def test_a_room_s_true_masks_as_prediction_give_ap_one(room):
     gt, *found = predict.instances_of_scene(layer, batch, 0)
     result = instance_ap([dict(zip(("gt", "masks", "labels", "scores"), (gt, *found)))], THINGS)
     assert len(labels) > 5 and result["AP"] == result["AP25"] == 1
+
+
+# ---- any scan
+
+
+@pytest.fixture
+def points():
+    """coord (N, 3) f32, color (N, 3) u8, normal (N, 3) of a floor and a wall, and the triangles of a grid on both."""
+    u, v = (a.ravel() for a in np.meshgrid(np.linspace(0, 2, 40), np.linspace(0, 2, 40)))
+    floor, wall = np.stack([u, v, 0 * u], 1), np.stack([u, 0 * u, v + 0.05], 1)
+    i = (np.arange(39)[:, None] * 40 + np.arange(39)).ravel()
+    faces = np.concatenate([np.stack([i, i + 1, i + 40], 1), np.stack([i + 1, i + 41, i + 40], 1)])
+    coord = np.concatenate([floor, wall]).astype(np.float32)
+    color = np.random.default_rng(0).integers(0, 256, coord.shape).astype(np.uint8)
+    normal = np.repeat([[0, 0, 1.0], [0, 1.0, 0]], 1600, 0).astype(np.float32)
+    return coord, color, normal, np.concatenate([faces, faces[:, ::-1] + 1600])
+
+
+def write_with_plyfile(path, coord, color=None, normal=None, faces=None, text=False, byte_order="<"):
+    """A .ply as another library writes it, with a property that nobody asked for."""
+    columns = {"x": coord[:, 0], "quality": np.arange(len(coord), dtype=np.float32), "y": coord[:, 1], "z": coord[:, 2]}
+    if color is not None:
+        columns |= dict(zip(("red", "green", "blue"), color.T))
+    if normal is not None:
+        columns |= dict(zip(("nx", "ny", "nz"), normal.T))
+    vertex = np.zeros(len(coord), [(name, column.dtype) for name, column in columns.items()])
+    for name, column in columns.items():
+        vertex[name] = column
+    elements = [PlyElement.describe(vertex, "vertex")]
+    if faces is not None:
+        rows = np.zeros(len(faces), [("vertex_indices", "i4", (3,))])
+        rows["vertex_indices"] = faces
+        elements.append(PlyElement.describe(rows, "face"))
+    PlyData(elements, text=text, byte_order=byte_order).write(str(path))
+    return path
+
+
+@pytest.mark.parametrize("style", ["binary", "big endian", "ascii"])
+def test_a_ply_of_another_library_is_read_with_what_it_has(points, tmp_path, style):
+    coord, color, normal, faces = points
+    form = {"text": style == "ascii", "byte_order": {"ascii": "=", "big endian": ">"}.get(style, "<")}
+    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "a.ply", coord, color, normal, faces, **form))
+    assert scene["name"] == "a" and np.array_equal(scene["color"], color)
+    np.testing.assert_allclose(scene["coord"], coord, atol=1e-6)
+    np.testing.assert_allclose(scene["normal"], normal, atol=1e-6)
+    assert notes == ["no superpoints: computed", "no frames: 3D only"]
+    assert not set(scene["superpoint"][:1600]) & set(scene["superpoint"][1700:])  # the wall's foot may join the floor
+
+
+def test_what_a_scan_lacks_is_computed_and_said(points, tmp_path):
+    coord, color, normal, faces = points
+    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "bare.ply", coord))
+    assert notes == ["no colours: taken as grey", "no normals: estimated", "no superpoints: computed",
+                     "no frames: 3D only"]
+    assert (scene["color"] == 127).all() and (np.abs((scene["normal"] * normal).sum(1)) > 0.9).mean() > 0.9
+    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "mesh.ply", coord, color, faces=faces))
+    assert "no normals: from the faces" in notes
+    np.testing.assert_allclose((scene["normal"] * normal).sum(1), 1, atol=1e-5)
+
+
+def test_npy_and_npz_of_points_are_read(points, tmp_path):
+    coord, color, normal, _ = points
+    np.save(tmp_path / "xyz.npy", coord)
+    np.save(tmp_path / "xyzrgb.npy", np.concatenate([coord, color], 1))
+    np.savez(tmp_path / "all.npz", points=coord, colors=color / 255, normals=normal)
+    assert np.array_equal(predict.read_scan(tmp_path / "xyz.npy")[0]["coord"], coord)
+    assert np.array_equal(predict.read_scan(tmp_path / "xyzrgb.npy")[0]["color"], color)
+    scene, notes = predict.read_scan(tmp_path / "all.npz")
+    assert np.abs(scene["color"].astype(int) - color).max() <= 1 and np.array_equal(scene["normal"], normal)
+    assert notes == ["no superpoints: computed", "no frames: 3D only"]
+
+
+def test_a_folder_with_points_and_frames_is_seen_by_its_frames(checkpoints, room, tmp_path, capsys):
+    folder = tmp_path / "phone"
+    shutil.copytree(room, folder, ignore=shutil.ignore_patterns("*.npy"))
+    write_with_plyfile(folder / "mesh.ply", np.load(room / "coord.npy"), np.load(room / "color.npy"))
+    run(checkpoints["bifusion"], folder, out=tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "phone: no normals: estimated; no superpoints: computed"
+    assert "seen by frames" in lines[1] and (tmp_path / "out" / "phone_instances.ply").is_file()
+
+
+def test_far_coordinates_keep_their_millimetres(checkpoints, points, tmp_path):
+    coord, color, normal, _ = points
+    far = coord.astype(np.float64) + np.array([431_000.25, 5_290_000.5, 320])
+    run(checkpoints["baseline"], write_with_plyfile(tmp_path / "far.ply", far, color, normal), out=tmp_path)
+    vertex = PlyData.read(tmp_path / "far_semantic.ply")["vertex"]
+    np.testing.assert_allclose(np.stack([vertex[k] for k in "xyz"], 1), far, atol=1e-4)
+    near, _ = predict.read_scan(write_with_plyfile(tmp_path / "near.ply", coord, color, normal))
+    np.testing.assert_allclose(np.ptp(predict.read_scan(tmp_path / "far.ply")[0]["coord"], 0), np.ptp(near["coord"], 0),
+                               atol=1e-5)
+
+
+def test_a_large_scan_is_cut_into_tiles_that_cover_each_point_once(points, monkeypatch):
+    coord = np.concatenate([points[0] + np.array([2.1 * i, 0, 0], np.float32) for i in range(4)])
+    assert len(predict.tiles(coord, 0.1, limit=10**6)) == 1
+    cut = predict.tiles(coord, 0.1, limit=900)
+    assert len(cut) >= 4
+    assert np.array_equal(np.sort(np.concatenate([core for core, _ in cut])), np.arange(len(coord)))
+    for core, rows in cut:
+        assert len(data.voxelise(coord[core], 0.1)[0]) <= 900 and np.isin(core, rows).all()
+        low, high = coord[core, :2].min(0), coord[core, :2].max(0)
+        around = ((coord[:, :2] >= low - predict.MARGIN) & (coord[:, :2] <= high + predict.MARGIN)).all(1)
+        assert np.array_equal(rows, np.flatnonzero(around))
+
+
+def test_a_scan_in_tiles_gets_the_labels_of_the_whole(checkpoints, room, monkeypatch):
+    model, config = predict.open_checkpoint(checkpoints["bifusion"])
+    _, whole = predict.predict_scene(model, config, room)
+    assert not any("tiles" in note for note in whole["notes"])
+
+    def by_place(batch):  # a network whose labels depend on the place in the world alone
+        out = forward(batch)
+        band = (batch["world_coord"][:, 0] / 2).floor().long() % 20
+        return out | {"logits": torch.nn.functional.one_hot(band, 20).float()}
+
+    forward, model.forward = model.forward, by_place
+    _, whole = predict.predict_scene(model, config, room)
+    monkeypatch.setattr(predict, "TILE_VOXELS", whole["voxels"] // 3)
+    _, parts = predict.predict_scene(model, config, room)
+    assert any("tiles" in note for note in parts["notes"])
+    assert (parts["labels"] == whole["labels"]).mean() > 0.85  # voxels on a border between bands differ with the grid
+    assert np.array_equal(parts["true_instance"], whole["true_instance"])
+    assert all(len(np.unique(m)) == len(m) for m in parts["members"])
+    assert (np.diff(parts["scores"]) <= 0).all()
+
+
+def test_normals_and_superpoints_of_many_points_are_those_of_small_cells(points, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "FINE_POINTS", 1500)
+    coord, color, normal, _ = points
+    scene, _ = predict.read_scan(write_with_plyfile(tmp_path / "many.ply", coord, color))
+    assert scene["normal"].shape == coord.shape and len(scene["superpoint"]) == len(coord)
+    assert (np.abs((scene["normal"] * normal).sum(1)) > 0.9).mean() > 0.9
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("a.txt", b"1 2 3", "expected one of"), ("a.ply", b"ply\nnonsense", "a.ply"), ("a.npy", b"\x93NUMPY", "a.npy"),
+    ("b.npy", np.zeros((5, 2)), "(N, 3)"), ("c.npy", np.array([[0, 0, np.nan]]), "1 of 1"),
+    ("d.npy", np.zeros((0, 3)), "0 points"),
+    ("e.npz", {"coord": np.zeros((4, 3)), "color": np.zeros((3, 3))}, "(N, 3)"),
+    ("f.npz", {"colour": np.zeros((4, 3))}, "coord"), ("g.npz", b"PK\x03\x04", "g.npz"),
+    ("h.npz", {"coord": np.zeros((4, 3)), "color": np.full((4, 3), 300.0)}, "0..255"),
+    ("i.npy", np.array([["a"] * 3]), "(N, 3)")])
+def test_a_file_that_holds_no_scan_ends_in_one_line(checkpoints, tmp_path, name, content, reason):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        np.save(path, content)
+    message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
+    assert name in message and reason in message
