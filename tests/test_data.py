@@ -323,7 +323,7 @@ def holed(shape, rows, value):
     npy("normal", np.zeros((201, 3)), r"normal\.npy: expected shape \(200, 3\), found \(201, 3\)"),
     npy("segment20", np.zeros(100, int), r"segment20\.npy: expected shape \(200,\), found \(100,\)"),
     npy("instance", np.zeros((200, 2), int), r"instance\.npy: expected shape \(200,\), found \(200, 2\)"),
-    npy("segment20", np.array([None] * 200), r"segment20\.npy: .*cannot be read: Object arrays cannot be loaded"),
+    npy("segment20", np.array([None] * 200), r"segment20\.npy: .*cannot be read: .*bject"),
     npy("segment20", np.full(200, 20), r"segment20\.npy: expected labels -1\.\.19, found 20\.\.20"),
     npy("segment20", np.full(200, -2), r"segment20\.npy: expected labels -1\.\.19, found -2\.\.-2"),
     npy("segment20", np.full(200, 255, np.uint8), r"expected labels -1\.\.19, found 255"),

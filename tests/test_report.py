@@ -231,7 +231,7 @@ def gaps(log):
 @pytest.mark.filterwarnings("error")
 def test_curves_are_drawn_for_any_log_without_a_warning(tmp_path, logs):
     draw_curves(logs, tmp_path / "curves.png")
-    assert picture_size(tmp_path / "curves.png") == (1200, 840)
+    assert picture_size(tmp_path / "curves.png") == (1650, 840)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages import (PARTS, PLAN_B, PLANS, RAMP, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
-                    setting_at, stage_epochs)
+from stages import (INSTANCE, PARTS, PLAN_B, PLANS, RAMP, STAGES, apply_setting, clip_by_branch, parameter_groups,
+                    set_rates, setting_at, stage_epochs)
 
 EPOCHS = 129
 MOMENTS = [epoch + share for epoch in range(EPOCHS) for share in (0.0, 0.5, 0.99)]
@@ -103,7 +103,7 @@ def test_parts_and_losses_are_known_ones_at_every_moment(plan, pretrained):
         setting = setting_at(epoch, plan=plan, pretrained=pretrained)
         assert set(setting.parts) <= set(PARTS)
         assert len(set(setting.parts)) == len(setting.parts)
-        assert set(setting.losses) <= {"semantic", "branch", "alignment", "gate"}
+        assert set(setting.losses) <= {"semantic", *INSTANCE, "branch", "alignment", "gate"}
         assert setting.clip == 1.0
 
 
@@ -185,13 +185,13 @@ def test_a_burst_in_one_branch_does_not_change_the_step_of_another():
         model.loss(factors).backward()
         norms = clip_by_branch(model, 1.0)
         optimizer.step()
-        assert set(norms) == {"3d", "2d", "fusion"}
+        assert set(norms) == {"3d", "decoder", "2d", "fusion"}
         assert norms["2d"] > 1e5 * burst / 1e6
-        moved = {"3d": [], "2d": [], "fusion": []}
+        moved = {"3d": [], "decoder": [], "2d": [], "fusion": []}
         for name, layer, old in zip(model.names, model.layers, zip(before[::2], before[1::2])):
             moved[PARTS[name]] += [p.detach() - o for p, o in zip(layer.parameters(), old)]
         steps[burst] = moved
-    for branch in ("3d", "fusion"):
+    for branch in ("3d", "decoder", "fusion"):
         assert all(torch.equal(a, b) for a, b in zip(steps[1.0][branch], steps[1e6][branch]))
     for moved in steps.values():
         for step in moved.values():

@@ -9,14 +9,14 @@ import torch
 
 import train
 from report import read_log
-from stages import stage_epochs
+from stages import INSTANCE, stage_epochs
 from train import (MAX_SKIPPED_IN_A_ROW, RECIPES, WARM_UP, Config, learning_rate, load_checkpoint, load_model, main,
                    parse_config, save_checkpoint)
 
 SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
 LOG_KEYS = {"epoch", "stage", "model", "loss", "losses", "val_miou", "val_iou", "fusion_2d_ratio", "fusion_ramp",
             "seen_share", "rms_2d", "rms_3d", "cosine", "grad_norm", "skipped_steps", "steps", "lr", "seconds",
-            "peak_memory_mb"}
+            "peak_memory_mb", "val_ap", "val_ap50", "val_ap25"}
 
 
 def message_of(call, *args):
@@ -203,9 +203,23 @@ def test_plan_a_and_the_baseline_run_without_images(run_train, tmp_path):
     for flags in (("--plan", "A"), ("--model", "baseline")):
         log = run_train(tmp_path / flags[1], *SHORT, *flags)
         for line in log:
-            assert set(line["losses"]) == {"semantic"}
+            instances = flags[1] == "baseline" and line["stage"] > 1
+            assert set(line["losses"]) == {"semantic", *(INSTANCE if instances else ())}
             assert line["fusion_2d_ratio"] is None
-            assert set(line["grad_norm"]) == {"3d"}
+            assert set(line["grad_norm"]) == {"3d", *(("decoder",) if instances else ())}
+
+
+def test_ap_is_logged_once_the_decoder_trains_and_a_folder_without_instances_says_so(short_run, run_train, tiny_rooms,
+                                                                                     tmp_path, capsys):
+    names = ("val_ap", "val_ap50", "val_ap25")
+    for line in read_log(short_run / "log.jsonl")[0]:
+        assert all((line[name] is None) == (line["stage"] == 1) for name in names)
+    root = tmp_path / "rooms"
+    shutil.copytree(tiny_rooms, root, ignore=shutil.ignore_patterns("instance.npy"))
+    log = run_train(tmp_path / "run", *SHORT, "--data", root)
+    assert "4 of 4 train scenes have no instance.npy" in capsys.readouterr().out
+    assert all(line[name] is None for line in log for name in names)
+    assert all(line["losses"][name] == 0 for line in log if line["stage"] > 1 for name in INSTANCE)
 
 
 # ---- going on
