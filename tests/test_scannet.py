@@ -1,69 +1,25 @@
 """scannet.py: official files -> scene folders, with every trap of the format; damaged files; submissions."""
 
-import errno
 import io
 import json
-import multiprocessing
-import os
-import signal
 import struct
-import tracemalloc
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import torch
 from PIL import Image
 
 import scannet
-from data import load_frames, load_scene
+from data import NYU40_IDS, load_frames, load_scene
+from model import build_model
+from stages import parameter_groups
+from test_ply import DAMAGE, QUICK, damage, grid_mesh, mesh_columns, peak_memory, ply_bytes, scene_or_clear_error
+from train import Config, save_checkpoint
 
 AXIS = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -2.0], [0, 0, 1, 0.25], [0, 0, 0, 1]])
 COLOR_SIZE, DEPTH_SIZE = (64, 48), (32, 24)
-
-
-def grid_mesh(columns=6, rows=5):
-    """A level sheet of (columns x rows) vertices at z = 0, 10 cm apart: coord (N, 3) f32, triangles (F, 3)."""
-    x, y = np.meshgrid(np.arange(columns), np.arange(rows))
-    coord = np.stack([0.1 * x.ravel(), 0.1 * y.ravel(), 0 * x.ravel()], 1).astype(np.float32)
-    corner = (np.arange(rows - 1)[:, None] * columns + np.arange(columns - 1)).ravel()
-    return coord, np.concatenate([np.stack([corner, corner + 1, corner + columns], 1),
-                                  np.stack([corner + 1, corner + columns + 1, corner + columns], 1)])
-
-
-def ply_bytes(columns, faces=None, encoding="binary_little_endian", list_types="uchar int"):
-    """A .ply from {property name: (type, values)} and faces; written field by field."""
-    names = {"uchar": "B", "ushort": "H", "int": "i", "uint": "I", "float": "f", "double": "d", "short": "h"}
-    n = len(next(iter(columns.values()))[1])
-    head = ["ply", f"format {encoding} 1.0", "comment made by a test", f"element vertex {n}"]
-    head += [f"property {kind} {name}" for name, (kind, _) in columns.items()]
-    if faces is not None:
-        head += [f"element face {len(faces)}", f"property list {list_types} vertex_indices"]
-    body = []
-    order = ">" if "big" in encoding else "<"
-    for row in zip(*(values for _, values in columns.values())):
-        if encoding == "ascii":
-            body.append((" ".join(str(v) for v in row) + "\n").encode())
-        else:
-            body.append(struct.pack(order + "".join(names[kind] for kind, _ in columns.values()), *row))
-    for face in faces if faces is not None else ():
-        if encoding == "ascii":
-            body.append((" ".join(map(str, [len(face), *face])) + "\n").encode())
-        else:
-            length, index = (names[kind] for kind in list_types.split())
-            body.append(struct.pack(f"{order}{length}{len(face)}{index}", len(face), *face))
-    return "\n".join([*head, "end_header\n"]).encode() + b"".join(body)
-
-
-def mesh_columns(coord, label=None):
-    columns = {axis: ("float", coord[:, i].tolist()) for i, axis in enumerate("xyz")}
-    for i, name in enumerate(("red", "green", "blue", "alpha")):
-        columns[name] = ("uchar", [(40 * i + 3 * j) % 256 for j in range(len(coord))])
-    if label is not None:
-        columns["label"] = ("ushort", list(label))
-    return columns
 
 
 def sens_bytes(poses, count=None, depth_packing=1, shift=1000.0, name=b"StructureSensor"):
@@ -165,35 +121,6 @@ def download(tmp_path):
     return root
 
 
-def damage(data, how, place, value):
-    """The bytes of a file cut short, with bits turned, with bytes replaced by a large number, or swapped about."""
-    at = int(place * len(data))
-    if how == "cut":
-        return data[:at]
-    if how == "flip":
-        return data[:at] + bytes([data[at] ^ (1 << value % 8)]) + data[at + 1 :] if at < len(data) else data
-    if how == "large":
-        return data[:at] + b"\xff" * 8 + data[at + 8 :]
-    if how == "digits":
-        return data[:at] + b"9" * 12 + data[at:]
-    return data[at:] + data[:at]
-
-
-DAMAGE = given(how=st.sampled_from(["cut", "flip", "large", "digits", "swap"]), place=st.floats(0, 1),
-               value=st.integers(0, 255))
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def scene_or_clear_error(path, read):
-    """Run read; a ValueError must name the file. Returns True where it went through."""
-    try:
-        read()
-    except ValueError as error:
-        assert str(path) in str(error) and "expected" in str(error) and "found" in str(error)
-        return False
-    return True
-
-
 # ------------------------------------------------------------------------------------------------- scans to scenes
 
 
@@ -201,7 +128,7 @@ def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path)
     out = tmp_path / "out"
     result = scannet.prepare(download, out, every=2, workers=1)
     assert result == {"made": 3, "there": 0, "absent": 0, "skipped": {"scene0500_00": "in no split list"}, "notes": {}}
-    scene = load_scene(out / "train" / "scene0000_00", superpoints=True)
+    scene = load_scene(out / "train" / "scene0000_00")
     column = np.arange(30) % 6
     coord, _ = grid_mesh()
     np.testing.assert_allclose(scene["coord"], coord @ AXIS[:3, :3].T + AXIS[:3, 3], atol=1e-6)
@@ -215,8 +142,8 @@ def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path)
     assert scene["frame_ids"] == [0, 2, 4]
     test = load_scene(out / "test" / "scene0707_00")
     assert test["segment"] is None and test["instance"] is None
-    assert sorted(p.name for p in out.iterdir()) == ["scannet.json", "scannetv2_test.txt", "scannetv2_train.txt",
-                                                     "scannetv2_val.txt", "test", "train", "val"]
+    assert sorted(p.name for p in out.iterdir()) == ["scannetv2_test.txt", "scannetv2_train.txt", "scannetv2_val.txt",
+                                                     "test", "train", "val"]
 
 
 def test_poses_follow_the_points_and_images_stay_byte_for_byte(download, tmp_path):
@@ -259,25 +186,6 @@ def test_finished_scenes_are_skipped_and_half_written_ones_redone(download, tmp_
     result = scannet.prepare(download, out, workers=1)
     assert (result["made"], result["there"]) == (2, 1)
     assert not (out / ".unfinished").exists() and load_scene(out / "val" / "scene0011_00")["frame_ids"] == [0]
-    with pytest.raises(ValueError, match="made with --frames 20, asked for 5"):
-        scannet.prepare(download, out, every=5)
-
-
-def test_a_full_disk_ends_the_run(download, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(scannet, "write_frames", full)
-    with pytest.raises(OSError, match="No space left"):
-        scannet.prepare(download, tmp_path / "out", workers=1)
-    assert not list((tmp_path / "out").glob("*/scene*"))
-
-
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch reaches forked processes alone")
-def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(download, tmp_path, monkeypatch):
-    monkeypatch.setattr(scannet, "write_frames", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit, match=r"a worker process was killed.*fewer --workers"):
-        scannet.main([str(download), "--out", str(tmp_path / "out"), "--workers", "2"])
 
 
 def test_the_folder_of_the_scans_may_be_given_and_the_split_lists_apart(download, tmp_path):
@@ -297,19 +205,6 @@ def test_a_scan_with_a_missing_file_is_listed_and_the_others_go_on(download, tmp
     text = capsys.readouterr().out
     assert "skipped scene0000_00: " in text and f"scene0000_00{missing}" in text
     assert "2 scenes made, 0 were there, 2 skipped" in text
-
-
-def test_prepared_scenes_beneath_the_download_are_not_taken_for_scans(download, tmp_path):
-    scannet.prepare(download, download / "data", every=2, workers=1)
-    folders, _ = scannet._find(download, None, None)
-    assert folders["scene0000_00"] == [download / "scans" / "scene0000_00"]
-
-
-def test_links_to_folders_are_followed(download, tmp_path):
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "raw").symlink_to(download)
-    (tmp_path / "links" / "raw" / "loop").symlink_to(tmp_path / "links")
-    assert scannet.prepare(tmp_path / "links", tmp_path / "out", workers=1)["made"] == 3
 
 
 def test_files_of_another_scan_are_refused(download, tmp_path):
@@ -364,12 +259,6 @@ def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path):
         assert depth.shape == DEPTH_SIZE[::-1] and depth.dtype == np.uint16
 
 
-def test_depth_that_is_raw_or_in_other_units_is_read_too(tmp_path):
-    (tmp_path / "a.sens").write_bytes(sens_bytes(some_poses(1, lost=()), depth_packing=0, shift=5000.0))
-    (_, _, _, depth), = scannet.read_sens(tmp_path / "a.sens")[1]
-    assert (depth == 200).all()
-
-
 def test_frames_that_are_not_wanted_are_not_even_read(tmp_path):
     data = bytearray(sens_bytes(some_poses(3, lost=())))
     start = data.index(jpeg_bytes(1))
@@ -391,26 +280,24 @@ def test_exported_frames_and_frames_25k_are_read(download, tmp_path, padded):
     assert scene["frame_ids"] == ([0, 20, 100] if padded else [0, 100])  # a thinned set is not thinned again
     frames = load_frames(tmp_path / "out" / "train" / "scene0000_00", [100], COLOR_SIZE)
     np.testing.assert_allclose(frames["depth"], 1.1, atol=1e-6)
-    depth = np.loadtxt(tmp_path / "out" / "train" / "scene0000_00" / "intrinsic" / "intrinsic_depth.txt")
-    np.testing.assert_allclose([depth[0, 0], depth[0, 2], depth[1, 2]], [32, 31.5 * 31 / 63, 23.5 * 23 / 47])
 
 
-def test_a_sens_comes_before_frames_25k_unless_that_folder_is_given(download, tmp_path):
+def test_a_sens_comes_before_frames_25k(download, tmp_path):
     write_exported(download / "scannet_frames_25k" / "scene0000_00", padded=True)
-    for out, extra, expected in (("a", {}, [0, 1, 2, 4]), ("b", {"frames_from": download / "scannet_frames_25k"},
-                                                           [0, 20, 100])):
-        scannet.prepare(download, tmp_path / out, every=1, workers=1, **extra)
-        assert load_scene(tmp_path / out / "train" / "scene0000_00")["frame_ids"] == expected
+    scannet.prepare(download, tmp_path / "out", every=1, workers=1)
+    assert load_scene(tmp_path / "out" / "train" / "scene0000_00")["frame_ids"] == [0, 1, 2, 4]
 
 
-def test_intrinsics_of_larger_images_are_scaled_to_images_that_were_shrunk(tmp_path):
+def test_intrinsics_of_images_of_another_size_are_refused(tmp_path):
     write_exported(tmp_path / "scene0000_00", color_size=(324, 242), intrinsics_size=(1296, 968))
-    scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
-    camera = np.loadtxt(tmp_path / "out" / "intrinsic" / "intrinsic_color.txt")
-    np.testing.assert_allclose([camera[0, 0], camera[0, 2], camera[1, 2]], [324, 161.5, 120.5])
-    write_exported(tmp_path / "scene0001_00", color_size=(324, 242), intrinsics_size=(2000, 90))
     with pytest.raises(ValueError, match=r"intrinsic_color\.txt: expected intrinsics of an image of 324x242"):
-        scannet.write_frames(tmp_path / "out2", [tmp_path / "scene0001_00"], 1, np.eye(4))
+        scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
+
+
+def test_raw_depth_is_read_too(tmp_path):
+    (tmp_path / "a.sens").write_bytes(sens_bytes(some_poses(1, lost=()), depth_packing=0))
+    (_, _, _, depth), = scannet.read_sens(tmp_path / "a.sens")[1]
+    assert (depth == 1000).all()
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -431,20 +318,15 @@ def test_frames_only_adds_frames_in_the_frame_of_the_points_and_touches_no_array
     assert scannet.prepare(download, tmp_path / "out", every=2, frames_only=True, workers=1)["there"] == 1
 
 
-def test_frames_only_goes_on_after_a_kill_and_leaves_folders_of_others_alone(download, tmp_path):
-    coord, _ = grid_mesh()
-    for name in ("scene0000_00", "scene0011_00", "scene0012_00"):
+def test_frames_only_leaves_folders_of_others_alone(download, tmp_path):
+    for name in ("scene0011_00", "scene0012_00"):
         (tmp_path / "out" / "val" / name).mkdir(parents=True)
-        np.save(tmp_path / "out" / "val" / name / "coord.npy", coord)
-        np.save(tmp_path / "out" / "val" / name / "color.npy", np.zeros((30, 3), np.uint8))
-    killed = tmp_path / "out" / "val" / "scene0000_00"
-    scannet.write_frames(killed / "frames.tmp", [download / "scans" / "scene0000_00"], 2, np.eye(4))
-    (killed / "frames.tmp" / "color").rename(killed / "color")
+        np.save(tmp_path / "out" / "val" / name / "coord.npy", grid_mesh()[0])
     (tmp_path / "out" / "val" / "scene0011_00" / "color").mkdir()
     result = scannet.prepare(download, tmp_path / "out", every=2, frames_only=True, workers=1)
-    assert result["made"] == 1 and load_scene(killed)["frame_ids"] == [0, 2, 4]
-    assert "holds color/ from elsewhere" in result["skipped"]["scene0011_00"]
-    assert "no folder of this scan" in result["skipped"]["scene0012_00"]
+    assert (result["made"], result["absent"]) == (0, 1)
+    assert "holds color/ without pose/" in result["skipped"]["scene0011_00"]
+    assert not (tmp_path / "out" / "val" / "scene0011_00" / "pose").exists()
 
 
 def test_frames_only_says_when_there_is_no_mesh_to_compare_with(download, tmp_path):
@@ -477,123 +359,7 @@ def test_points_of_another_mesh_get_no_frames(download, tmp_path):
     assert sorted(p.name for p in scene.iterdir()) == ["coord.npy"]
 
 
-# ------------------------------------------------------------------------------------------------------------- .ply
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian", "binary_big_endian"])
-@pytest.mark.parametrize("polygons", ["triangles", "quads", "mixed", None])
-def test_a_ply_of_any_encoding_gives_the_same_points_and_triangles(tmp_path, encoding, polygons):
-    coord, triangles = grid_mesh()
-    faces = {"triangles": triangles.tolist(), "quads": [[0, 1, 7, 6], [1, 2, 8, 7]], "mixed": [[0, 1, 7, 6], [1, 2, 8]],
-             None: None}[polygons]
-    columns = {"quality": ("short", [-7] * 30), **mesh_columns(coord, range(30)), "nx": ("double", [0.0] * 30),
-               "ny": ("double", [1.0] * 30), "nz": ("double", [0.0] * 30)}
-    (tmp_path / "a.ply").write_bytes(ply_bytes(columns, faces, encoding))
-    mesh = scannet.read_ply(tmp_path / "a.ply")
-    np.testing.assert_array_equal(mesh["coord"], coord)
-    assert mesh["coord"].dtype == np.float32 and mesh["color"].dtype == np.uint8 and mesh["normal"].shape == (30, 3)
-    np.testing.assert_array_equal(mesh["color"][:, 2], (80 + 3 * np.arange(30)) % 256)
-    np.testing.assert_array_equal(mesh["label"], np.arange(30))
-    if polygons is None:
-        assert mesh["faces"] is None
-    else:
-        expected = {"triangles": triangles, "quads": [[0, 1, 7], [0, 7, 6], [1, 2, 8], [1, 8, 7]],
-                    "mixed": [[0, 1, 7], [0, 7, 6], [1, 2, 8]]}[polygons]
-        np.testing.assert_array_equal(mesh["faces"], expected)
-
-
-@pytest.mark.parametrize("names", ["red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue"])
-@pytest.mark.parametrize(("kind", "values"), [("uchar", [0, 51, 255]), ("float", [0.0, 0.2, 1.0]),
-                                              ("float", [0.0, 51.0, 255.0]), ("ushort", [0, 51 * 257, 65535])])
-def test_colours_of_any_name_and_range_become_bytes(tmp_path, names, kind, values):
-    columns = {axis: ("double", [0.0, 1e6 + 0.25, 2.0]) for axis in "xyz"}
-    columns |= dict.fromkeys(names.split(), (kind, values))
-    (tmp_path / "a.ply").write_bytes(ply_bytes(columns))
-    mesh = scannet.read_ply(tmp_path / "a.ply")
-    np.testing.assert_array_equal(mesh["color"], np.repeat([[0], [51], [255]], 3, 1))
-    assert mesh["coord"].dtype == np.float64 and mesh["coord"][1, 0] == 1e6 + 0.25
-    assert mesh["normal"] is mesh["label"] is mesh["faces"] is None
-
-
-def test_elements_and_lists_that_nobody_asked_for_are_passed_over(tmp_path):
-    head = ("ply\r\nformat ascii 1.0\r\nobj_info x\r\nelement camera 2\r\nproperty list uchar float view\r\n"
-            "property float f\r\nelement vertex 3\r\nproperty float x\r\nproperty float y\r\nproperty float z\r\n"
-            "element face 1\r\nproperty list uchar float texcoord\r\nproperty list uchar int vertex_index\r\n"
-            "element edge 1\r\nproperty int a\r\nend_header\r\n")
-    body = "2 0.5 0.5 1\r\n0 9\r\n0 0 0\r\n1 0 0\r\n0 1 0\r\n2 0.1 0.2 3 0 1 2\r\n7"
-    (tmp_path / "a.ply").write_bytes((head + body).encode())
-    mesh = scannet.read_ply(tmp_path / "a.ply")
-    np.testing.assert_array_equal(mesh["coord"], [[0, 0, 0], [1, 0, 0], [0, 1, 0]])
-    np.testing.assert_array_equal(mesh["faces"], [[0, 1, 2]])
-
-
-def test_plys_of_the_plyfile_package_are_read(tmp_path):
-    from plyfile import PlyData, PlyElement
-
-    vertex = np.array([(0, 0, 1, 7), (1, 0, 2, 8), (0, 1, 3, 9)], [("x", "f8"), ("y", "f8"), ("z", "f4"), ("q", "u4")])
-    face = np.empty(2, [("vertex_indices", "O"), ("flags", "i2")])
-    face["vertex_indices"] = [np.array([0, 1, 2], "u4"), np.array([2, 1, 0], "u4")]
-    elements = [PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face", len_types={
-        "vertex_indices": "u2"}, val_types={"vertex_indices": "u4"})]
-    for text, order in ((True, "="), (False, "<"), (False, ">")):
-        PlyData(elements, text=text, byte_order=order).write(str(tmp_path / "a.ply"))
-        mesh = scannet.read_ply(tmp_path / "a.ply")
-        np.testing.assert_array_equal(mesh["coord"], [[0, 0, 1], [1, 0, 2], [0, 1, 3]])
-        np.testing.assert_array_equal(mesh["faces"], [[0, 1, 2], [2, 1, 0]])
-
-
-XYZ = "property float x\nproperty float y\nproperty float z\n"
-
-
-@pytest.mark.parametrize(("text", "reason"), [
-    ("", "an empty file"),
-    ("solid cube", "a header from 'ply' to 'end_header'"),
-    ("ply\nformat ascii 1.0\nelement vertex 1\n" + XYZ, "a header from 'ply' to 'end_header'"),
-    ("ply\nelement vertex 1\n" + XYZ + "end_header\n0 0 0\n", "a line 'format"),
-    ("ply\nformat ascii 2.0\nend_header\n", "a line of a .ply header, found 'format ascii 2.0'"),
-    ("ply\nformat ascii 1.0\nelement vertex -5\n" + XYZ + "end_header\n", "found 'element vertex -5'"),
-    ("ply\nformat ascii 1.0\nelement face 0\nend_header\n", "at least one vertex"),
-    ("ply\nformat ascii 1.0\nelement vertex 1\nend_header\n0 0 0\n", "vertex properties x y z, found none"),
-    (f"ply\nformat ascii 1.0\nelement vertex {2**60}\n{XYZ}end_header\n0 0 0\n", f"{2**60} rows of vertex"),
-    (f"ply\nformat binary_little_endian 1.0\nelement vertex {2**60}\n{XYZ}end_header\n0", f"{2**60} rows of vertex"),
-    (f"ply\nformat ascii 1.0\nelement a {10**19}\nelement vertex 1\n{XYZ}end_header\n0 0 nan\n", "finite coordinates"),
-    (f"ply\nformat ascii 1.0\nelement vertex 2\n{XYZ}end_header\n0 0 0\n\n0 0 0\n", "2 lines of numbers"),
-    (f"ply\nformat ascii 1.0\nelement vertex 1\n{XYZ}end_header\n0 zero 0\n", "3 numbers a line"),
-    (f"ply\nformat ascii 1.0\nelement vertex 1\n{XYZ}end_header\n0 0 0 0 0\n", "3 numbers a line"),
-    (f"ply\nformat ascii 1.0\nelement vertex 1\n{XYZ}element face 1\nproperty list uchar int vertex_index\nend_header\n"
-     "0 0 0\n3 0 0 1\n", r"faces of vertices 0..0, found 0..1"),
-    (f"ply\nformat ascii 1.0\nelement vertex 1\n{XYZ}element face 1\nproperty list uchar int vertex_index\nend_header\n"
-     "0 0 0\n900 0 0 0\n", "a list of numbers with its length before it"),
-    (f"ply\nformat ascii 1.0\nelement vertex 1\n{XYZ}property float x\nend_header\n0 0 0 0\n", "different names"),
-])
-def test_a_broken_ply_is_refused_with_the_reason(tmp_path, text, reason):
-    path = tmp_path / "broken.ply"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        scannet.read_ply(path)
-    assert str(error.value).startswith(f"{path}: expected ") and reason in str(error.value)
-
-
 # --------------------------------------------------------------------------------------------------- damaged files
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "binary_little_endian", "binary_big_endian"])
-@DAMAGE
-@QUICK
-def test_a_damaged_ply_is_a_mesh_or_a_clear_error(tmp_path, encoding, how, place, value):
-    coord, faces = grid_mesh()
-    path = tmp_path / "a.ply"
-    path.write_bytes(damage(ply_bytes(mesh_columns(coord, range(30)), faces, encoding), how, place, value))
-    scene_or_clear_error(path, lambda: scannet.read_ply(path))
-
-
-@given(data=st.binary(max_size=300), encoding=st.sampled_from(["ascii", "binary_little_endian"]))
-@QUICK
-def test_any_bytes_behind_a_ply_header_are_a_mesh_or_a_clear_error(tmp_path, data, encoding):
-    path = tmp_path / "a.ply"
-    path.write_bytes(f"ply\nformat {encoding} 1.0\nelement vertex 2\n{XYZ}element face 2\n"
-                     "property list int uchar vertex_index\nend_header\n".encode() + data)
-    scene_or_clear_error(path, lambda: scannet.read_ply(path))
 
 
 @DAMAGE
@@ -692,11 +458,11 @@ HEAD = 12 + len("StructureSensor") + 256  # where the compression types stand
     (b"", "12 bytes of header"),
     (huge(0, "<I", 3), "a .sens of version 4, found version 3"),
     (huge(4, "<Q", 2**63), f"a sensor name of {2**63} bytes"),
-    (huge(HEAD, "<i", 9), "colour packed as 0, 1 or 2"),
+    (huge(HEAD, "<i", 9), "colour packed as 1 or 2"),
     (huge(HEAD + 4, "<i", 2), "depth as 0 or 1"),
     (huge(HEAD + 8, "<I", 2**32 - 1), f"images of 1..{2**22} pixels"),
     (huge(HEAD + 16, "<I", 0), "64x48, 0x24"),
-    (huge(HEAD + 24, "<f", float("nan")), "a depth unit"),
+    (huge(HEAD + 24, "<f", float("nan")), "in mm"),
     (huge(HEAD + 28, "<Q", 2**60), f"{2**60} frames"),
     (huge(HEAD + 36 + 80, "<Q", 2**62), "frame 0: expected"),
     (huge(HEAD + 36 + 88, "<Q", 2**64 - 1), "frame 0: expected"),
@@ -716,24 +482,10 @@ def test_a_depth_image_of_8_bit_is_refused(tmp_path):
         scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
 
 
-def peak_memory(function):
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_reading_takes_no_more_than_twice_the_file_in_memory(tmp_path):
-    coord, faces = grid_mesh(180, 150)
-    spare = 2 * 2**20  # what a piece of text and a piece of rows take while they are converted
-    for encoding in ("ascii", "binary_little_endian", "binary_big_endian"):
-        (tmp_path / "a.ply").write_bytes(data := ply_bytes(mesh_columns(coord), faces, encoding))
-        assert peak_memory(lambda: scannet.read_ply(tmp_path / "a.ply")) < 2 * len(data) + spare
+def test_reading_json_takes_no_more_than_twice_the_file_in_memory(tmp_path):
     for numbers in (np.arange(400_000), np.zeros(2_000_000, int)):
         (tmp_path / "a.json").write_text(text := json.dumps({"segIndices": numbers.tolist()}, separators=(",", ":")))
-        assert peak_memory(lambda: scannet._read_json(tmp_path / "a.json")) < 2 * len(text) + spare
+        assert peak_memory(lambda: scannet._read_json(tmp_path / "a.json")) < 2 * len(text) + 2 * 2**20
 
 
 def test_a_depth_image_that_unpacks_to_far_more_than_it_should_is_refused_in_little_memory(tmp_path):
@@ -744,7 +496,7 @@ def test_a_depth_image_that_unpacks_to_far_more_than_it_should_is_refused_in_lit
     (tmp_path / "a.sens").write_bytes(whole)
 
     def read():
-        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found more"):
+        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found 1537 or more"):
             list(scannet.read_sens(tmp_path / "a.sens")[1])
 
     assert peak_memory(read) < 2 * len(whole) + 2**20
@@ -775,45 +527,64 @@ def test_an_image_of_absurd_size_in_its_header_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------------- submission
 
 
-def test_instances_are_written_in_the_benchmarks_form(tmp_path):
-    masks = np.array([[1, 0, 1], [0, 1, 0]], bool)
-    scannet.write_instances(tmp_path, "scene0707_00", masks, [4, 19], [0.75, 1e-7])
-    assert (tmp_path / "scene0707_00.txt").read_text() == (
-        "predicted_masks/scene0707_00_000.txt 5 0.750000\npredicted_masks/scene0707_00_001.txt 39 0.000000\n")
-    assert (tmp_path / "predicted_masks" / "scene0707_00_000.txt").read_text() == "1\n0\n1\n"
-    scannet.write_instances(tmp_path, "scene0708_00", np.zeros((0, 3), bool), [], [])
-    assert (tmp_path / "scene0708_00.txt").read_text() == ""
-    for labels, scores in (([0, 4], [1, 1]), ([4, 20], [1, 1]), ([4], [1, 1]), ([4, 4], [1, np.nan])):
-        with pytest.raises(ValueError, match="scene0707_00: expected"):
-            scannet.write_instances(tmp_path, "scene0707_00", masks, labels, scores)
-
-
-def test_a_submission_with_a_line_missing_is_not_packed(tmp_path):
+def test_instances_are_written_in_the_benchmarks_form_and_packed_if_whole(tmp_path):
     folder = tmp_path / "instance"
-    scannet.write_instances(folder, "scene0707_00", np.ones((2, 3), bool), [4, 5], [0.5, 0.5])
-    target = scannet._zip_checked(folder, {"scene0707_00": 3})
-    assert sorted(zipfile.ZipFile(target).namelist()) == ["predicted_masks/scene0707_00_000.txt",
-                                                          "predicted_masks/scene0707_00_001.txt", "scene0707_00.txt"]
-    with pytest.raises(ValueError, match=r"000\.txt: expected 4 lines, one a vertex, found 3"):
-        scannet._zip_checked(folder, {"scene0707_00": 4})
-    with pytest.raises(FileNotFoundError):
-        scannet._zip_checked(folder, {"scene0707_00": 3, "scene0708_00": 3})
+    masks = [np.array([1, 0, 1], bool), np.array([1])]  # as a mask, as indices
+    files = scannet.write_instances(folder, "scene0707_00", 3, masks, [4, 19], [0.75, 1e-7])
+    files |= scannet.write_instances(folder, "scene0708_00", 3, [], [], [])
+    assert (folder / "scene0707_00.txt").read_text() == (
+        "predicted_masks/scene0707_00_000.txt 5 0.750000\npredicted_masks/scene0707_00_001.txt 39 0.000000\n")
+    assert (folder / "predicted_masks" / "scene0707_00_000.txt").read_text() == "1\n0\n1\n"
+    assert (folder / "predicted_masks" / "scene0707_00_001.txt").read_text() == "0\n1\n0\n"
+    assert (folder / "scene0708_00.txt").read_text() == ""
+    assert sorted(zipfile.ZipFile(scannet._zip_checked(files)).namelist()) == [
+        "predicted_masks/scene0707_00_000.txt", "predicted_masks/scene0707_00_001.txt", "scene0707_00.txt",
+        "scene0708_00.txt"]
+    (folder / "predicted_masks" / "scene0707_00_001.txt").write_text("0\n1\n")
+    with pytest.raises(ValueError, match=r"001\.txt: expected 3 lines, found 2"):
+        scannet._zip_checked(files)
 
 
-def test_submit_writes_a_line_for_each_vertex_of_each_scene_of_the_list(download, tmp_path, monkeypatch):
+def test_submit_packs_labels_and_instances_of_each_scene_of_the_list(download, tmp_path, monkeypatch, capsys):
     import predict
 
     scannet.prepare(download, tmp_path / "data", workers=1)
-    label = np.arange(30) % 20
+    found = {"labels": np.arange(30) % 20, "members": [np.array([3, 4]), np.array([0]), np.array([29])],
+             "classes": np.array([2, 1, 19]), "scores": np.array([0.9, 0.8, 0.5])}
     monkeypatch.setattr(predict, "open_checkpoint", lambda path, device: (None, None))
-    monkeypatch.setattr(predict, "predict_scene", lambda model, config, folder, _: (load_scene(folder), label, 0.5))
-    scannet.main(["submit", "best.pt", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "sub")])
+    monkeypatch.setattr(predict, "predict_scene", lambda model, config, folder, _: (load_scene(folder), found))
+    command = ["submit", "best.pt", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "sub")]
+    scannet.main(command)
     archive = zipfile.ZipFile(tmp_path / "sub" / "semantic.zip")
     assert archive.namelist() == ["scene0707_00.txt"]
-    np.testing.assert_array_equal(np.loadtxt(archive.open("scene0707_00.txt")), np.array(scannet.NYU40_IDS)[label])
+    np.testing.assert_array_equal(np.loadtxt(archive.open("scene0707_00.txt")), np.array(NYU40_IDS)[found["labels"]])
+    archive = zipfile.ZipFile(tmp_path / "sub" / "instance.zip")
+    lines = archive.read("scene0707_00.txt").decode().split("\n")  # the floor is no instance
+    assert lines == ["predicted_masks/scene0707_00_000.txt 3 0.900000",
+                     "predicted_masks/scene0707_00_001.txt 39 0.500000", ""]
+    assert np.flatnonzero(np.loadtxt(archive.open("predicted_masks/scene0707_00_000.txt"))).tolist() == [3, 4]
+    found["labels"] = found["labels"][:29]
+    with pytest.raises(SystemExit, match=r"scene0707_00\.txt: expected 30 lines, found 29"):
+        scannet.main(command)
     (tmp_path / "data" / "scannetv2_test.txt").write_text("scene0707_00\nscene0708_00\n")
     with pytest.raises(SystemExit, match=r"1 of 2 scenes of the split are not in .* first scene0708_00"):
-        scannet.main(["submit", "best.pt", "--data", str(tmp_path / "data")])
+        scannet.main(command)
+
+
+def test_submit_of_a_model_without_instances_writes_semantic_files_and_says_so(tiny_rooms, tmp_path, capsys):
+    config = Config(model="baseline", device="cpu", voxel_size=0.25, batch_size=1)
+    model = build_model("baseline", "small", 20)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0))
+    save_checkpoint(tmp_path / "a.pt", model, optimizer, config, epoch=1)
+    room = next((tiny_rooms / "val").iterdir())
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    (tmp_path / "data" / "val" / "scene0001_00").symlink_to(room)
+    scannet.main(["submit", str(tmp_path / "a.pt"), "--data", str(tmp_path / "data"), "--split", "val",
+                  "--out", str(tmp_path / "sub"), "--device", "cpu"])
+    assert "the model finds no instances: semantic files only" in capsys.readouterr().out
+    lines = zipfile.ZipFile(tmp_path / "sub" / "semantic.zip").read("scene0001_00.txt").split()
+    assert len(lines) == len(np.load(room / "coord.npy")) and set(map(int, lines)) <= set(NYU40_IDS)
+    assert not (tmp_path / "sub" / "instance.zip").exists()
 
 
 def test_the_200_classes_are_200():
