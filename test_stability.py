@@ -125,8 +125,8 @@ def test_bifusion_with_its_2d_branch_off_computes_exactly_what_the_baseline_comp
                 outputs.append(model.train(training)(batch))
             assert torch.equal(outputs[0]["logits"], outputs[1]["logits"])
             assert ("instances" in outputs[0]) == ("instances" in outputs[1]) == (setting is alone)
-            for ours, theirs in zip(*(sum(out.get("instances", []), []) for out in outputs), strict=True):
-                assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+            ours, theirs = ([layer for scene in out.get("instances", ()) for layer in scene] for out in outputs)
+            assert all(torch.equal(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in b)
     gradients = []
     for model in (fused, baseline):
         model.zero_grad()
