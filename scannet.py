@@ -49,10 +49,9 @@ SCANNET200_IDS = [i for first, last in re.findall(r"(\d+)-?(\d*)", (  # of the c
     "130-132 134 136 138-141 145 148 154-157 159 161 163 165-166 168-170 177 180 185 188 191 193 195 202 208 213-214 "
     "221 229-230 232-233 242 250 261 264 276 283 286 300 304 312 323 325 331 342 356 370 392 395 399 408 417 488 540 "
     "562 570 572 581 609 748 776 1156 1163-1176 1178-1191")) for i in range(int(first), int(last or first) + 1)]
-
 MAX_PIXELS = 2**22  # of an image; ScanNet's have 1296x968
 
-# ------------------------------------------------------------------------------------------------------- .sens
+# ------------------------------------------------------------------------------------------------- reading the files
 
 SENS_HEADER = struct.Struct("<64f ii IIII f Q")
 SENS_FRAME = struct.Struct("<16f QQ QQ")
@@ -68,7 +67,7 @@ def read_sens(path, every=1):
 
     Returns:
         header: dict, intrinsics_color (4, 4) pixels, color_size and depth_size (W, H), frame_count, suffix of the
-                colour images (.jpg or .png), depth_is_packed bool, start and file_size in bytes.
+                colour images (.jpg or .png).
         frames: generator of (index int, camera_to_world (4, 4) f64, color bytes: an image file of that suffix,
                 depth (H, W) u16, mm, 0 = no reading).
 
@@ -78,67 +77,56 @@ def read_sens(path, every=1):
 
     Source: ScanNet's SensReader, version 4.
     """
-    header = _sens_header(path)
-    return header, _sens_frames(path, header, every)
-
-
-def _sens_header(path):
-    """The header as read_sens returns it."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        version, name_length = struct.unpack("<IQ", _take(path, file, size, 12))
+        version, name_length = struct.unpack("<IQ", _take(path, file, size, 12, "header"))
         if version != 4:
             raise fault(path, "a .sens of version 4", f"version {version}")
         if name_length > size - 12:
             raise fault(path, f"a sensor name of {name_length} bytes", f"{size - 12} bytes")
         file.seek(name_length, os.SEEK_CUR)
-        *matrices, color, depth, cw, ch, dw, dh, unit, count = SENS_HEADER.unpack(
-            _take(path, file, size, SENS_HEADER.size))
+        *matrices, color_packing, depth_packing, cw, ch, dw, dh, unit, count = SENS_HEADER.unpack(
+            _take(path, file, size, SENS_HEADER.size, "header"))
         start = file.tell()
-    if color not in (1, 2) or depth not in (0, 1) or unit != 1000:
-        raise fault(path, "colour packed as 1 or 2, depth as 0 or 1, in mm", f"{color}, {depth}, {unit} a metre")
+    if color_packing not in (1, 2) or depth_packing not in (0, 1) or unit != 1000:
+        raise fault(path, "colour packed as 1 or 2, depth as 0 or 1, in mm", (color_packing, depth_packing, unit))
     if not (0 < cw * ch <= MAX_PIXELS and 0 < dw * dh <= MAX_PIXELS):
         raise fault(path, f"images of 1..{MAX_PIXELS} pixels", f"{cw}x{ch}, {dw}x{dh}")
     if count * SENS_FRAME.size > size - start:
         raise fault(path, f"{count} frames", f"{size - start} bytes")
+
+    def frames():
+        with open(path, "rb", buffering=0) as file:  # a buffer would read 8 KB of each frame that is passed over
+            file.seek(start)
+            for index in range(count):
+                what = f"{path}, frame {index}"
+                head = _take(what, file, size, SENS_FRAME.size, "header")
+                *pose, _, _, color_bytes, depth_bytes = SENS_FRAME.unpack(head)
+                if index % every or not np.isfinite(pose).all():
+                    if color_bytes + depth_bytes > size - file.tell():
+                        raise fault(what, f"{color_bytes + depth_bytes} bytes of images", f"{size - file.tell()} bytes")
+                    file.seek(color_bytes + depth_bytes, os.SEEK_CUR)
+                    continue
+                color = _take(what, file, size, color_bytes, "colour")
+                depth = _take(what, file, size, depth_bytes, "depth")
+                if depth_packing == 1:
+                    try:
+                        depth = zlib.decompressobj().decompress(depth, dw * dh * 2 + 1)  # never more than it should be
+                    except zlib.error as error:
+                        raise fault(what, "depth packed by zlib", error) from None
+                if len(depth) != dw * dh * 2:
+                    raise fault(what, f"{dw * dh * 2} bytes of depth", f"{len(depth)} or more")
+                yield index, np.reshape(pose, (4, 4)), color, np.frombuffer(depth, "<u2").reshape(dh, dw)
+
     return {"intrinsics_color": np.reshape(matrices[:16], (4, 4)), "color_size": (cw, ch), "depth_size": (dw, dh),
-            "frame_count": count, "suffix": ".jpg" if color == 2 else ".png", "depth_is_packed": depth == 1,
-            "start": start, "file_size": size}
+            "frame_count": count, "suffix": ".jpg" if color_packing == 2 else ".png"}, frames()
 
 
-def _sens_frames(path, header, every):
-    """The generator of read_sens."""
-    size, (width, height) = header["file_size"], header["depth_size"]
-    with open(path, "rb", buffering=0) as file:  # a buffer would read 8 KB of each frame that is passed over
-        file.seek(header["start"])
-        for index in range(header["frame_count"]):
-            what = f"{path}, frame {index}"
-            *pose, _, _, color_bytes, depth_bytes = SENS_FRAME.unpack(_take(what, file, size, SENS_FRAME.size))
-            if color_bytes + depth_bytes > size - file.tell():
-                raise fault(what, f"{color_bytes + depth_bytes} bytes of images", f"{size - file.tell()} bytes")
-            pose = np.array(pose).reshape(4, 4)
-            if index % every or not np.isfinite(pose).all():
-                file.seek(color_bytes + depth_bytes, os.SEEK_CUR)
-                continue
-            color, depth = file.read(color_bytes), file.read(depth_bytes)
-            if header["depth_is_packed"]:
-                try:  # never unpack more than it should be
-                    depth = zlib.decompressobj().decompress(depth, width * height * 2 + 1)
-                except zlib.error as error:
-                    raise fault(what, "depth packed by zlib", error) from None
-            if len(depth) != width * height * 2:
-                raise fault(what, f"{width * height * 2} bytes of depth", f"{len(depth)} or more")
-            yield index, pose, color, np.frombuffer(depth, "<u2").reshape(height, width)
-
-
-def _take(what, file, size, count):
+def _take(what, file, size, count, part):
     """The next bytes of a file of this size."""
     if count > size - file.tell():
-        raise fault(what, f"{count} bytes of header at byte {file.tell()}", f"{size - file.tell()} bytes")
+        raise fault(what, f"{count} bytes of {part} at byte {file.tell()}", f"{size - file.tell()} bytes")
     return file.read(count)
-
-
-# ------------------------------------------------------------------------------------------- .json, .txt, images
 
 
 def _read_json(path):
@@ -146,8 +134,8 @@ def _read_json(path):
     arrays = []
 
     def keep(match):
-        if len(arrays) == 2**16:
-            raise fault(path, f"at most {2**16} lists of numbers", "more")
+        if len(arrays) == 2**13:
+            raise fault(path, f"at most {2**13} lists of numbers", "more")
         arrays.append(_integers(path, data, *match.span(1)))
         return b'{"array": %d}' % (len(arrays) - 1)
 
@@ -170,13 +158,13 @@ def _integers(path, data, start, end):
     """The whole numbers in data[start:end] with commas between: (n,) int32."""
     out = bytearray()
     while start <= end:
-        comma = data.find(b",", min(start + 2**16, end), end)
-        piece = data[start : end if comma < 0 else comma].strip()
-        start += len(data[start : end if comma < 0 else comma]) + 1
+        stop = data.find(b",", min(start + 2**16, end), end)
+        piece = data[start : end if stop < 0 else stop]
+        start += len(piece) + 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # NumPy only warns of what is no number
-                numbers = np.fromstring(piece, np.int32, sep=",")
+                numbers = np.fromstring(piece.strip(), np.int32, sep=",")
             if len(numbers) != piece.count(b",") + 1 or re.search(rb"\d{10}", piece):
                 raise ValueError("a number missing or of more than 9 digits")
         except (ValueError, DeprecationWarning) as error:
@@ -194,8 +182,9 @@ def _read_text(path):
     return text.decode("utf-8", "replace")
 
 
-def _matrix(path, text):
-    """16 numbers -> (4, 4) f64."""
+def _matrix(path, text=None):
+    """16 numbers, of a whole text file if not given: (4, 4) f64."""
+    text = _read_text(path) if text is None else text
     try:
         return np.array([float(word) for word in text.split()]).reshape(4, 4)
     except ValueError:
@@ -218,17 +207,19 @@ def _image_size(what, data, formats):
     """(W, H) of an image file given as bytes; reads it as far as is needed to see that it is whole."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            size, mode = image.size, image.mode
+            size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
             if image.format == "JPEG":
                 image.draft(None, (1, 1))  # an eighth of the size: enough to see that it is whole
                 image.load()
             else:
+                if formats == ["PNG"] and image.mode not in ("I;16", "I"):
+                    raise ValueError(f"mode {image.mode}, not 16 bit")
                 image.verify()  # the check sums of a PNG
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise fault(what, "a whole " + " or ".join(formats), error) from None
-    return size, mode
+    return size
 
 
 # ------------------------------------------------------------------------------------------------ one scan
@@ -238,9 +229,8 @@ def read_scan(folder, labelled, ids_200=None):
     """The points and labels of one scan.
 
     Args:
-        folder:   holds <name>_vh_clean_2.ply, <name>.txt and, if labelled, <name>_vh_clean_2.labels.ply,
-                  <name>_vh_clean_2.0.010000.segs.json and <name>.aggregation.json; name is the folder's.
-        labelled: False for the test scans, which have the first two.
+        folder:   holds the official files <name>...; name is the folder's.
+        labelled: False for the test scans, which have the mesh and <name>.txt alone.
         ids_200:  dict raw category -> id of ScanNet200, or None for 20 classes alone.
 
     Returns:
@@ -337,75 +327,64 @@ def write_frames(target, folders, every, axis):
     for folder in folders:
         sens = folder / f"{folder.name}.sens"
         if sens.is_file() or ((folder / "pose").is_dir() and (folder / "color").is_dir()):
-            camera, frames = _frames_of_sens(sens, every) if sens.is_file() else _exported_frames(folder, every)
+            size, matrix_file, matrix, frames = _sens(sens, every) if sens.is_file() else _exported(folder, every)
             break
     else:
         return None
+    near = np.abs(matrix[:2, 2] / size - 0.5) < 0.15  # the principal point is near the middle of the image
+    if not (np.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0 and near.all()):
+        raise fault(matrix_file, f"intrinsics of an image of {size[0]}x{size[1]}", matrix.tolist())
     for name in FRAME_PARTS:
         (target / name).mkdir(parents=True)
     count = 0
-    for index, pose, color, suffix, depth in frames:
+    for what, index, pose, color, suffix, depth in frames:
+        if (found := _image_size(what, color, ["JPEG", "PNG"])) != size:
+            raise fault(what, f"colour of {size}", found)
         (target / "color" / f"{index}{suffix}").write_bytes(color)
         (target / "depth" / f"{index}.png").write_bytes(depth)
         np.savetxt(target / "pose" / f"{index}.txt", axis @ pose, fmt="%.9g")
         count += 1
-    np.savetxt(target / "intrinsic" / "intrinsic_color.txt", camera, fmt="%.9g")
+    np.savetxt(target / "intrinsic" / "intrinsic_color.txt", matrix, fmt="%.9g")
     return count
 
 
-def _frames_of_sens(path, every):
-    """Intrinsics (4, 4) of the colour images; generator of (index, pose, color bytes, suffix, depth .png bytes)."""
+def _sens(path, every):
+    """Size of the colour images, file of their intrinsics, these (4, 4); generator of what write_frames writes."""
     header, frames = read_sens(path, every)
 
     def packed():
         for index, pose, color, depth in frames:
-            what, png = f"{path}, frame {index}", io.BytesIO()
-            if (found := _image_size(what, color, ["JPEG", "PNG"])[0]) != header["color_size"]:
-                raise fault(what, f"colour of {header['color_size']}", found)
-            # depth is smooth and noisy: run lengths take a seventh of the time and 4 % more bytes
+            png = io.BytesIO()  # depth is smooth and noisy: run lengths take a seventh of the time and 4 % more bytes
             Image.fromarray(depth).save(png, "PNG", compress_type=zlib.Z_RLE)
-            yield index, pose, color, header["suffix"], png.getvalue()
+            yield f"{path}, frame {index}", index, pose, color, header["suffix"], png.getvalue()
 
-    return _camera(path, header["intrinsics_color"], header["color_size"]), packed()
+    return header["color_size"], path, header["intrinsics_color"], packed()
 
 
-def _exported_frames(folder, every):
-    """As _frames_of_sens, from color/ depth/ pose/ with names like 120.txt, or 000120.txt in scannet_frames_25k."""
-    exported = (folder / "intrinsic").is_dir()
-    matrix_file = folder / ("intrinsic/intrinsic_color.txt" if exported else "intrinsics_color.txt")
-    stems = {int(path.stem): path.stem for path in (folder / "pose").glob("*.txt") if path.stem.isdecimal()}
-    files = {}
-    for index in sorted(stems):
-        color = folder / "color" / f"{stems[index]}.jpg"
+def _exported(folder, every):
+    """As _sens, from color/ depth/ pose/ with names like 120.txt, or 000120.txt in scannet_frames_25k."""
+    is_thinned = not (folder / "intrinsic").is_dir()
+    matrix_file = folder / ("intrinsics_color.txt" if is_thinned else "intrinsic/intrinsic_color.txt")
+    files = []
+    for pose in (folder / "pose").glob("*.txt"):
+        color, depth = folder / "color" / f"{pose.stem}.jpg", folder / "depth" / f"{pose.stem}.png"
         color = color if color.exists() else color.with_suffix(".png")
-        depth = folder / "depth" / f"{stems[index]}.png"
-        if color.exists() and depth.exists() and not (exported and index % every):
-            files[index] = color, depth, folder / "pose" / f"{stems[index]}.txt"
+        if pose.stem.isdecimal() and color.exists() and depth.exists() and (is_thinned or int(pose.stem) % every == 0):
+            files.append((int(pose.stem), color, depth, pose))
     if not files:
-        return np.eye(4), ()
-    first = next(iter(files.values()))[0]
-    size, _ = _image_size(first, first.read_bytes(), ["JPEG", "PNG"])
+        raise ValueError(f"{folder}: expected color/, depth/ and pose/ with files of the same numbers, found none")
+    files.sort()
 
     def read():
-        for index, (color, depth, pose) in files.items():
-            matrix = _matrix(pose, _read_text(pose))
+        for index, color, depth, pose in files:
+            matrix = _matrix(pose)
             if np.isfinite(matrix).all():
-                image, png = color.read_bytes(), depth.read_bytes()
-                if (found := _image_size(color, image, ["JPEG", "PNG"])[0]) != size:
-                    raise fault(color, f"the size of the first frame, {size}", found)
-                if (mode := _image_size(depth, png, ["PNG"])[1]) not in ("I;16", "I"):
-                    raise fault(depth, "an image of mode I;16", mode)
-                yield index, matrix, image, color.suffix, png
+                png = depth.read_bytes()
+                _image_size(depth, png, ["PNG"])
+                yield color, index, matrix, color.read_bytes(), color.suffix, png
 
-    return _camera(matrix_file, _matrix(matrix_file, _read_text(matrix_file)), size), read()
-
-
-def _camera(path, matrix, size):
-    """The intrinsics, once they are seen to be of images of this size: the principal point is near their middle."""
-    near = np.abs(matrix[:2, 2] / size - 0.5) < 0.15
-    if not (np.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0 and near.all()):
-        raise fault(path, f"intrinsics of an image of {size[0]}x{size[1]}", np.round(matrix[:3, :3], 1).tolist())
-    return matrix
+    size = _image_size(files[0][1], files[0][1].read_bytes(), ["JPEG", "PNG"])
+    return size, matrix_file, _matrix(matrix_file), read()
 
 
 # ------------------------------------------------------------------------------------------------ the whole data set
@@ -421,8 +400,8 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
         frames_only: add frames to the scenes that are in out already and write nothing else.
 
     Returns:
-        dict: made int, there int (finished before), absent int (in a split list, not in scans),
-        skipped dict scene -> reason, notes dict scene -> remark.
+        dict: made, there (finished before), absent (in a split list, not in scans), all int; skipped dict scene ->
+        reason, notes dict scene -> remark.
 
     Raises:
         FileNotFoundError: no such folder, no scan, no split list.  ValueError: every or workers below 1.
@@ -440,8 +419,8 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
     else:
         lists = {split: files[f"scannetv2_{split}.txt"] for split in SPLITS if f"scannetv2_{split}.txt" in files}
         if not lists:
-            raise FileNotFoundError(f"no split list beneath {scans}: expected scannetv2_train.txt, scannetv2_val.txt, "
-                                    "scannetv2_test.txt (ScanNet's Tasks/Benchmark); give their folder by --splits")
+            raise FileNotFoundError(f"no split list beneath {scans}: expected scannetv2_train.txt, ... (ScanNet's "
+                                    "Tasks/Benchmark); give their folder by --splits")
         scenes = [out / split / name for split, path in lists.items() for name in read_split(path)]
         ids_200 = read_categories(files[LABEL_TABLE]) if LABEL_TABLE in files else None
         scanned = {name: paths for name, paths in folders.items() if _mesh_of(paths)}
@@ -488,18 +467,17 @@ def _find(scans, splits):
     for root in filter(None, (scans, splits)):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{root} is no folder; give the folder of the ScanNet download")
-    folders, files = {}, {path.name: path for path in scans.parent.glob("scannetv2*") if path.is_file()}
-    beside = (scans.parent / name for name in ("Tasks", *FRAME_FOLDERS))
-    for root in filter(None, (*beside, scans, splits)):  # of lists, what is found last counts
+    folders, files = {}, {path.name: path for path in scans.parent.glob("scannetv2*")}
+    beside = [scans.parent / name for name in FRAME_FOLDERS]  # last: a .sens has more frames
+    for root in filter(None, (scans, *beside, scans.parent / "Tasks", splits)):  # of lists, the last counts
         for place, inside, names in os.walk(root, followlinks=True):
             files |= {name: Path(place, name) for name in names if name.startswith("scannetv2")}
             for name in filter(SCENE_NAME.fullmatch, inside):
-                folders.setdefault(name, set()).add(Path(place, name))
+                folders.setdefault(name, []).append(Path(place, name))
             deep = len(Path(place).relative_to(root).parts) >= 4
-            inside[:] = [name for name in inside if not (deep or SCENE_NAME.fullmatch(name))]
-    # a .sens, which has all frames, before the small set
-    return {name: sorted(found, key=lambda path: (path.parent.name in FRAME_FOLDERS, path))
-            for name, found in folders.items()}, files
+            inside[:] = sorted((name for name in inside if not (deep or SCENE_NAME.fullmatch(name))),
+                               key=lambda name: (name in FRAME_FOLDERS, name))
+    return folders, files
 
 
 def _mesh_of(folders):
@@ -508,45 +486,38 @@ def _mesh_of(folders):
 
 
 def _in_parallel(jobs, workers):
-    """Run _attempt in processes; yields what it returns."""
+    """Run _make_scene on each of the jobs in processes; yields what it returns."""
     with tqdm(total=len(jobs), desc="scans", unit="scan", disable=not jobs) as bar:
         if workers <= 1:
             for job in jobs:
-                yield _attempt(*job)
+                yield _make_scene(*job)
                 bar.update()
             return
         pool = ProcessPoolExecutor(workers, initializer=signal.signal,  # Ctrl-C ends a worker without a word
                                    initargs=(signal.SIGINT, signal.SIG_DFL))
         try:
-            for future in as_completed([pool.submit(_attempt, *job) for job in jobs]):
+            for future in as_completed([pool.submit(_make_scene, *job) for job in jobs]):
                 yield future.result()
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _attempt(scene, *arguments):
-    """(scene, reason why it was skipped or None, note)"""
-    try:
-        return scene, None, _make_scene(scene, *arguments)
-    except (OSError, ValueError) as error:
-        return scene, str(error), None
-
-
 def _make_scene(scene, folders, every, ids_200, frames_only):
-    """Write a scene, or its frames, beside its place and rename it there: whole or not at all; returns a note."""
-    there = [name for name in FRAME_PARTS if (scene / name).exists()]
-    if there:
-        raise ValueError(f"{scene} holds {there[0]}/ without pose/; move it away first")
-    part = scene.parent.parent / ".unfinished" / f"{scene.name}_{os.getpid()}"
+    """Write a scene, or its frames, beside its place and rename it there: whole or not at all.
+
+    Returns (scene, reason why it was skipped or None, remark or None).
+    """
+    part, note = scene.parent.parent / ".unfinished" / f"{scene.name}_{os.getpid()}", None
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
+        if there := [name for name in FRAME_PARTS if (scene / name).exists()]:
+            raise ValueError(f"{scene} holds {there[0]}/ without pose/; move it away first")
         if frames_only:
             axis, note = _axis_of_points(scene, _mesh_of(folders))
         else:
             arrays, axis = read_scan(_mesh_of(folders), scene.parent.name != "test", ids_200)
-            note = None
             for name, array in arrays.items():
                 np.save(part / f"{name}.npy", array)
         count = write_frames(part, folders, every, axis)
@@ -557,9 +528,11 @@ def _make_scene(scene, folders, every, ids_200, frames_only):
         else:
             for name in FRAME_PARTS:
                 (part / name).rename(scene / name)
+        return scene, None, note if count else "no frames" if count is None else "no usable frame"
+    except (OSError, ValueError) as error:
+        return scene, str(error), None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return note if count else "no frames" if count is None else "no usable frame"
 
 
 def _axis_of_points(scene, folder):
@@ -585,11 +558,8 @@ def _axis_of_points(scene, folder):
 def submit(checkpoint, data, split, out, device="cpu"):
     """Label the scenes of a split and write what the benchmark takes: <out>/semantic.zip and instance.zip.
 
-    Returns:
-        list of the .zip files written: semantic.zip, and instance.zip if the model finds any instance.
-
-    Raises:
-        FileNotFoundError, ValueError: a scene of the split list is missing or a file has not a line for each vertex.
+    Returns a list of the .zip files written; instance.zip only if the model finds any instance.
+    Raises FileNotFoundError, ValueError: a scene of the split is missing or a file has not a line for each vertex.
     """
     from predict import open_checkpoint, predict_scene  # spconv and open_clip, not needed to prepare
 
@@ -606,7 +576,7 @@ def submit(checkpoint, data, split, out, device="cpu"):
     for name in tqdm(names, desc="scenes", unit="scene"):
         scene, prediction = predict_scene(model, config, data / split / name, device)
         path, count = out / "semantic" / f"{name}.txt", len(scene["coord"])
-        _write_lines(path, np.array(NYU40_IDS)[prediction["labels"]])
+        np.savetxt(path, np.array(NYU40_IDS)[prediction["labels"]], "%d")
         semantic[path] = count
         things = np.flatnonzero(~np.isin(prediction["classes"], STUFF))
         instance |= write_instances(out / "instance", name, count, [prediction["members"][i] for i in things],
@@ -636,13 +606,9 @@ def write_instances(folder, name, count, members, classes, scores):
         text[rows, 0] = ord("1")
         path.write_bytes(text.tobytes())
         files[path] = count
-        lines.append(f"{path.relative_to(folder)} {NYU40_IDS[label]} {score:.6f}")
-    _write_lines(folder / f"{name}.txt", lines)
+        lines.append(f"{path.relative_to(folder)} {NYU40_IDS[label]} {score:.6f}\n")
+    (folder / f"{name}.txt").write_text("".join(lines))
     return files
-
-
-def _write_lines(path, values):
-    path.write_text("".join(f"{value}\n" for value in values))
 
 
 def _zip_checked(files):
@@ -667,21 +633,20 @@ def main(argv=None):
     submitting = argv[:1] == ["submit"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      prog="scannet.py submit" if submitting else "scannet.py")
+    add = parser.add_argument
     if submitting:
-        parser.add_argument("checkpoint", help="stage3.pt, best.pt, ... of a run")
-        parser.add_argument("--data", default="data/scannet", help="prepared data set (default %(default)s)")
-        parser.add_argument("--split", choices=("val", "test"), default="test", help="(default %(default)s)")
-        parser.add_argument("--out", default="submission", help="folder for the files (default %(default)s)")
-        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("checkpoint", help="stage3.pt, best.pt, ... of a run")
+        add("--data", default="data/scannet", help="prepared data set (default %(default)s)")
+        add("--split", choices=("val", "test"), default="test", help="(default %(default)s)")
+        add("--out", default="submission", help="folder for the files (default %(default)s)")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     else:
-        parser.add_argument("scans", help="folder of the ScanNet download, or scans/ in it")
-        parser.add_argument("--out", default="data/scannet", help="folder of the data set (default %(default)s)")
-        parser.add_argument("--frames", type=int, default=20, metavar="K", dest="every",
-                            help="take every K-th frame (default %(default)s)")
-        parser.add_argument("--splits", help="folder of scannetv2_{train,val,test}.txt; default: in the download")
-        parser.add_argument("--workers", type=int, help="processes; default: one a CPU core")
-        parser.add_argument("--frames-only", action="store_true",
-                            help="add frames to the scenes in --out, such as a ScanNet that Pointcept prepared")
+        add("scans", help="folder of the ScanNet download, or scans/ in it")
+        add("--out", default="data/scannet", help="folder of the data set (default %(default)s)")
+        add("--frames", type=int, default=20, metavar="K", dest="every", help="every K-th frame (default %(default)s)")
+        add("--splits", help="folder of scannetv2_{train,val,test}.txt; default: in the download")
+        add("--workers", type=int, help="processes; default: one a CPU core")
+        add("--frames-only", action="store_true", help="add frames to the scenes in --out, such as Pointcept's")
     args = parser.parse_args(argv[1:] if submitting else argv)
     try:
         if submitting:
@@ -692,14 +657,12 @@ def main(argv=None):
         sys.exit("interrupted; the same command goes on where it stopped")
     except (OSError, ValueError, BrokenExecutor) as error:
         sys.exit(f"error: {error}")
-    for kind in ("notes", "skipped"):
-        by_reason = {}
-        for name, reason in sorted(result[kind].items()):
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            print(f"{'skipped ' * (kind == 'skipped')}{', '.join(names)}: {reason}")
+    for kind, word in (("notes", ""), ("skipped", "skipped ")):
+        for reason in sorted(set(result[kind].values())):
+            names = sorted(name for name, other in result[kind].items() if other == reason)
+            print(f"{word}{', '.join(names)}: {reason}")
     print(f"{args.out}: {result['made']} scenes made, {result['there']} were there, {len(result['skipped'])} skipped, "
-          f"{result['absent']} scans of the split lists not found")
+          f"{result['absent']} scans not found")
 
 
 if __name__ == "__main__":

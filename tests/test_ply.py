@@ -1,6 +1,9 @@
 """ply.py: every form of a .ply; damaged files; memory. Also what test_scannet.py makes its files with."""
 
+import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ply
 from ply import read_ply
 
 
@@ -210,3 +214,18 @@ def test_reading_takes_no_more_than_twice_the_file_in_memory(tmp_path):
     for encoding in ("ascii", "binary_little_endian", "binary_big_endian"):
         (tmp_path / "a.ply").write_bytes(data := ply_bytes(mesh_columns(coord), faces, encoding))
         assert peak_memory(lambda: read_ply(tmp_path / "a.ply")) < 2 * len(data) + spare
+
+
+def test_the_file_copied_alone_reads_a_mesh_and_needs_numpy_alone(tmp_path):
+    shutil.copy(ply.__file__, tmp_path)
+    (tmp_path / "a.ply").write_bytes(ply_bytes(mesh_columns(grid_mesh()[0]), grid_mesh()[1]))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import ply
+mesh = ply.read_ply({str(tmp_path / "a.ply")!r})
+assert mesh["coord"].shape == (30, 3) and mesh["faces"].shape == (40, 3)
+assert not {{"torch", "PIL", "scipy", "data"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
