@@ -26,15 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
-from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_means
+from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_graph, superpoint_means
 from rooms import write_scene
 from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
@@ -287,19 +285,6 @@ def attend_explicitly(self, query, keys, allowed=None):
     return self.norm(query + self.out((weights @ v).transpose(0, 1).flatten(1)))
 
 
-def touching(coord, superpoint, label, neighbours=8, reach=0.15):
-    """Connected superpoints of one label as one piece each: (S,) number of the piece.
-
-    Two superpoints touch where a point of one is among the nearest of a point of the other, at most reach metres away.
-    coord (N, 3), superpoint (N,) 0..S-1, label (S,).
-    """
-    distance, near = cKDTree(coord).query(coord, neighbours)
-    a, b = np.repeat(superpoint, neighbours), superpoint[near.ravel()]
-    keep = (distance.ravel() <= reach) & (label[a] == label[b])
-    graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(len(label),) * 2)
-    return connected_components(graph, directed=False)[1]
-
-
 def instance_scene(seed, num_points=150_000, num_masks=60):
     """A scene as instance_ap takes it, points in random order: ~40 instances of 18 classes, a third of them void.
 
@@ -523,9 +508,10 @@ def control_rows(checkpoints, root, device):
             judged["query decoder"].add(gt, *found)
             score, label = superpoint_means(out["logits"].softmax(1), batch).max(1)  # (S,)
             score, label = score.cpu().numpy(), label.cpu().numpy()
-            superpoint = batch["point_superpoint"].cpu().numpy()
-            coord = batch["world_coord"][batch["point_to_voxel"]].cpu().numpy()
-            for name, piece in (("touching superpoints of one class", touching(coord, superpoint, label)),
+            superpoint, graph = batch["point_superpoint"].cpu().numpy(), superpoint_graph(batch).tocoo()
+            graph.data *= label[graph.row] == label[graph.col]
+            graph.eliminate_zeros()
+            for name, piece in (("touching superpoints of one class", connected_components(graph, directed=False)[1]),
                                 ("every superpoint", np.arange(len(label)))):
                 things = np.unique(piece[~np.isin(label, STUFF)])
                 first = np.array([np.flatnonzero(piece == t)[0] for t in things], int)

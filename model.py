@@ -16,14 +16,18 @@ matrix NMS of SOLOv2 (Wang et al. 2020); ModifiedResNet of CLIP (Radford et al. 
 
 import logging
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
+TOUCH = 0.15  # metres; superpoints with points in one cell of this edge touch
 VIEW_CHUNK = 32  # images that go through the tower at a time
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -312,16 +316,41 @@ class QueryDecoder(nn.Module):
                 "score": self.score_head(query).squeeze(1)}
 
 
+def superpoint_graph(batch):
+    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one cell of TOUCH."""
+    voxel, superpoint = batch["piece_voxel"], batch["piece_superpoint"]
+    cell = torch.cat([batch["batch_index"][voxel, None], (batch["coord"][voxel] / TOUCH).floor().long()], 1)  # (L, 4)
+    cell = cell.unique(dim=0, return_inverse=True)[1].cpu().numpy()
+    shape = (len(batch["superpoint_batch"]), cell.max() + 1)
+    inside = coo_matrix((np.ones(len(cell), np.float32), (superpoint.cpu().numpy(), cell)), shape).tocsr()
+    return inside @ inside.T
+
+
+def largest_pieces(masks, graph, sizes):
+    """Cut masks (P, S) bool to their largest connected piece, in points; graph of `superpoint_graph`, sizes (S,)."""
+    out, sizes = torch.zeros_like(masks), sizes.cpu().numpy()
+    for row, mask in enumerate(masks):
+        inside = mask.nonzero()[:, 0].cpu().numpy()
+        if len(inside):
+            piece = connected_components(graph[inside][:, inside], directed=False)[1]
+            largest = np.bincount(piece, sizes[inside]).argmax()
+            out[row, torch.as_tensor(inside[piece == largest], device=masks.device)] = True
+    return out
+
+
 @torch.no_grad()
-def select_instances(prediction, sizes, top_k=100, min_points=100):
+def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
     """The instances of a scene out of the last prediction of its queries.
 
-    Each pair of query and class has the score p(class) * claimed IoU * mean p(superpoint) over the mask; the best top_k
-    are kept, then matrix NMS lowers the score of whatever overlaps a better one of its class: by the least of
-    (1 - IoU with a better one) / (1 - that one's own largest IoU with a still better one), IoU in points.
+    With a graph every mask is cut to its largest connected piece: without positions a query cannot tell two like
+    objects apart (Mask3D splits its masks by DBSCAN). Each pair of query and class has the score p(class) * claimed
+    IoU * mean p(superpoint) over the mask; the best top_k are kept, then matrix NMS lowers the score of whatever
+    overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 - that one's own largest IoU
+    with a still better one), IoU in points.
 
     Args:
         prediction: as QueryDecoder.forward.  sizes: (S,) float, points of each superpoint.
+        graph:      `superpoint_graph` of the scene, or None.
         top_k:      pairs kept, or all where there are fewer.  min_points: smaller instances are left out.
 
     Returns:
@@ -332,7 +361,7 @@ def select_instances(prediction, sizes, top_k=100, min_points=100):
     score, pair = probability.flatten().topk(min(top_k, probability.numel()))  # (k,)
     query, label = pair // probability.shape[1], pair % probability.shape[1]
     logits = prediction["mask_logits"].float()[query]  # (k, S)
-    masks = logits > 0
+    masks = logits > 0 if graph is None else largest_pieces(logits > 0, graph, sizes)
     score = score * (logits.sigmoid() * masks).sum(1) / masks.sum(1).clamp(min=1)
     order = score.argsort(descending=True, stable=True)
     score, label, masks = score[order], label[order], masks[order]

@@ -27,7 +27,7 @@ from data import CLASS_NAMES, THINGS, SceneDataset, loader
 from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
                     weighted_sum)
 from metrics import InstanceAP, semantic_iou
-from model import PRESETS, build_model, select_instances, superpoint_sizes
+from model import PRESETS, build_model, select_instances, superpoint_graph, superpoint_sizes
 from report import draw_curves, read_log
 from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
                     setting_at, stage_epochs)
@@ -175,7 +175,9 @@ def evaluate(model, scenes, device):
 def instances_of_scene(prediction, batch, i):
     """Scene i of a batch as InstanceAP.add takes it: gt (N,), masks (P, N) bool, labels (P,), scores (P,)."""
     rows, points = batch["superpoint_batch"] == i, batch["point_batch"] == i
-    masks, labels, scores = select_instances(prediction, superpoint_sizes(batch)[rows])
+    chosen = rows.nonzero()[:, 0].cpu().numpy()
+    graph = superpoint_graph(batch)[chosen][:, chosen]
+    masks, labels, scores = select_instances(prediction, superpoint_sizes(batch)[rows], graph)
     superpoint = batch["point_superpoint"][points] - rows.int().argmax()  # (N,) row of the scene's own superpoints
     return batch["point_instance"][points], masks[:, superpoint], labels, scores
 

@@ -281,7 +281,7 @@ def prepared(request, roots, tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(SCANS))
 def test_rooms_that_go_through_scannet_equal_those_written_directly(roots, prepared, name):
     folders = roots[0] / SCANS[name] / "room_0000", prepared / SCANS[name] / name
-    direct, back = (load_scene(folder, superpoints=True) for folder in folders)
+    direct, back = (load_scene(folder) for folder in folders)
     for key in ("color", "segment", "superpoint"):
         np.testing.assert_array_equal(back[key], direct[key], err_msg=key)
     things = direct["instance"] >= 0

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
 
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, RGBDConv, SparseUNet, VoxelBatchNorm, build_model,
-                   select_instances, superpoint_means, superpoint_sizes)
+                   largest_pieces, select_instances, superpoint_graph, superpoint_means, superpoint_sizes)
 from stages import PARTS, apply_setting, setting_at
 from train import loss_terms
 
@@ -464,3 +465,22 @@ def test_of_two_equal_instances_one_is_left_and_the_best_keeps_its_score():
     masks, labels, scores = select_instances(prediction, torch.full((3,), 200.0))
     assert labels[:2].tolist() == [0, 1] and scores[:2].tolist() == pytest.approx([0.9, 0.7], abs=2e-3)
     assert all(score < 1e-3 for score in scores[2:].tolist())
+
+
+def test_superpoints_touch_where_they_share_a_cell_of_one_scene():
+    place = torch.tensor([[0.02, 0.02, 0], [0.1, 0.02, 0], [0.2, 0.02, 0], [0.02, 0.1, 0], [0.02, 0.1, 0]])
+    batch = {"coord": place, "batch_index": torch.tensor([0, 0, 0, 0, 1]),
+             "piece_voxel": torch.tensor([0, 1, 2, 2, 3, 4]), "piece_superpoint": torch.tensor([0, 0, 0, 1, 2, 3]),
+             "superpoint_batch": torch.tensor([0, 0, 0, 1])}
+    assert (superpoint_graph(batch).toarray() > 0).tolist() == [
+        [True, True, True, False], [True, True, False, False], [True, False, True, False], [False, False, False, True]]
+
+
+def test_a_mask_is_cut_to_its_largest_connected_piece():
+    graph = torch.eye(6)
+    for a, b in ((0, 1), (1, 2), (3, 4)):
+        graph[a, b] = graph[b, a] = 1
+    graph, sizes = csr_matrix(graph.numpy()), torch.tensor([10.0, 10, 10, 50, 1, 200])
+    masks = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    assert largest_pieces(masks, graph, sizes).int().tolist() == [
+        [0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
