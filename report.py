@@ -265,7 +265,7 @@ def draw_curves(log_or_logs, path):
     figure = Figure(figsize=(16.5, 8.4), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
-    figure.subplots_adjust(left=0.045, right=0.905, top=0.92, bottom=0.065, wspace=0.46, hspace=0.33)
+    figure.subplots_adjust(left=0.045, right=0.905, top=0.92, bottom=0.065, wspace=0.52, hspace=0.33)
     _draw_losses(axes[0, 0], log)
     _draw_miou(axes[0, 1], logs)
     _draw_average_precision(axes[0, 2], logs)
