@@ -27,7 +27,7 @@ from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusio
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
-TOUCH = 0.15  # metres; superpoints with points in one cell of this edge touch
+TOUCH = 2  # voxels; superpoints with points in one block of this edge touch
 VIEW_CHUNK = 32  # images that go through the tower at a time
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -317,9 +317,9 @@ class QueryDecoder(nn.Module):
 
 
 def superpoint_graph(batch):
-    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one cell of TOUCH."""
+    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one block of TOUCH^3."""
     voxel, superpoint = batch["piece_voxel"], batch["piece_superpoint"]
-    cell = torch.cat([batch["batch_index"][voxel, None], (batch["coord"][voxel] / TOUCH).floor().long()], 1)  # (L, 4)
+    cell = torch.cat([batch["batch_index"][voxel, None], batch["grid_coord"][voxel].long() // TOUCH], 1)  # (L, 4)
     cell = cell.unique(dim=0, return_inverse=True)[1].cpu().numpy()
     shape = (len(batch["superpoint_batch"]), cell.max() + 1)
     inside = coo_matrix((np.ones(len(cell), np.float32), (superpoint.cpu().numpy(), cell)), shape).tocsr()

@@ -127,13 +127,15 @@ def read_scan(path):
 def _read_arrays(path):
     """Points of a .npy, (N, 3) or with colours (N, 6), or of a .npz with the names of ARRAYS: dict as ply.read_ply."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            arrays = {"coord": found[:, :3], "color": found[:, 3:6] if found.shape[1] >= 6 else None}
-        else:
-            names = {key: next((name for name in known if name in found.files), None) for key, known in ARRAYS.items()}
-            arrays = {"coord": found[names["coord"] or "coord"]}
-            arrays |= {key: found[name] for key, name in names.items() if name}
+        with open(path, "rb") as file:  # NumPy leaves a damaged one open
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                arrays = {"coord": found[:, :3], "color": found[:, 3:6] if found.shape[1] >= 6 else None}
+            else:
+                names = {key: next((name for name in known if name in found.files), None)
+                         for key, known in ARRAYS.items()}
+                arrays = {"coord": found[names["coord"] or "coord"]}
+                arrays |= {key: found[name] for key, name in names.items() if name}
         wrong = {key: a.shape for key, a in arrays.items() if a is not None
                  and (a.shape != (len(arrays["coord"]), 3) or a.dtype.kind not in "iuf")}
     except (ValueError, EOFError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError, SyntaxError,

@@ -467,9 +467,9 @@ def test_of_two_equal_instances_one_is_left_and_the_best_keeps_its_score():
     assert all(score < 1e-3 for score in scores[2:].tolist())
 
 
-def test_superpoints_touch_where_they_share_a_cell_of_one_scene():
-    place = torch.tensor([[0.02, 0.02, 0], [0.1, 0.02, 0], [0.2, 0.02, 0], [0.02, 0.1, 0], [0.02, 0.1, 0]])
-    batch = {"coord": place, "batch_index": torch.tensor([0, 0, 0, 0, 1]),
+def test_superpoints_touch_where_they_share_a_block_of_one_scene():
+    place = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 1, 0], [0, 1, 0]], dtype=torch.int32)
+    batch = {"grid_coord": place, "batch_index": torch.tensor([0, 0, 0, 0, 1]),
              "piece_voxel": torch.tensor([0, 1, 2, 2, 3, 4]), "piece_superpoint": torch.tensor([0, 0, 0, 1, 2, 3]),
              "superpoint_batch": torch.tensor([0, 0, 0, 1])}
     assert (superpoint_graph(batch).toarray() > 0).tolist() == [
