@@ -27,7 +27,6 @@ from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusio
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
-TOUCH = 2  # voxels; superpoints with points in one block of this edge touch
 VIEW_CHUNK = 32  # images that go through the tower at a time
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -317,12 +316,17 @@ class QueryDecoder(nn.Module):
 
 
 def superpoint_graph(batch):
-    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one block of TOUCH^3."""
+    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one block of 2^3 voxels.
+
+    Two sets of blocks are laid, one shifted by a voxel, so that voxels with a common face always share one.
+    """
     voxel, superpoint = batch["piece_voxel"], batch["piece_superpoint"]
-    cell = torch.cat([batch["batch_index"][voxel, None], batch["grid_coord"][voxel].long() // TOUCH], 1)  # (L, 4)
-    cell = cell.unique(dim=0, return_inverse=True)[1].cpu().numpy()
-    shape = (len(batch["superpoint_batch"]), cell.max() + 1)
-    inside = coo_matrix((np.ones(len(cell), np.float32), (superpoint.cpu().numpy(), cell)), shape).tocsr()
+    place = torch.cat([2 * batch["batch_index"][:, None], batch["grid_coord"].long()], 1)[voxel]  # (L, 4)
+    edges = torch.tensor([1, 2, 2, 2], device=place.device)
+    block = torch.cat([(place + shift) // edges for shift in (0, 1)])  # (2L, 4)
+    block = block.unique(dim=0, return_inverse=True)[1].cpu().numpy()
+    shape = (len(batch["superpoint_batch"]), block.max() + 1)
+    inside = coo_matrix((np.ones(len(block), np.float32), (superpoint.repeat(2).cpu().numpy(), block)), shape).tocsr()
     return inside @ inside.T
 
 

@@ -467,13 +467,18 @@ def test_of_two_equal_instances_one_is_left_and_the_best_keeps_its_score():
     assert all(score < 1e-3 for score in scores[2:].tolist())
 
 
-def test_superpoints_touch_where_they_share_a_block_of_one_scene():
-    place = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 1, 0], [0, 1, 0]], dtype=torch.int32)
-    batch = {"grid_coord": place, "batch_index": torch.tensor([0, 0, 0, 0, 1]),
-             "piece_voxel": torch.tensor([0, 1, 2, 2, 3, 4]), "piece_superpoint": torch.tensor([0, 0, 0, 1, 2, 3]),
-             "superpoint_batch": torch.tensor([0, 0, 0, 1])}
-    assert (superpoint_graph(batch).toarray() > 0).tolist() == [
-        [True, True, True, False], [True, True, False, False], [True, False, True, False], [False, False, False, True]]
+def test_superpoints_touch_where_their_voxels_have_a_common_face_in_one_scene():
+    grid = torch.randint(0, 12, (300, 3), dtype=torch.int32)
+    superpoint = torch.arange(300) % 60
+    scene = superpoint % 2
+    batch = {"grid_coord": grid, "batch_index": scene, "piece_voxel": torch.arange(300), "piece_superpoint": superpoint,
+             "superpoint_batch": torch.arange(60) % 2}
+    graph = torch.from_numpy(superpoint_graph(batch).toarray() > 0)[superpoint][:, superpoint]  # (300, 300), of voxels
+    apart, same = (grid[:, None] - grid).abs(), scene[:, None] == scene
+    assert graph[(apart.sum(2) <= 1) & same].all()
+    near = ((apart.amax(2) <= 1) & same).float()
+    member = torch.nn.functional.one_hot(superpoint).float()  # (300, 60)
+    assert not graph[(member @ (member.T @ near @ member) @ member.T) == 0].any()
 
 
 def test_a_mask_is_cut_to_its_largest_connected_piece():
