@@ -504,6 +504,8 @@ def control_rows(checkpoints, root, device):
         for i in range(len(scenes)):
             batch = to_device(collate([scenes[i]]), device)
             out = model(batch)
+            if "instances" not in out:
+                raise SystemExit(f"{path}: its decoder is not trained yet; give stage2.pt or stage3.pt of a run")
             gt, *found = instances_of_scene(out["instances"][0][-1], batch, 0)
             judged["query decoder"].add(gt, *found)
             score, label = superpoint_means(out["logits"].softmax(1), batch).max(1)  # (S,)

@@ -38,7 +38,7 @@ LOSS_WEIGHTS = {
     },
 }
 NO_OBJECT = 0.1  # weight of the queries that match nothing in the class cross-entropy
-OUTSIDE = 100.0  # added to the matching cost of a query made from a superpoint outside the instance
+OUTSIDE = 1e4  # added to the matching cost of a query made from a superpoint outside the instance
 
 
 def scene_mean(values, mask, batch_index, num_scenes):
@@ -144,7 +144,7 @@ def layer_loss(prediction, labels, masks):
         labels:     (G,) int64, G may be 0 or exceed Q.  masks: (G, S) bool.
 
     Returns:
-        dict of four finite scalars; without instances cls alone is not 0, and every prediction still gets a gradient.
+        dict of four scalars, finite where the prediction is; without instances cls alone is not 0.
     """
     class_logits, mask_logits = prediction["class_logits"].float(), prediction["mask_logits"].float()
     query, instance = match(prediction, labels, masks)

@@ -27,6 +27,7 @@ from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusio
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
+MAX_QUERIES = 4000  # of a scene in evaluation: a large tile must not ask for (S, S) of memory
 VIEW_CHUNK = 32  # images that go through the tower at a time
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -263,7 +264,8 @@ class QueryDecoder(nn.Module):
 
     A layer is masked cross-attention to the superpoints, self-attention among the queries, a feed-forward network, each
     with residual and LayerNorm after it. A query looks only at the superpoints that its mask of the layer before holds;
-    at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries; else all do.
+    at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries; else all do (up to
+    MAX_QUERIES).
 
     Args:
         in_channels: D of the superpoint features.  dim: width C.  hidden: width of the feed-forward network.
@@ -285,7 +287,8 @@ class QueryDecoder(nn.Module):
         self.score_head = mlp(dim, dim, 1)
 
     def forward(self, superpoint):
-        """(S, D) of ONE scene -> list of layers + 1 predictions, of the untouched queries and after each layer: dict of
+        """(S, D) of ONE scene -> list of layers + 1 predictions, of the untouched queries and after each layer (in
+        evaluation the last alone): dict of
         class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims;
         origin (Q,) int64, the superpoint that each query was made from."""
         keys, masks = self.to_key(superpoint), self.to_mask(superpoint)  # (S, C)
@@ -298,13 +301,13 @@ class QueryDecoder(nn.Module):
             query = cross(query, keys, allowed)
             query = own(query, query)
             query = norm(query + feed(query))
-            predictions.append(self.predict(query, masks))
+            predictions = [*(predictions if self.training else ()), self.predict(query, masks)]
         return [prediction | {"origin": origin} for prediction in predictions]
 
     def choose_queries(self, count):
         """The superpoints, out of count, that become queries: (Q,) int64 on the CPU."""
         if not self.training:
-            return torch.arange(count)
+            return torch.arange(min(count, MAX_QUERIES)) * count // min(count, MAX_QUERIES)  # all, or evenly spread
         share = 0.5 + 0.5 * torch.rand(()).item()
         return torch.randperm(count)[: max(1, round(share * count))]
 
@@ -347,10 +350,10 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
     """The instances of a scene out of the last prediction of its queries.
 
     With a graph every mask is cut to its largest connected piece: without positions a query cannot tell two like
-    objects apart (Mask3D splits its masks by DBSCAN). Each pair of query and class has the score p(class) * claimed
-    IoU * mean p(superpoint) over the mask; the best top_k are kept, then matrix NMS lowers the score of whatever
-    overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 - that one's own largest IoU
-    with a still better one), IoU in points.
+    objects apart (Mask3D splits its masks by DBSCAN). The top_k pairs of query and class with the largest p(class) *
+    claimed IoU are kept; that times the mean p(superpoint) over the mask is their score. Then matrix NMS lowers the
+    score of whatever overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 - that one's
+    own largest IoU with a still better one), IoU in points.
 
     Args:
         prediction: as QueryDecoder.forward.  sizes: (S,) float, points of each superpoint.
@@ -361,7 +364,7 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
         masks (P, S) bool, labels (P,) int64, scores (P,) float in 0..1, best first; P may be 0.
     """
     probability = prediction["class_logits"].float().softmax(1)[:, :-1]  # (Q, K)
-    probability = probability * prediction["score"].float().clamp(0, 1)[:, None]
+    probability = (probability * prediction["score"].float().clamp(0, 1)[:, None]).nan_to_num(0)
     score, pair = probability.flatten().topk(min(top_k, probability.numel()))  # (k,)
     query, label = pair // probability.shape[1], pair % probability.shape[1]
     logits = prediction["mask_logits"].float()[query]  # (k, S)

@@ -53,3 +53,10 @@ def test_depth_maps_of_the_box_room_agree_with_its_points():
 def test_the_table_says_whether_a_goal_is_met():
     text = bench.table([bench.Row("a", "1 ms", "9 ms", 9.0, 8), bench.Row("b", "1 ms", "7 ms", 7.0, 8)])
     assert ">= 8 met" in text and ">= 8 MISSED" in text
+
+
+def test_attention_written_out_gives_the_same_as_the_fused_one():
+    attention, query, keys = bench.Attention(16, 4), torch.randn(5, 16), torch.randn(9, 16)
+    allowed = (torch.rand(5, 9) > 0.5) | (torch.arange(9) == 0)
+    expected = attention(query, keys, allowed)
+    torch.testing.assert_close(bench.attend_explicitly(attention, query, keys, allowed), expected)

@@ -376,12 +376,23 @@ def test_attention_is_the_softmax_over_the_allowed_keys(masked):
 
 
 def test_the_decoder_predicts_before_the_first_and_after_each_layer():
-    predictions = decoder(layers=3).eval()(torch.randn(9, 12))
+    net, superpoint = decoder(layers=3), torch.randn(9, 12)
+    net.choose_queries = torch.arange
+    predictions = net(superpoint)
     assert len(predictions) == 4
     for prediction in predictions:
         assert {key: tuple(value.shape) for key, value in prediction.items()} == {
             "class_logits": (9, 6), "mask_logits": (9, 9), "score": (9,), "origin": (9,)}
         assert torch.equal(prediction["origin"], torch.arange(9))
+    (last,) = net.eval()(superpoint)  # in evaluation the last alone
+    assert all(torch.equal(last[key], predictions[-1][key]) for key in last)
+
+
+def test_in_evaluation_all_superpoints_become_queries_up_to_a_limit(monkeypatch):
+    net = decoder().eval()
+    assert torch.equal(net.choose_queries(7), torch.arange(7))
+    monkeypatch.setattr("model.MAX_QUERIES", 3)
+    assert net.choose_queries(7).tolist() == [0, 2, 4] and net.choose_queries(3).tolist() == [0, 1, 2]
 
 
 def test_a_random_share_of_superpoints_from_a_half_up_become_queries_in_training():
@@ -391,15 +402,14 @@ def test_a_random_share_of_superpoints_from_a_half_up_become_queries_in_training
     assert 20 <= min(counts) < 25 and 35 < max(counts) <= 40
     assert all(len(origin.unique()) == len(origin) for origin in origins)
     assert set(torch.cat(origins).tolist()) == set(range(40))
-    query = net.eval()(superpoint)[0]
-    net.train()
-    sampled = net(superpoint)[0]  # without dropout a query predicts the same, whoever else was drawn
+    sampled = net(superpoint)[0]  # before the first layer a query predicts the same, whoever else was drawn
+    net.choose_queries = torch.arange
+    query = net(superpoint)[0]
     assert torch.allclose(sampled["mask_logits"], query["mask_logits"][sampled["origin"]], atol=1e-5)
 
 
 def test_a_query_looks_only_at_the_superpoints_of_its_mask_and_at_all_where_it_has_none():
-    net, superpoint = decoder(layers=1).eval(), torch.randn(6, 12)
-    seen = []
+    net, superpoint, seen = decoder(layers=1).eval(), torch.randn(6, 12), []
     net.cross[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     logits = torch.randn(6, 6)
     logits[0], logits[1] = -1, torch.tensor([1.0, -1, -1, -1, -1, 0])
