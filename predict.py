@@ -96,6 +96,10 @@ def read_scan(path):
     far = np.abs(coord).max() > 1e4  # metres, where f32 is too coarse
     origin = np.floor(coord.min(0).astype(np.float64)) if far else np.zeros(3)
     coord = (coord - origin).astype(np.float32)
+    if np.ptp(coord, axis=0).max() > 100:
+        notes.append(f"{np.ptp(coord, axis=0).max():.0f} m long: are the units metres?")
+    if file.suffix.lower() == ".npy" and color is not None:
+        notes.append("columns 4 to 6 taken as colours")
     if color is None:
         color = np.full((len(coord), 3), 127, np.uint8)
         notes.append("no colours: taken as grey")
@@ -105,10 +109,13 @@ def read_scan(path):
         while point_to_cell is None or len(cells) > FINE_POINTS:
             grid, point_to_cell = voxelise(coord, edge)
             cells, edge = voxel_means(coord, point_to_cell, len(grid)), 1.5 * edge
-    if normal is None and faces is not None:
+    if normal is not None:
+        normal = np.nan_to_num(normal.astype(np.float32))
+        normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
+    elif faces is not None:
         normal = vertex_normals(coord, faces)
         notes.append("no normals: from the faces")
-    elif normal is None:
+    else:
         normal = estimate_normals(cells)
         normal = normal if point_to_cell is None else normal[point_to_cell]
         notes.append("no normals: estimated")
@@ -130,7 +137,9 @@ def _read_arrays(path):
         with open(path, "rb") as file:  # NumPy leaves a damaged one open
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
-                arrays = {"coord": found[:, :3], "color": found[:, 3:6] if found.shape[1] >= 6 else None}
+                if found.shape[1] not in (3, 6):
+                    raise ValueError(f"shape {found.shape}")
+                arrays = {"coord": found[:, :3], "color": found[:, 3:] if found.shape[1] == 6 else None}
             else:
                 names = {key: next((name for name in known if name in found.files), None)
                          for key, known in ARRAYS.items()}

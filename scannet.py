@@ -663,6 +663,8 @@ def main(argv=None):
             print(f"{word}{', '.join(names)}: {reason}")
     print(f"{args.out}: {result['made']} scenes made, {result['there']} were there, {len(result['skipped'])} skipped, "
           f"{result['absent']} scans not found")
+    if result["made"] + result["there"] == 0:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

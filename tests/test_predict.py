@@ -291,7 +291,10 @@ def test_npy_and_npz_of_points_are_read(points, tmp_path):
     np.save(tmp_path / "xyzrgb.npy", np.concatenate([coord, color], 1))
     np.savez(tmp_path / "all.npz", points=coord, colors=color / 255, normals=normal)
     assert np.array_equal(predict.read_scan(tmp_path / "xyz.npy")[0]["coord"], coord)
-    assert np.array_equal(predict.read_scan(tmp_path / "xyzrgb.npy")[0]["color"], color)
+    scene, notes = predict.read_scan(tmp_path / "xyzrgb.npy")
+    assert np.array_equal(scene["color"], color) and notes[0] == "columns 4 to 6 taken as colours"
+    np.save(tmp_path / "mm.npy", coord * 1000)
+    assert predict.read_scan(tmp_path / "mm.npy")[1][0] == "2050 m long: are the units metres?"
     scene, notes = predict.read_scan(tmp_path / "all.npz")
     assert np.abs(scene["color"].astype(int) - color).max() <= 1 and np.array_equal(scene["normal"], normal)
     assert notes == ["no superpoints: computed", "no frames: 3D only"]
@@ -367,7 +370,7 @@ def test_normals_and_superpoints_of_many_points_are_those_of_small_cells(points,
     ("e.npz", {"coord": np.zeros((4, 3)), "color": np.zeros((3, 3))}, "(N, 3)"),
     ("f.npz", {"colour": np.zeros((4, 3))}, "coord"), ("g.npz", b"PK\x03\x04", "g.npz"),
     ("h.npz", {"coord": np.zeros((4, 3)), "color": np.full((4, 3), 300.0)}, "0..255"),
-    ("i.npy", np.array([["a"] * 3]), "(N, 3)")])
+    ("i.npy", np.array([["a"] * 3]), "(N, 3)"), ("j.npy", np.zeros((5, 4)), "(5, 4)")])
 def test_a_file_that_holds_no_scan_ends_in_one_line(checkpoints, tmp_path, name, content, reason):
     path = tmp_path / name
     if isinstance(content, bytes):
