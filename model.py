@@ -287,10 +287,9 @@ class QueryDecoder(nn.Module):
         self.score_head = mlp(dim, dim, 1)
 
     def forward(self, superpoint):
-        """(S, D) of ONE scene -> list of layers + 1 predictions, of the untouched queries and after each layer (in
-        evaluation the last alone): dict of
-        class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S); score (Q,), the IoU that the mask claims;
-        origin (Q,) int64, the superpoint that each query was made from."""
+        """(S, D) of ONE scene -> predictions of the untouched queries and after each layer, layers + 1 in all; in
+        evaluation the last alone. Each a dict of class_logits (Q, K + 1), the last "no object"; mask_logits (Q, S);
+        score (Q,), the IoU that the mask claims; origin (Q,) int64, the superpoint that each query was made from."""
         keys, masks = self.to_key(superpoint), self.to_mask(superpoint)  # (S, C)
         origin = self.choose_queries(len(superpoint)).to(superpoint.device)  # (Q,)
         query = self.to_query(superpoint[origin])  # (Q, C)
