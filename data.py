@@ -100,7 +100,7 @@ def load_scene(folder, num_classes=NUM_CLASSES):
     return scene
 
 
-def load_frames(folder, frame_ids, image_size):
+def load_frames(folder, frame_ids, image_size, colors=True):
     """Read frames, resized to one size, with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
@@ -108,6 +108,7 @@ def load_frames(folder, frame_ids, image_size):
 
     Args:
         folder: scene folder.  frame_ids: list of int.  image_size: (W, H).
+        colors: False leaves the image out, (V, 3, 0, 0): cache.py has what the tower makes of it.
 
     Returns:
         dict: image (V, 3, H, W) u8, depth (V, H, W) f32 metres (0 = no reading), world_to_camera (V, 4, 4) f32,
@@ -117,7 +118,7 @@ def load_frames(folder, frame_ids, image_size):
         ValueError: an image or a matrix that cannot be read; the message names the file.
     """
     folder, (width, height) = Path(folder), image_size
-    frames = {"image": np.zeros((len(frame_ids), 3, height, width), np.uint8),
+    frames = {"image": np.zeros((len(frame_ids), 3, height * colors, width * colors), np.uint8),
               "depth": np.zeros((len(frame_ids), height, width), np.float32),
               "world_to_camera": np.zeros((len(frame_ids), 4, 4), np.float32),
               "intrinsics": np.zeros((len(frame_ids), 3, 3), np.float32)}
@@ -127,9 +128,11 @@ def load_frames(folder, frame_ids, image_size):
     if not np.isfinite(camera).all():
         raise ValueError(f"{folder / 'intrinsic' / 'intrinsic_color.txt'}: expected finite numbers, found {camera}")
     for i, frame in enumerate(frame_ids):
-        image, size = _read_image(_image_path(folder, frame), image_size, "RGB", Image.Resampling.BILINEAR)
-        depth, _ = _read_image(folder / "depth" / f"{frame}.png", image_size, None, Image.Resampling.NEAREST)
-        frames["image"][i] = image.transpose(2, 0, 1)
+        color_file, depth_file = frame_files(folder, frame)
+        image, size = _read_image(color_file, image_size, "RGB", Image.Resampling.BILINEAR, decode=colors)
+        depth, _ = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)
+        if colors:
+            frames["image"][i] = image.transpose(2, 0, 1)
         frames["depth"][i] = depth.astype(np.float32) / 1000  # mm -> m
         pose = _read_matrix(folder / "pose" / f"{frame}.txt", (4,))
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
@@ -174,13 +177,15 @@ def _read_matrix(path, rows):
     return matrix
 
 
-def _read_image(path, image_size, mode, resampling):
-    """An image as an array of image_size, and the (W, H) of the file."""
+def _read_image(path, image_size, mode, resampling, decode=True):
+    """An image as an array of image_size (None without decode), and the (W, H) of the file."""
     try:
         with Image.open(path) as image:
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
+            if not decode:
+                return None, size
             if mode:
                 image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
                 image = image.convert(mode)
@@ -191,15 +196,16 @@ def _read_image(path, image_size, mode, resampling):
         raise ValueError(f"{path}: expected an image, found a file that cannot be read: {error}") from None
 
 
-def _image_path(folder, frame):
-    path = folder / "color" / f"{frame}.jpg"
-    return path if path.exists() else path.with_suffix(".png")
+def frame_files(folder, frame):
+    """The colour and the depth file of a frame."""
+    path = Path(folder, "color", f"{frame}.jpg")
+    return path if path.exists() else path.with_suffix(".png"), Path(folder, "depth", f"{frame}.png")
 
 
 def usable_frames(folder):
     """Ids of the frames that have all three files and a usable pose, in numeric order; number of those without."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
-    ids = [i for i in ids if _image_path(folder, i).exists() and (folder / "depth" / f"{i}.png").exists()]
+    ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
     usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
     images = sum(1 for _ in (folder / "color").glob("*.*"))
     if images and not usable:
@@ -414,12 +420,18 @@ def augment_images(image, rng):
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None):
+def evenly_spread(values, count):
+    """At most count of a list, from the first to the last in equal steps."""
+    rows = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[row] for row in rows]
+
+
+def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None, vary_images=True):
     """One scene as the networks take it.
 
     Args:
         scene: dict of `load_scene`.  frames: dict of `load_frames`.  voxel_size: metres.
-        rng:   numpy Generator for the augmentation; None = none.
+        rng:   numpy Generator for the augmentation; None = none.  vary_images: False leaves the images as they are.
 
     Returns:
         dict of arrays, the keys of `collate` for one scene.
@@ -429,7 +441,7 @@ def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None):
     if rng is not None:
         coord, normal = augment_points(coord, normal, rng)
         color = recolor(color, rng)
-        image = augment_images(image, rng)
+        image = augment_images(image, rng) if vary_images else image
     grid_coord, point_to_voxel = voxelise(coord, voxel_size)
     m = len(grid_coord)
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
@@ -502,6 +514,9 @@ class SceneDataset(torch.utils.data.Dataset):
         views:       frames of a scene (all, where it has fewer); 0 reads no image.
         image_size:  (W, H) of the frames.
 
+    Between epochs two attributes may be set: cache (cache.FeatureCache), whose maps then stand in for the images; and
+    vary_images, False as long as the image tower is frozen, so that an image gives the same maps every time.
+
     Raises:
         FileNotFoundError: no such folder or no scene in it.
     """
@@ -515,6 +530,7 @@ class SceneDataset(torch.utils.data.Dataset):
                                     "--data a folder with train/ and val/ scene folders")
         self.voxel_size, self.augment, self.views, self.image_size = voxel_size, augment, views, tuple(image_size)
         self.num_classes, self.seed = num_classes, seed
+        self.cache, self.vary_images = None, augment
         self._cache, self._cached_bytes = {}, 0
 
     def __len__(self):
@@ -528,16 +544,28 @@ class SceneDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.folders[i]} has no segment20.npy: it can be predicted but not trained on; move it "
                              "out of this split")
         ids = scene["frame_ids"]
-        count = min(self.views, len(ids))
         if self.augment:
-            chosen = np.sort(rng.permutation(len(ids))[:count])
+            chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views])
         else:
-            chosen = np.linspace(0, len(ids) - 1, count).round().astype(int)
-        single = [self._once((i, ids[c]), lambda c=c: load_frames(self.folders[i], [ids[c]], self.image_size))
-                  for c in chosen]
-        empty = load_frames(self.folders[i], [], self.image_size)
+            chosen = evenly_spread(ids, self.views)
+        single = [self._once((i, c, self.cache is None), lambda c=c: self._frame(self.folders[i], c)) for c in chosen]
+        empty = load_frames(self.folders[i], [], self.image_size, colors=self.cache is None)
+        if self.cache is not None:
+            empty |= {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.cache.shapes)}
         frames = {k: np.concatenate([empty[k], *(f[k] for f in single)]) for k in empty}
-        return scene_item(scene, frames, self.voxel_size, self.num_classes, rng if self.augment else None)
+        return scene_item(scene, frames, self.voxel_size, self.num_classes, rng if self.augment else None,
+                          self.vary_images)
+
+    def _frame(self, folder, frame):
+        """`load_frames` of one frame; with a cache without its image, but with the tower's maps of it."""
+        frames = load_frames(folder, [frame], self.image_size, colors=self.cache is None)
+        if self.cache is None:
+            return frames
+        levels = self.cache.read(folder, frame)
+        if levels is None:
+            raise ValueError(f"{self.cache.path(folder, frame)}: the tower's maps of frame {frame} of {folder} are "
+                             "gone or damaged; go on with --resume, which makes them anew")
+        return frames | {f"level_{k}": level[None] for k, level in enumerate(levels)}
 
     def _once(self, key, read):
         """What was read before, as long as the cache has room."""
@@ -560,7 +588,8 @@ def collate(items):
         coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel,
         world_coord (M, 3) f32 NOT augmented, segment (M,) int64;
         image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
-        view_batch (V,) int64, the scene of each view;
+        view_batch (V,) int64, the scene of each view; with a cache image is (V, 3, 0, 0) and level_0, level_1, ...
+        (V, C, h, w) f16 are what the frozen tower made of it;
         point_to_voxel (N,) int64 row of the batch's voxels, point_segment (N,) int64, point_batch (N,) int64,
         point_superpoint (N,) int64 row of the batch's superpoints, point_instance (N,) int64 (`instance_targets`);
         superpoint_batch (S,) int64, superpoint_instance (S,) int64, numbered within a scene;

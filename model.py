@@ -24,13 +24,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
+from tower import SCRATCH, ClipTower, autocast, build_visual
 
 IN_CHANNELS = 6  # colour and normal of a voxel
-MAX_DEPTH = 10.0  # metres that become 1 in the depth channel of the image tower
 MAX_QUERIES = 4000  # of a scene in evaluation: a large tile must not ask for (S, S) of memory
-VIEW_CHUNK = 32  # images that go through the tower at a time
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD, of colours in 0..1
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PRESETS = {
     "small": {
@@ -38,14 +35,14 @@ PRESETS = {
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64,
         "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
-        "tower": {"layers": (1, 1, 1, 1), "width": 32},
+        "clip": "clip_small", "clip_weights": "clip_small.pt",  # miniclip.py made it
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),
                  "decoder": (256, 128, 96, 96), "decoder_blocks": (2, 2, 2, 2)},
         "dim": 256,
         "decoder": {"dim": 192, "hidden": 768, "layers": 3, "heads": 8},
-        "tower": None,  # CLIP ViT-B/16: not built yet
+        "clip": "ViT-B-16", "clip_weights": "laion2b_s34b_b88k",
     },
 }
 
@@ -154,72 +151,6 @@ class SparseUNet(nn.Module):
             x = up(x)
             x = blocks(x.replace_feature(torch.cat([F.relu(bn(x.features)), skips.pop()], 1)))
         return x.features  # (M, out_channels)
-
-
-class RGBDConv(nn.Module):
-    """A convolution on RGB that also reads depth: conv(rgb) + conv_depth(depth), conv_depth starting at zero.
-
-    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added.
-    forward: (V, 4, H, W), depth last.
-    """
-
-    def __init__(self, conv):
-        super().__init__()
-        self.rgb = conv
-        self.depth = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
-        nn.init.zeros_(self.depth.weight)
-
-    def forward(self, rgbd):
-        return self.rgb(rgbd[:, :3]) + self.depth(rgbd[:, 3:])
-
-
-class ClipTower(nn.Module):
-    """Dense features from CLIP's image tower: an open_clip ModifiedResNet without its last stage and attention pool.
-
-    The maps of strides 4, 8 and 16 are brought to one width by 1x1 convolutions and summed at stride 4 (the neck).
-
-    Args:
-        visual:       open_clip ModifiedResNet.
-        out_channels: channels of the map.
-        pretrained:   True where visual holds trained weights: stages.py then protects it.
-    """
-
-    def __init__(self, visual, out_channels, pretrained=False):
-        super().__init__()
-        self.pretrained = pretrained
-        self.out_channels = out_channels
-        visual.layer4 = visual.attnpool = None  # stride 32 is too coarse for voxels
-        visual.conv1 = RGBDConv(visual.conv1)
-        self.visual = visual
-        widths = [layer[-1].conv3.out_channels for layer in (visual.layer1, visual.layer2, visual.layer3)]
-        self.neck = nn.ModuleList(nn.Conv2d(width, out_channels, 1, bias=False) for width in widths)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
-
-    def forward(self, image, depth):
-        """(V, 3, H, W) uint8, (V, H, W) metres -> (V, out_channels, H/4, W/4)."""
-        return torch.cat([self.encode(i, d) for i, d in zip(image.split(VIEW_CHUNK), depth.split(VIEW_CHUNK))])
-
-    def encode(self, image, depth):
-        """One chunk of `forward`."""
-        rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as CLIP was trained
-        depth = (depth / MAX_DEPTH).clamp(0, 1).unsqueeze(1)  # (V, 1, H, W) in 0..1, 0 = no reading
-        x = self.visual.stem(torch.cat([rgb, depth], 1))  # (V, width, H/4, W/4)
-        out = 0
-        for layer, lateral in zip((self.visual.layer1, self.visual.layer2, self.visual.layer3), self.neck):
-            x = layer(x)
-            y = lateral(x)
-            if torch.is_tensor(out):
-                y = F.interpolate(y, out.shape[-2:], mode="bilinear", align_corners=False)
-            out = out + y
-        return out  # (V, out_channels, H/4, W/4)
-
-    def parts(self):
-        """Parameters by part of stages.PARTS."""
-        ends = [*self.visual.conv1.parameters(), *self.visual.layer3.parameters()]
-        known = {id(p) for p in ends}
-        return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
-                "2d": list(self.neck.parameters())}
 
 
 def superpoint_means(feat, batch):
@@ -396,6 +327,7 @@ class Baseline3D(nn.Module):
         self.semantic_head = nn.Linear(dim, num_classes)
         self.decoder = decoder
         self.setting = None  # stages.Setting in force; None: everything is on
+        self.precision = "fp32"  # of the decoder; "bf16" runs its matrix products in bfloat16
 
     def forward(self, batch):
         """Segment a batch of scenes.
@@ -416,7 +348,8 @@ class Baseline3D(nn.Module):
         out = {"logits": self.semantic_head(feat)}
         if self.setting is None or "decoder" in self.setting.parts:
             superpoint, scene = superpoint_means(feat, batch), batch["superpoint_batch"]
-            out["instances"] = [self.decoder(superpoint[scene == i]) for i in range(len(batch["names"]))]
+            with autocast(feat, self.precision):
+                out["instances"] = [self.decoder(superpoint[scene == i]) for i in range(len(batch["names"]))]
         return out
 
     def encode_3d(self, batch):
@@ -449,7 +382,9 @@ class BiFusion(Baseline3D):
 
         Args:
             batch: as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8,
-                   depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64.
+                   depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64;
+                   in place of the image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode
+                   gives for it (cache.py).
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
@@ -471,12 +406,13 @@ class BiFusion(Baseline3D):
 
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
-        image, depth, voxels = batch["image"], batch["depth"], batch["world_coord"]
+        depth, voxels = batch["depth"], batch["world_coord"]
         feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
         seen = torch.zeros(len(voxels), dtype=torch.bool, device=voxels.device)
-        if len(image):
-            maps = self.tower(image, depth)  # (V, C, h, w)
-            size = image.shape[:1:-1]  # (W, H)
+        if len(depth):
+            levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
+            maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
+            size = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
             rows = [(batch["batch_index"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             views = [(batch["view_batch"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             parts = []
@@ -504,15 +440,16 @@ class BiFusion(Baseline3D):
         return self
 
 
-def build_model(name, preset, num_classes, depth_tolerance=0.05):
+def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip_weights=None):
     """Build "baseline" or "bifusion" in a preset.
 
     Args:
         name: "baseline" or "bifusion".  preset: a key of PRESETS.  num_classes: K.
         depth_tolerance: metres by which a voxel may differ from a depth map and count as seen.
+        clip, clip_weights: name and weights of the image tower (tower.build_visual); None = the preset's.
 
     Raises:
-        KeyError: unknown name or preset.  ValueError: a preset without an image tower, asked for BiFusion.
+        KeyError: unknown name, preset or tower.  ValueError: weights that cannot be had or do not fit.
     """
     if preset not in PRESETS:
         raise KeyError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
@@ -523,10 +460,8 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05):
     decoder = QueryDecoder(sizes["dim"], num_classes=num_classes, **sizes["decoder"])
     if name == "baseline":
         return Baseline3D(unet, decoder, sizes["dim"], num_classes)
-    if sizes["tower"] is None:
-        raise ValueError(f"preset {preset!r} has no image tower yet; take --preset small, or --model baseline")
-    from open_clip.modified_resnet import ModifiedResNet
-
+    weights = clip_weights or sizes["clip_weights"]
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
-        tower = ClipTower(ModifiedResNet(output_dim=sizes["dim"], heads=8, **sizes["tower"]), sizes["dim"])
+        visual, mean, std = build_visual(clip or sizes["clip"], weights)
+        tower = ClipTower(visual, sizes["dim"], mean, std, pretrained=weights != SCRATCH)
     return BiFusion(unet, tower, decoder, sizes["dim"], num_classes, depth_tolerance)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimate_normals, instance_targets,
-                  load_frames, load_scene, scene_item, superpoints_from_points, usable_frames, voxel_means, voxelise)
+from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimate_normals, evenly_spread,
+                  instance_targets, load_frames, load_scene, scene_item, superpoints_from_points, usable_frames,
+                  voxel_means, voxelise)
 from metrics import semantic_iou
 from ply import read_ply, vertex_normals
 from train import RECIPES, instances_of_scene, load_model, to_device
@@ -213,8 +214,7 @@ def predict_scene(model, config, path, device="cpu"):
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
     ids, use_images = scene["frame_ids"], config.model == "bifusion" and model.setting.fusion != "identity"
-    count = min(2 * config.views, len(ids)) if use_images else 0  # as many as evaluation takes
-    chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, count).round().astype(int)]
+    chosen = evenly_spread(ids, 2 * config.views if use_images else 0)  # as many as evaluation takes
     frames = load_frames(path, chosen, RECIPES[config.preset]["image_size"])
     shift = frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # the cameras see the points as they are stored
     frames["world_to_camera"][:, :3, 3] += shift

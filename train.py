@@ -3,7 +3,7 @@
     python train.py --stage 1                         # stage 1 on generated rooms (made on first use)
     python train.py                                   # the whole curriculum: stages 1, 2, 3
     python train.py --model baseline                  # the 3D baseline, same epochs, data and rates
-    python train.py --model baseline --preset base --data data/scannet   # the full-size 3D branch on your own scans
+    python train.py --preset base --data data/scannet # full size, CLIP ViT-B/16, on your own scans
     python train.py --resume --out runs/bifusion      # go on where a run stopped
 
 A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt.
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import CLASS_NAMES, THINGS, SceneDataset, loader
+from cache import FeatureCache
+from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
 from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
                     weighted_sum)
 from metrics import InstanceAP, semantic_iou
@@ -31,6 +32,7 @@ from model import PRESETS, build_model, select_instances, superpoint_graph, supe
 from report import draw_curves, read_log
 from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
                     setting_at, stage_epochs)
+from tower import SCRATCH
 
 ROOMS = "data/rooms"  # generated on first use
 WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
@@ -70,9 +72,16 @@ class Config:
     batch_size: int = option(None, "scenes a step")
     lr: float = option(None, "base learning rate")
     weight_decay: float = option(None, "of AdamW")
+    clip: str = option(None, "image tower: a model name of open_clip, as ViT-B-16, RN50, convnext_base; or clip_small")
+    clip_weights: str = option(None, f"of the tower: a local file, a pretrained tag of open_clip, or {SCRATCH!r}")
+    precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
+    checkpoint_tower: bool = option(False, "recompute the tower's activations in the backward pass: less memory")
+    cache: str = option("data/clip_cache", "folder for the maps of a frozen tower")
+    cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
 
 
-HOW_NOT_WHAT = ("stage", "resume", "device", "workers", "out")  # may differ when a run goes on
+# may differ when a run goes on
+HOW_NOT_WHAT = ("stage", "resume", "device", "workers", "out", "checkpoint_tower", "cache", "cache_gb")
 
 
 def parse_config(argv=None):
@@ -111,6 +120,13 @@ def parse_config(argv=None):
         if getattr(config, name) is None:
             plan_b = PLAN_B if config.plan == "B" else {}
             setattr(config, name, plan_b.get(name, recipe[name]))
+    config.clip = config.clip or PRESETS[config.preset]["clip"]
+    if config.clip_weights is None:
+        own = config.clip == PRESETS[config.preset]["clip"] and config.plan != "A"  # plan A has no use for a tower
+        config.clip_weights = PRESETS[config.preset]["clip_weights"] if own else SCRATCH
+        if config.plan != "A" and not own and config.model == "bifusion":
+            sys.exit(f"--clip {config.clip} needs --clip-weights: a local file, a pretrained tag of open_clip, or "
+                     f"{SCRATCH} for random weights")
     try:
         stage_epochs(config.compress)
         torch.device(config.device)
@@ -145,6 +161,18 @@ def loss_terms(out, batch, setting):
     if "gate" in setting.losses and "alpha" in out:
         terms["gate"] = gate_prior(out["alpha"], out["seen"], index, scenes)
     return terms
+
+
+def cached_maps(model, config, train_set, val_set):
+    """The cache of the frozen tower's maps, filled with every view that training and evaluation may take, or None."""
+    if not config.cache_gb:
+        return None
+    model.eval()
+    cache = FeatureCache(config.cache, model.tower, train_set.image_size, config.cache_gb)
+    views = [(folder, frame) for folder in train_set.folders for frame in usable_frames(folder)[0]]
+    views += [(folder, frame) for folder in val_set.folders
+              for frame in evenly_spread(usable_frames(folder)[0], val_set.views)]
+    return cache if cache.fill(views, next(model.parameters()).device, config.workers) else None
 
 
 @torch.no_grad()
@@ -220,10 +248,20 @@ def load_model(path, device="cpu"):
     """Rebuild the model of a checkpoint, ready for prediction. Returns model, Config, checkpoint."""
     state = load_checkpoint(path, device)
     config = Config(**state["config"])
-    model = build_model(config.model, config.preset, state["num_classes"], depth_tolerance(config)).to(device)
+    model = new_model(config, state["num_classes"], SCRATCH).to(device)  # the checkpoint holds the tower's weights too
     load_weights(model, state, path)
     apply_setting(model, setting_at(state["epoch"] + 0.999, config.compress, config.plan, is_pretrained(model)))
     return model.eval(), config, state
+
+
+def new_model(config, num_classes, clip_weights):
+    """The model of a Config, its image tower filled from clip_weights (tower.build_visual)."""
+    model = build_model(config.model, config.preset, num_classes, depth_tolerance(config), config.clip, clip_weights)
+    model.precision = config.precision
+    if hasattr(model, "tower"):
+        model.tower.precision, model.tower.checkpointing = config.precision, config.checkpoint_tower
+        model.tower.pretrained = config.clip_weights != SCRATCH
+    return model
 
 
 def load_weights(model, state, path):
@@ -320,14 +358,18 @@ def train(config):
     val_set = SceneDataset(config.data, "val", **common)
 
     # ---- model, optimiser
-    model = build_model(config.model, config.preset, len(CLASS_NAMES), depth_tolerance(config)).to(device)
+    goes_on = config.resume or config.stage > 1  # then the checkpoint holds the tower's weights
+    model = new_model(config, len(CLASS_NAMES), SCRATCH if goes_on else config.clip_weights).to(device)
     pretrained = is_pretrained(model)
+    if config.checkpoint_tower and use_images and not pretrained:
+        sys.exit(f"--checkpoint-tower would update the batch norms of a tower from {SCRATCH} twice a step; "
+                 "leave it out, or give --clip-weights")
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay))
     weights = LOSS_WEIGHTS[config.model]
 
     # ---- where to start: anew, from the stage before, or from last.pt
     start, log = 0, []
-    if config.resume or config.stage > 1:
+    if goes_on:
         source = run / ("last.pt" if config.resume else f"stage{config.stage - 1}.pt")
         if not source.exists():
             sys.exit(f"{source} not found. It is made by: python train.py --stage {max(1, config.stage - 1)} "
@@ -353,8 +395,9 @@ def train(config):
     bare = sum(not (folder / "instance.npy").is_file() for folder in train_set.folders)
     if bare and config.plan != "A":
         print(f"{bare} of {len(train_set)} train scenes have no instance.npy: they teach classes only, no instances")
-    if use_images and not pretrained:
-        print("image tower: from scratch (no pretrained weights); it trains from stage 2 on")
+    if use_images:
+        print(f"image tower: {config.clip}, " + (f"weights {config.clip_weights}; frozen until stage 3" if pretrained
+                                                 else "FROM SCRATCH, random weights; it trains from stage 2 on"))
 
     skipped_in_a_row, bar = 0, None
     steps = -(-len(train_set) // config.batch_size)
@@ -368,8 +411,10 @@ def train(config):
             bar = tqdm(total=(last - epoch + 1) * steps, desc=f"stage {setting.stage} {setting.name}", unit="step",
                        dynamic_ncols=True)
         views = config.views if use_images and setting.fusion != "identity" else 0
-        if train_loader is None or views != train_set.views:  # workers start anew with the stage that needs images
-            train_set.views, val_set.views = views, 2 * views
+        frozen = views > 0 and not {"tower", "tower_ends"} & set(setting.parts)
+        if train_loader is None or (views, not frozen) != (train_set.views, train_set.vary_images):
+            train_set.views, val_set.views, train_set.vary_images = views, 2 * views, not frozen
+            train_set.cache = val_set.cache = cached_maps(model, config, train_set, val_set) if frozen else None
             train_loader = loader(train_set, config.batch_size, config.workers, shuffle=True, seed=config.seed)
             val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
         apply_setting(model, setting)

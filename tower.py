@@ -1,0 +1,356 @@
+"""The image tower: any open_clip image tower as dense RGB-D maps, and where its weights come from.
+
+    visual, mean, std = build_visual("ViT-B-16", "laion2b_s34b_b88k")  # a pretrained tag, a local file, or SCRATCH
+    tower = ClipTower(visual, out_channels=256, mean=mean, std=std, pretrained=True)
+    maps = tower(image, depth)                                          # (V, 256, h, w), a pixel every tower.stride
+
+Copy it beside clip_small.json and it works: needs torch and open_clip (with timm and safetensors, which it brings).
+
+A tower is cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16 after block 6 of 12), a
+pyramid (ModifiedResNet, ConvNeXt, ...) after stride 16. What is cut away is not kept, so every parameter that is left
+takes part in the output. Axes: V views, C channels, H, W image size, h, w map size.
+
+Sources: CLIP (Radford et al. 2021) as open_clip builds it; resized position embeddings as in ViT (Dosovitskiy et al.
+2021); doubling a plain ViT's map by a transposed convolution as in ViTDet (Li et al. 2022).
+"""
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trains from stage 2 on
+MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
+VIEW_CHUNK = 32  # images that go through the tower at a time
+COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
+LAST_BLOCKS = 2  # of a transformer, that train in stage 3
+
+
+@contextlib.contextmanager
+def import_open_clip():
+    """open_clip, without its notes and warnings of random weights on the screen, knowing this project's clip_small."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            import open_clip
+
+            if "clip_small" not in open_clip.list_models():
+                open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
+            yield open_clip
+        finally:
+            logging.disable(level)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def build_visual(name, weights):
+    """Build an open_clip image tower, whole, and fill it.
+
+    Args:
+        name:    a model of open_clip.list_models(), or "clip_small".
+        weights: a pretrained tag of that model (open_clip downloads and caches it), the path of a file (.pt, .bin of
+                 tensors or .safetensors, of a whole CLIP model or its `visual.` part), or SCRATCH.
+
+    Returns:
+        visual: open_clip ModifiedResNet, VisionTransformer or TimmModel.
+        mean, std: three floats each, the normalisation of colours in 0..1 that the tower was trained with.
+
+    Raises:
+        KeyError: unknown name.
+        ValueError: weights that cannot be had, read or fitted; the message names them, the reason and the ways out.
+    """
+    with import_open_clip() as open_clip:
+        from open_clip.model import _build_vision_tower
+        from open_clip.pretrained import download_pretrained
+
+        if name not in open_clip.list_models():
+            raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
+        config = open_clip.get_model_config(name)
+        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
+                                     config.get("quick_gelu", False))
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
+        mean = known.get("mean") or open_clip.OPENAI_DATASET_MEAN
+        std = known.get("std") or open_clip.OPENAI_DATASET_STD
+        if weights == SCRATCH:
+            return visual, mean, std
+        if weights in tags:
+            try:
+                path = download_pretrained(known)
+            except Exception as error:  # whatever the hub, the network or the disk raises
+                raise ValueError(
+                    f"CLIP weights {weights!r} of {name} could not be had ({_first_line(error)}); download them "
+                    f"elsewhere and give the file by --clip-weights PATH, or train the tower from random weights by "
+                    f"--clip-weights {SCRATCH}") from error
+        else:
+            path = find_weights(weights)
+            if path is None:
+                raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
+                                 f"{', '.join(tags) or 'none'}; or --clip-weights {SCRATCH} for random weights")
+    fill(visual, read_weights(path), name, path)
+    return visual, mean, std
+
+
+def find_weights(weights):
+    """The file of this name, here or beside this module; None where there is none."""
+    return next((path for path in (Path(weights), Path(__file__).parent / weights) if path.is_file()), None)
+
+
+def read_weights(path):
+    """A file of tensors -> {key: tensor}, without running any code of it. Raises ValueError where it is broken."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise all kinds on a damaged file
+        raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read (truncated, "
+                         f"or a program such as a TorchScript archive): {_first_line(error)}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    if not state:
+        raise ValueError(f"CLIP weights {path}: expected tensors by name, found none")
+    return state
+
+
+def fill(visual, state, name, path):
+    """Put the image tower's part of a state into visual; keys of the text tower are ignored, all else must fit."""
+    own = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    own = own or state  # a file of the image tower alone
+    wanted = visual.state_dict()
+    missing = [key for key in wanted if key not in own]
+    unknown = [key for key in own if key not in wanted]
+    shapes = [f"{key} is {tuple(own[key].shape)} instead of {tuple(wanted[key].shape)}"
+              for key in wanted if key in own and own[key].shape != wanted[key].shape]
+    if missing or unknown or shapes:
+        raise ValueError(f"CLIP weights {path} are not those of {name}: {len(missing)} tensors are missing "
+                         f"{missing[:2]}, {len(unknown)} unknown {unknown[:2]}, {len(shapes)} of another shape "
+                         f"{shapes[:2]}; give the tower that they belong to by --clip NAME")
+    broken = [key for key, value in own.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"CLIP weights {path}: {len(broken)} tensors hold numbers that are not finite {broken[:2]}")
+    visual.load_state_dict(own)
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------------- dense maps
+
+
+def autocast(like, precision):
+    """Matrix products and convolutions in bfloat16 where precision is "bf16"; as they are where it is "fp32"."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class RGBDConv(nn.Module):
+    """A convolution on RGB that also reads depth: conv(rgb) + conv_depth(depth), conv_depth starting at zero.
+
+    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added.
+    forward: (V, 4, H, W), depth last.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.rgb = conv
+        self.depth = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        nn.init.zeros_(self.depth.weight)
+
+    def forward(self, rgbd):
+        return self.rgb(rgbd[:, :3]) + self.depth(rgbd[:, 3:])
+
+
+class Pyramid(nn.Module):
+    """open_clip's ModifiedResNet up to stride 16: levels of strides 4, 8, 16."""
+
+    def __init__(self, visual):
+        super().__init__()
+        visual.conv1 = RGBDConv(visual.conv1)
+        visual.layer4 = visual.attnpool = None
+        self.net = visual
+
+    def forward(self, rgbd):
+        x = self.net.stem(rgbd)  # (V, width, H/4, W/4)
+        levels = []
+        for layer in (self.net.layer1, self.net.layer2, self.net.layer3):
+            x = layer(x)
+            levels.append(x)
+        return levels
+
+    def ends(self):
+        return [self.net.conv1, self.net.layer3]
+
+
+class Transformer(nn.Module):
+    """open_clip's VisionTransformer up to half of its blocks: one level, a pixel a patch, for any image size."""
+
+    def __init__(self, visual):
+        super().__init__()
+        blocks = visual.transformer.resblocks
+        visual.transformer.resblocks = blocks[: max(1, len(blocks) // 2)]
+        visual.conv1 = RGBDConv(visual.conv1)
+        visual.ln_post = visual.proj = visual.attn_pool = None
+        self.net = visual
+
+    def forward(self, rgbd):
+        x = self.net.conv1(rgbd)  # (V, C, h, w)
+        size = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # (V, h w, C)
+        x = torch.cat([self.net.class_embedding.expand(len(x), 1, -1), x], 1)  # (V, 1 + h w, C)
+        x = self.net.ln_pre(x + self.position(size))
+        for block in self.net.transformer.resblocks:
+            x = block(x)
+        return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
+
+    def position(self, size):
+        """Position embeddings (1 + h w, C), bicubic from the grid of the pretraining where the sizes differ."""
+        known, grid = self.net.positional_embedding, self.net.grid_size
+        if tuple(size) == tuple(grid):
+            return known
+        maps = known[1:].T.unflatten(1, grid)[None]  # (1, C, gh, gw)
+        maps = F.interpolate(maps, size, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([known[:1], maps[0].flatten(1).T])
+
+    def ends(self):
+        return [self.net.conv1, *self.net.transformer.resblocks[-LAST_BLOCKS:]]
+
+
+class TimmTrunk(nn.Module):
+    """A timm tower of open_clip, by timm's own forward_intermediates: a pyramid up to stride 16, or half of the blocks.
+
+    Raises ValueError where timm cannot give maps of any image size.
+    """
+
+    def __init__(self, visual):
+        super().__init__()
+        trunk = visual.trunk
+        if hasattr(trunk, "dynamic_img_size"):  # timm's plain transformers: position embeddings for any size
+            trunk.dynamic_img_size = True
+            trunk.patch_embed.strict_img_size, trunk.patch_embed.flatten = False, False
+            trunk.patch_embed.output_fmt = type(trunk.patch_embed.output_fmt)("NHWC")
+        name = next(n for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
+        trunk.set_submodule(name, RGBDConv(trunk.get_submodule(name)))
+        self.first = name
+        try:
+            with torch.no_grad():
+                probe = trunk.eval().forward_intermediates(torch.zeros(1, 4, 224, 288), intermediates_only=True)
+            strides = [round(224 / level.shape[-2]) for level in probe]
+            if len(set(strides)) == 1:
+                self.indices = [max(1, len(strides) // 2) - 1]
+            else:
+                self.indices = [i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
+            trunk.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"timm's {type(trunk).__name__} gives no maps for images of any size "
+                             f"({_first_line(error)}); take another --clip") from error
+        self.net = trunk
+
+    def forward(self, rgbd):
+        return self.net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
+
+    def ends(self):
+        blocks = next(m for n, m in self.net.named_children() if n in ("stages", "blocks", "layers"))
+        blocks = getattr(blocks[-1], "blocks", blocks)  # of the last stage, where there are stages
+        return [self.net.get_submodule(self.first), *blocks[-LAST_BLOCKS:]]
+
+
+class ClipTower(nn.Module):
+    """Dense RGB-D features from an open_clip image tower: levels of one or more strides, and a neck that joins them.
+
+    The neck brings a pyramid's levels to one width by 1x1 convolutions and sums them at the finest stride; a plain
+    transformer's single level is normalised over its channels, doubled in resolution and smoothed by a 3x3 convolution.
+
+    Args:
+        visual:       open_clip ModifiedResNet, VisionTransformer or TimmModel, whole; it is cut here.
+        out_channels: channels of the map.
+        mean, std:    of colours in 0..1, three floats each (`build_visual`).
+        pretrained:   True where visual holds trained weights: stages.py then protects it.
+    """
+
+    def __init__(self, visual, out_channels, mean, std, pretrained=False):
+        super().__init__()
+        kinds = {"ModifiedResNet": Pyramid, "VisionTransformer": Transformer, "TimmModel": TimmTrunk}
+        if type(visual).__name__ not in kinds:
+            raise ValueError(f"image tower of type {type(visual).__name__}; expected one of {sorted(kinds)}")
+        self.pretrained, self.out_channels = pretrained, out_channels
+        self.checkpointing, self.precision = False, "fp32"  # set by train.py
+        self.visual = kinds[type(visual).__name__](visual)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        side = 224
+        with torch.no_grad():
+            levels = self.visual.eval()(torch.zeros(1, 4, side, side))
+        self.train()
+        self.multiple = max(round(side / level.shape[-1]) for level in levels)  # sides are padded to multiples of it
+        self.stride = min(round(side / level.shape[-1]) for level in levels)  # of the map, in pixels
+        widths = [level.shape[1] for level in levels]
+        if len(levels) > 1:
+            self.neck = nn.ModuleList(nn.Conv2d(width, out_channels, 1, bias=False) for width in widths)
+        else:
+            self.stride //= 2
+            self.neck = nn.Sequential(nn.ConvTranspose2d(widths[0], out_channels, 2, stride=2), nn.GELU(),
+                                      nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False))
+
+    def forward(self, image, depth, levels=None):
+        """One map a view, in bounded chunks of views.
+
+        Args:
+            image:  (V, 3, H, W) uint8.  depth: (V, H, W) metres, 0 = no reading.
+            levels: what `encode` gave for these views (a cache's); the image is not looked at then.
+
+        Returns:
+            (V, out_channels, h, w) float32; pixel (0, 0) covers the image's first stride x stride pixels. H and W need
+            not be multiples of the stride: the image is padded at its right and lower border, nothing is cropped, so
+            the map covers (w * stride, h * stride) pixels.
+        """
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
+        maps = []
+        for start in range(0, len(depth), VIEW_CHUNK):
+            part = slice(start, start + VIEW_CHUNK)
+            if levels is not None:
+                given = [level[part].float() for level in levels]
+            elif trains and self.checkpointing:
+                given = checkpoint(self.encode, image[part], depth[part], use_reentrant=False)
+            else:
+                given = self.encode(image[part], depth[part])
+            maps.append(self.join(given))
+        return torch.cat(maps)
+
+    def encode(self, image, depth):
+        """(V, 3, H, W) uint8, (V, H, W) metres -> list of levels (V, C, h, w) float32, what a frozen tower repeats."""
+        rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as CLIP was trained
+        rgbd = torch.cat([rgb, (depth / MAX_DEPTH).clamp(0, 1).unsqueeze(1)], 1)  # depth in 0..1, 0 = no reading
+        down, right = (-size % self.multiple for size in depth.shape[1:])
+        rgbd = F.pad(rgbd, (0, right, 0, down))  # with the mean colour and no depth
+        with autocast(rgbd, self.precision):
+            return [level.float() for level in self.visual(rgbd)]
+
+    def join(self, levels):
+        """The neck: list of levels (V, C, h, w) -> (V, out_channels, h, w) float32."""
+        with autocast(levels[0], self.precision):
+            if len(levels) == 1:
+                x = levels[0].permute(0, 2, 3, 1)  # (V, h, w, C)
+                x = F.layer_norm(x, x.shape[3:])  # a residual stream: a few of its channels are huge
+                return self.neck(x.permute(0, 3, 1, 2)).float()
+            out = self.neck[0](levels[0])
+            for level, lateral in zip(levels[1:], self.neck[1:]):
+                out = out + F.interpolate(lateral(level), out.shape[-2:], mode="bilinear", align_corners=False)
+            return out.float()
+
+    def parts(self):
+        """Parameters by part of stages.PARTS."""
+        ends = [p for module in self.visual.ends() for p in module.parameters()]
+        known = {id(p) for p in ends}
+        return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
+                "2d": list(self.neck.parameters())}
