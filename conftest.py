@@ -107,10 +107,12 @@ def _make_model(name="bifusion", pretrained=False, num_classes=5, seed=0):
     decoder = QueryDecoder(16, dim=16, hidden=32, layers=2, heads=2, num_classes=num_classes)
     if name == "baseline":
         return Baseline3D(unet, decoder, 16, num_classes)
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.modified_resnet import ModifiedResNet
 
     visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8)
-    return BiFusion(unet, ClipTower(visual, 16, pretrained), decoder, 16, num_classes, depth_tolerance=0.05)
+    tower = ClipTower(visual, 16, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, pretrained)
+    return BiFusion(unet, tower, decoder, 16, num_classes, depth_tolerance=0.05)
 
 
 def _train_steps(model, setting, batch, steps=4, lr=1e-2, optimizer=None):
@@ -179,7 +181,7 @@ def run_train(tiny_rooms):
             patch.setitem(RECIPES["small"], "voxel_size", 0.25)
             patch.setitem(RECIPES["small"], "views", 2)
             patch.setitem(RECIPES["small"], "batch_size", 2)
-            main(["--out", str(out), "--device", "cpu", "--workers", "0",
+            main(["--out", str(out), "--device", "cpu", "--workers", "0", "--cache", str(tiny_rooms.parent / "cache"),
                   *([] if "--resume" in flags else ["--data", str(tiny_rooms)]), *map(str, flags)])
         return read_log(out / "log.jsonl")[0]
 

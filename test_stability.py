@@ -85,20 +85,22 @@ def test_film_starts_as_the_identity():
 
 
 def test_conv1_on_rgbd_gives_the_rgb_towers_output_bit_for_bit_at_the_start():
+    from open_clip import OPENAI_DATASET_MEAN as MEAN
+    from open_clip import OPENAI_DATASET_STD as STD
     from open_clip.modified_resnet import ModifiedResNet
 
-    from model import CLIP_MEAN, CLIP_STD, ClipTower
+    from model import ClipTower
 
     visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8).eval()
     rgb_tower = copy.deepcopy(visual)
-    tower = ClipTower(visual, 16, pretrained=True).eval()
+    tower = ClipTower(visual, 16, MEAN, STD, pretrained=True).eval()
     image, depth = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8), 8 * torch.rand(3, 48, 64)
-    rgb = (image.float() / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    rgb = (image.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         rgbd = torch.cat([rgb, depth[:, None]], 1)
-        assert torch.equal(tower.visual.conv1(rgbd), rgb_tower.conv1(rgb))
+        assert torch.equal(tower.visual.net.conv1(rgbd), rgb_tower.conv1(rgb))
         x, expected = rgb_tower.stem(rgb), 0
-        assert torch.equal(tower.visual.stem(rgbd), x)
+        assert torch.equal(tower.visual.net.stem(rgbd), x)
         for layer, lateral in zip((rgb_tower.layer1, rgb_tower.layer2, rgb_tower.layer3), tower.neck):
             x = layer(x)
             y = lateral(x)
@@ -197,7 +199,7 @@ def test_only_conv1_and_the_last_blocks_of_a_frozen_tower_train_in_stage_three(m
     train_steps(model, setting_at(70, pretrained=True), batch)
     parameters = dict(model.tower.visual.named_parameters())
     for name, value in model.tower.visual.state_dict().items():
-        trains = name in parameters and name.startswith(("conv1.", "layer3."))
+        trains = name in parameters and name.startswith(("net.conv1.", "net.layer3."))
         assert torch.equal(before[name], value) != trains, name
         assert name not in parameters or (parameters[name].grad is not None) == trains
 

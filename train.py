@@ -91,11 +91,11 @@ def parse_config(argv=None):
     for f in dataclasses.fields(Config):
         shown = "the preset's" if f.default is None else f.default
         text = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
+        flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, choices=f.metadata["choices"],
-                                default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
     config.out = config.out or f"runs/{config.model}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
 from losses import LOSS_WEIGHTS, weighted_sum
-from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, RGBDConv, SparseUNet, VoxelBatchNorm, build_model,
+from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, SparseUNet, VoxelBatchNorm, build_model,
                    largest_pieces, select_instances, superpoint_graph, superpoint_means, superpoint_sizes)
 from stages import PARTS, apply_setting, setting_at
 from train import loss_terms
@@ -87,9 +87,11 @@ def test_unknown_names_are_refused_with_the_choices():
         build_model("pointnet", "small", 20)
 
 
-def test_a_preset_without_an_image_tower_says_so():
-    with pytest.raises(ValueError, match="no image tower"):
-        build_model("bifusion", "base", 20)
+def test_bifusion_of_base_has_89_million_parameters_and_its_tower_half_of_vit_b_16():
+    model = build_model("bifusion", "base", 20, clip_weights="scratch")
+    assert count(model) == pytest.approx(89e6, rel=0.05)
+    assert count(model.tower.visual) == pytest.approx(43.3e6, rel=0.01)
+    assert len(model.tower.visual.net.transformer.resblocks) == 6
 
 
 @pytest.mark.parametrize("name", ["baseline", "bifusion"])
@@ -217,37 +219,6 @@ def test_views_of_another_scene_are_not_looked_into(make_model, make_batch):
     first = batch["batch_index"] == 0
     assert torch.equal(before["feat_2d"][first], after["feat_2d"][first])
     assert not torch.equal(before["feat_2d"][~first], after["feat_2d"][~first])
-
-
-# ---- the image tower
-
-def test_the_tower_gives_a_map_of_stride_four_and_chunks_do_not_matter(make_model, monkeypatch):
-    tower = make_model().tower.eval()
-    image, depth = torch.randint(0, 256, (5, 3, 48, 64), dtype=torch.uint8), torch.rand(5, 48, 64) * 5
-    with torch.no_grad():
-        whole = tower(image, depth)
-        monkeypatch.setattr("model.VIEW_CHUNK", 2)
-        parts = tower(image, depth)
-    assert whole.shape == (5, tower.out_channels, 12, 16)
-    assert torch.allclose(whole, parts, atol=1e-5)
-
-
-def test_images_of_odd_size_pass_the_tower(make_model):
-    tower = make_model().tower.eval()
-    with torch.no_grad():
-        out = tower(torch.zeros(1, 3, 50, 70, dtype=torch.uint8), torch.zeros(1, 50, 70))
-    assert torch.isfinite(out).all()
-
-
-def test_depth_reaches_the_tower_once_its_weights_leave_zero():
-    conv = RGBDConv(torch.nn.Conv2d(3, 4, 3, bias=False))
-    rgbd = torch.randn(2, 4, 8, 8)
-    other = torch.cat([rgbd[:, :3], rgbd[:, 3:] + 1], 1)
-    assert torch.equal(conv(rgbd), conv(other))
-    conv(rgbd).sum().backward()
-    assert conv.depth.weight.grad.any()
-    torch.nn.init.ones_(conv.depth.weight)
-    assert not torch.equal(conv(rgbd), conv(other))
 
 
 # ---- edges

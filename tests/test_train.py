@@ -106,9 +106,22 @@ def test_plan_b_takes_its_own_rate_and_decay_unless_told_otherwise(tmp_path):
     assert parse_config(["--plan", "B", "--lr", "2e-5", "--out", str(tmp_path)]).lr == 2e-5
 
 
-def test_bifusion_in_a_preset_without_image_tower_stops_with_a_message(tiny_rooms, tmp_path):
+def test_clip_weights_that_cannot_be_had_stop_with_tag_reason_and_ways_out(tiny_rooms, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
     said = message_of(main, ["--preset", "base", "--data", str(tiny_rooms), "--out", str(tmp_path / "run")])
-    assert "no image tower" in said
+    for part in ("laion2b_s34b_b88k", "no route to host", "--clip-weights PATH", "--clip-weights scratch"):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tower_needs_its_weights_said(tmp_path):
+    out = ["--out", str(tmp_path / "run")]
+    assert "--clip-weights" in message_of(parse_config, ["--clip", "RN50", *out])
+    assert parse_config(["--clip", "RN50", "--clip-weights", "scratch", *out]).clip == "RN50"
+    assert parse_config(["--plan", "A", "--preset", "base", *out]).clip_weights == "scratch"
 
 
 def test_missing_data_stops_with_a_message(tmp_path):
