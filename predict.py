@@ -10,6 +10,9 @@ Whatever is missing is computed or done without, and said in one line. Writes fo
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
     <scan>_instances.txt  the list: class, score, points, box
     <scan>.png            colours, classes, instances, and the ground truth where there is one
+With --text "a red armchair" "whiteboard" also, from the frames and the run's pretrained CLIP model (openvocab.py),
+    <scan>_text_1.ply ... a file a text, property `similarity`, colours from blue (fits least) to yellow (fits best)
+    <scan>_text.png       the same as pictures
 CloudCompare and MeshLab open the .ply files. A large scan is predicted in tiles; an object on a border becomes two.
 """
 
@@ -27,8 +30,10 @@ from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimat
                   instance_targets, load_frames, load_scene, scene_item, superpoints_from_points, usable_frames,
                   voxel_means, voxelise)
 from metrics import semantic_iou
+from openvocab import load_clip, search
 from ply import read_ply, vertex_normals
-from train import RECIPES, instances_of_scene, load_model, to_device
+from tower import SCRATCH
+from train import RECIPES, depth_tolerance, instances_of_scene, load_model, to_device
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
@@ -37,6 +42,7 @@ TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
 POINTWISE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # of a scene
+TEXT_FRAMES = 40  # of a scan that --text looks at
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
@@ -191,6 +197,13 @@ def tiles(coord, voxel_size, limit):
     return out
 
 
+def scan_frames(scene, path, config, count):
+    """At most count frames of a scan of `read_scan`, as data.load_frames; the cameras see its points as stored."""
+    frames = load_frames(path, evenly_spread(scene["frame_ids"], count), RECIPES[config.preset]["image_size"])
+    frames["world_to_camera"][:, :3, 3] += frames["world_to_camera"][:, :3, :3] @ scene["origin"]
+    return frames
+
+
 @torch.no_grad()
 def predict_scene(model, config, path, device="cpu"):
     """Label every point of a scan.
@@ -213,11 +226,8 @@ def predict_scene(model, config, path, device="cpu"):
     scene, notes = read_scan(path)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
-    ids, use_images = scene["frame_ids"], config.model == "bifusion" and model.setting.fusion != "identity"
-    chosen = evenly_spread(ids, 2 * config.views if use_images else 0)  # as many as evaluation takes
-    frames = load_frames(path, chosen, RECIPES[config.preset]["image_size"])
-    shift = frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # the cameras see the points as they are stored
-    frames["world_to_camera"][:, :3, 3] += shift
+    use_images = config.model == "bifusion" and model.setting.fusion != "identity"
+    frames = scan_frames(scene, path, config, 2 * config.views if use_images else 0)  # as many as evaluation takes
     n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
     members, classes, scores, labels, voxels, seen = [], [], [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
@@ -285,18 +295,46 @@ def instance_table(coord, prediction, instance, rows):
     return "\n".join(lines)
 
 
-def write_ply(path, coord, labels, color, instance=None):
-    """Points with colours: x y z (as coord: float or double), red green blue uchar, label ushort (NYU40 id; 0 = none),
-    with instance (N,) also instance ushort."""
+def write_ply(path, coord, color, labels=None, instance=None, similarity=None):
+    """Points with colours: x y z (as coord: float or double), red green blue uchar; where they are given, each (N,),
+    label ushort (NYU40 id; 0 = none), instance ushort, similarity float."""
     fields = [(axis, coord.dtype.str) for axis in "xyz"]
-    fields += [("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "u2")]
-    vertex = np.zeros(len(coord), fields + ([("instance", "u2")] if instance is not None else []))
+    fields += [("red", "u1"), ("green", "u1"), ("blue", "u1")]
+    extra = {} if labels is None else {"label": np.array([*NYU40_IDS, 0], np.uint16)[labels]}  # IGNORE is the last
+    extra |= {} if instance is None else {"instance": instance.astype(np.uint16)}
+    extra |= {} if similarity is None else {"similarity": similarity.astype(np.float32)}
+    vertex = np.zeros(len(coord), fields + [(name, values.dtype.str) for name, values in extra.items()])
     vertex["x"], vertex["y"], vertex["z"] = coord.T
     vertex["red"], vertex["green"], vertex["blue"] = color.T
-    vertex["label"] = np.array([*NYU40_IDS, 0])[labels]  # IGNORE is the last
-    if instance is not None:
-        vertex["instance"] = instance
+    for name, values in extra.items():
+        vertex[name] = values
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
+
+
+def find_texts(clip, texts, scene, path, config, coord, out):
+    """Write a .ply a text and one picture of them all; returns a line of text that says what came out."""
+    if not scene["frame_ids"]:
+        return f"{scene['name']}: no frames, so no text can be looked for"
+    frames = {k: torch.from_numpy(v) for k, v in scan_frames(scene, path, config, TEXT_FRAMES).items()}
+    similarity, seen = search(*clip, texts, torch.from_numpy(scene["coord"]), frames, depth_tolerance(config))
+    similarity, seen = similarity.numpy(), seen.numpy()
+    panels = {(0, 0): ("input colours", scene["color"])}
+    for i, text in enumerate(texts):
+        color = heat(similarity[:, i], seen)
+        write_ply(out / f"{scene['name']}_text_{i + 1}.ply", coord, color, similarity=similarity[:, i])
+        panels[divmod(i + 1, 3)] = (text, color)
+    draw_panels(out / f"{scene['name']}_text.png", scene, panels, f"{scene['name']}: {config.clip}")
+    best = [f"{text!r} up to {similarity[seen, i].max():.2f}" if seen.any() else "" for i, text in enumerate(texts)]
+    return (f"{scene['name']}: texts on the {seen.mean():.0%} of the points that {len(frames['depth'])} frames see: "
+            f"{', '.join(best)} -> {out}/{scene['name']}_text.png, {scene['name']}_text_1.ply ...")
+
+
+def heat(values, shown):
+    """(N,) float -> (N, 3) u8, blue to yellow from the 5th to the 99.5th percentile of those shown, grey elsewhere."""
+    low, high = np.percentile(values[shown], (5, 99.5)) if shown.any() else (0, 1)
+    share = np.clip((values - low) / max(high - low, 1e-6), 0, 1)[:, None]
+    color = (1 - share) * np.array([40, 50, 140]) + share * np.array([255, 225, 40])
+    return np.where(shown[:, None], color, NO_LABEL).astype(np.uint8)
 
 
 def class_colors(labels):
@@ -363,10 +401,6 @@ def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
 
 def draw(path, scene, prediction, instance, title):
     """One picture: input colours, classes, instances, below the ground truth where there is one; and a legend."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     labels, true_instance = prediction["labels"], prediction["true_instance"]
     panels = {(0, 0): ("input colours", scene["color"]), (0, 1): ("classes", class_colors(labels)),
               (0, 2): ("instances", instance_colors(instance, true_instance))}
@@ -375,23 +409,31 @@ def draw(path, scene, prediction, instance, title):
         panels |= {(1, 1): ("classes, ground truth", class_colors(scene["segment"])),
                    (1, 2): ("instances, ground truth", instance_colors(true_instance))}
         shown |= set(scene["segment"].tolist())
-    rows = 1 + max(row for row, _ in panels)
-    figure = Figure(figsize=(16.2, 5.3 * rows), dpi=100, layout="constrained")
+    legend = {CLASS_NAMES[k]: CLASS_COLORS[k] for k in sorted(shown - {IGNORE})}
+    draw_panels(path, scene, panels, title, legend | ({"no label": NO_LABEL} if IGNORE in shown else {}))
+
+
+def draw_panels(path, scene, panels, title, legend=None):
+    """The scan once for each of panels, {(row, column): (name, color (N, 3))}; legend {name: colour}."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows, columns = (1 + max(place[axis] for place in panels) for axis in (0, 1))
+    figure = Figure(figsize=(5.4 * columns, 5.3 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 3, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for place, axis in np.ndenumerate(axes):
         axis.axis("off")
         if place in panels:
             name, color = panels[place]
             axis.imshow(render(scene["coord"], scene["normal"], color))
             axis.set_title(name, fontsize=13)
-    patches = [Patch(facecolor=CLASS_COLORS[k] / 255, label=CLASS_NAMES[k]) for k in sorted(shown - {IGNORE})]
-    if IGNORE in shown:
-        patches.append(Patch(facecolor=NO_LABEL / 255, label="no label"))
+    patches = [Patch(facecolor=color / 255, label=name) for name, color in (legend or {}).items()]
     figure.suptitle(title, fontsize=14)
-    if rows == 2:
+    if patches and (1, 0) not in panels and rows == 2:
         axes[1, 0].legend(handles=patches, loc="center", ncols=2, frameon=False, fontsize=13)
-    else:
+    elif patches:
         figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), frameon=False)
     figure.savefig(path)
 
@@ -402,6 +444,7 @@ def main(argv=None):
     parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help="colour the scan by how well each point fits a text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -409,6 +452,10 @@ def main(argv=None):
         if len(set(names)) < len(names):
             raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
         model, config = open_checkpoint(args.checkpoint, args.device)
+        if args.text and config.clip_weights == SCRATCH:
+            raise ValueError(f"--text needs a pretrained CLIP model with its text tower; {args.checkpoint} has "
+                             f"an image tower from {SCRATCH}")
+        clip = load_clip(config.clip, config.clip_weights) if args.text else None
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
@@ -422,8 +469,8 @@ def main(argv=None):
                 title += f", mIoU {miou:.3f}"
             coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]
             table = instance_table(coord, prediction, instance, rows)
-            write_ply(out / f"{name}_semantic.ply", coord, prediction["labels"], class_colors(prediction["labels"]))
-            write_ply(out / f"{name}_instances.ply", coord, labels, instance_colors(instance), instance)
+            write_ply(out / f"{name}_semantic.ply", coord, class_colors(prediction["labels"]), prediction["labels"])
+            write_ply(out / f"{name}_instances.ply", coord, instance_colors(instance), labels, instance)
             (out / f"{name}_instances.txt").write_text(table + "\n")
             draw(out / f"{name}.png", scene, prediction, instance, f"{config.model}: {title}")
             views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
@@ -431,6 +478,8 @@ def main(argv=None):
             print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, "
                   f"{len(np.unique(labels))} classes, {len(rows)} instances -> {out}/{name}_semantic.ply, "
                   f"{name}_instances.ply, {name}_instances.txt, {name}.png\n{table}")
+            if args.text:
+                print(find_texts(clip, args.text, scene, Path(folder).resolve(), config, coord, out))
     except (OSError, ValueError) as error:
         sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
 

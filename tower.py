@@ -69,7 +69,6 @@ def build_visual(name, weights):
     """
     with import_open_clip() as open_clip:
         from open_clip.model import _build_vision_tower
-        from open_clip.pretrained import download_pretrained
 
         if name not in open_clip.list_models():
             raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
@@ -80,28 +79,32 @@ def build_visual(name, weights):
         known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
         mean = known.get("mean") or open_clip.OPENAI_DATASET_MEAN
         std = known.get("std") or open_clip.OPENAI_DATASET_STD
-        if weights == SCRATCH:
-            return visual, mean, std
+    if weights != SCRATCH:
+        path = weights_file(name, weights)
+        fill(visual, read_weights(path), name, path)
+    return visual, mean, std
+
+
+def weights_file(name, weights):
+    """The file of a pretrained tag (downloaded by open_clip where it is not cached yet), or of a path, here or beside
+    this module. Raises ValueError where there is none, with the ways out."""
+    with import_open_clip() as open_clip:
+        from open_clip.pretrained import download_pretrained
+
+        tags = open_clip.list_pretrained_tags_by_model(name)
         if weights in tags:
             try:
-                path = download_pretrained(known)
+                return download_pretrained(open_clip.get_pretrained_cfg(name, weights))
             except Exception as error:  # whatever the hub, the network or the disk raises
                 raise ValueError(
                     f"CLIP weights {weights!r} of {name} could not be had ({_first_line(error)}); download them "
                     f"elsewhere and give the file by --clip-weights PATH, or train the tower from random weights by "
                     f"--clip-weights {SCRATCH}") from error
-        else:
-            path = find_weights(weights)
-            if path is None:
-                raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
-                                 f"{', '.join(tags) or 'none'}; or --clip-weights {SCRATCH} for random weights")
-    fill(visual, read_weights(path), name, path)
-    return visual, mean, std
-
-
-def find_weights(weights):
-    """The file of this name, here or beside this module; None where there is none."""
-    return next((path for path in (Path(weights), Path(__file__).parent / weights) if path.is_file()), None)
+    path = next((path for path in (Path(weights), Path(__file__).parent / weights) if path.is_file()), None)
+    if path is None:
+        raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
+                         f"{', '.join(tags) or 'none'}; or --clip-weights {SCRATCH} for random weights")
+    return path
 
 
 def read_weights(path):
