@@ -181,7 +181,7 @@ class Pyramid(nn.Module):
         super().__init__()
         visual.conv1 = RGBDConv(visual.conv1)
         visual.layer4 = visual.attnpool = None
-        self.net = visual
+        self.net, self.strides = visual, [4, 8, 16]
 
     def forward(self, rgbd):
         x = self.net.stem(rgbd)  # (V, width, H/4, W/4)
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
         visual.transformer.resblocks = blocks[: max(1, len(blocks) // 2)]
         visual.conv1 = RGBDConv(visual.conv1)
         visual.ln_post = visual.proj = visual.attn_pool = None
-        self.net = visual
+        self.net, self.strides = visual, [visual.conv1.rgb.stride[0]]
 
     def forward(self, rgbd):
         x = self.net.conv1(rgbd)  # (V, C, h, w)
@@ -237,35 +237,46 @@ class TimmTrunk(nn.Module):
 
     def __init__(self, visual):
         super().__init__()
-        trunk = visual.trunk
-        if hasattr(trunk, "dynamic_img_size"):  # timm's plain transformers: position embeddings for any size
-            trunk.dynamic_img_size = True
-            trunk.patch_embed.strict_img_size, trunk.patch_embed.flatten = False, False
-            trunk.patch_embed.output_fmt = type(trunk.patch_embed.output_fmt)("NHWC")
-        name = next(n for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
-        trunk.set_submodule(name, RGBDConv(trunk.get_submodule(name)))
-        self.first = name
+        self.net, patch = visual.trunk, getattr(visual.trunk, "patch_embed", None)
+        self.rope = getattr(self.net, "rope", None)  # EVA's rotary positions
+        if hasattr(patch, "strict_img_size"):
+            patch.strict_img_size = False
+        if hasattr(patch, "output_fmt") and hasattr(self.net, "dynamic_img_size"):  # timm's plain transformers
+            self.net.dynamic_img_size = True
+            patch.flatten, patch.output_fmt = False, type(patch.output_fmt)("NHWC")
+        for block in self.net.modules():
+            if hasattr(block, "dynamic_mask"):  # Swin's windows
+                block.dynamic_mask = True
+        # a tower of parallel stems (FastViT) reads the image by several convolutions
+        self.first = [n for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+        for name in self.first:
+            self.net.set_submodule(name, RGBDConv(self.net.get_submodule(name)))
         try:
-            with torch.no_grad():
-                probe = trunk.eval().forward_intermediates(torch.zeros(1, 4, 224, 288), intermediates_only=True)
-            strides = [round(224 / level.shape[-2]) for level in probe]
+            strides = [level["reduction"] for level in self.net.feature_info]
             if len(set(strides)) == 1:
                 self.indices = [max(1, len(strides) // 2) - 1]
             else:
                 self.indices = [i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
-            trunk.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"timm's {type(trunk).__name__} gives no maps for images of any size "
+            self.strides = [strides[i] for i in self.indices]
+            self.net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+            sides = [3 * max(self.strides), 4 * max(self.strides)]
+            with torch.no_grad():
+                probe = self.eval()(torch.zeros(1, 4, *sides))
+            found, wanted = [level.shape[2:] for level in probe], [[a // s for a in sides] for s in self.strides]
+            assert [list(shape) for shape in found] == wanted, f"{found} in place of {wanted}"
+        except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ValueError(f"timm's {type(self.net).__name__} gives no maps for images of any size "
                              f"({_first_line(error)}); take another --clip") from error
-        self.net = trunk
 
     def forward(self, rgbd):
+        if hasattr(self.rope, "update_feat_shape"):
+            self.rope.update_feat_shape([side // self.strides[0] for side in rgbd.shape[2:]])
         return self.net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
 
     def ends(self):
         blocks = next(m for n, m in self.net.named_children() if n in ("stages", "blocks", "layers"))
         blocks = getattr(blocks[-1], "blocks", blocks)  # of the last stage, where there are stages
-        return [self.net.get_submodule(self.first), *blocks[-LAST_BLOCKS:]]
+        return [*(self.net.get_submodule(name) for name in self.first), *blocks[-LAST_BLOCKS:]]
 
 
 class ClipTower(nn.Module):
@@ -291,14 +302,12 @@ class ClipTower(nn.Module):
         self.visual = kinds[type(visual).__name__](visual)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        side = 224
+        self.multiple = max(self.visual.strides)  # sides are padded to multiples of it
+        self.stride = min(self.visual.strides)  # of the map, in pixels
         with torch.no_grad():
-            levels = self.visual.eval()(torch.zeros(1, 4, side, side))
+            widths = [level.shape[1] for level in self.visual.eval()(torch.zeros(1, 4, *[2 * self.multiple] * 2))]
         self.train()
-        self.multiple = max(round(side / level.shape[-1]) for level in levels)  # sides are padded to multiples of it
-        self.stride = min(round(side / level.shape[-1]) for level in levels)  # of the map, in pixels
-        widths = [level.shape[1] for level in levels]
-        if len(levels) > 1:
+        if len(widths) > 1:
             self.neck = nn.ModuleList(nn.Conv2d(width, out_channels, 1, bias=False) for width in widths)
         else:
             self.stride //= 2
