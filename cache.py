@@ -11,16 +11,18 @@ begins with a checksum of the rest: what a kill or a full disk leaves behind is 
 and the poses play no part: they come after the maps.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import frame_files, load_frames
+from data import frame_files, load_frames, start_worker
 from tower import MAX_DEPTH, VIEW_CHUNK
 
 FORMAT = 1  # raise it whenever the same tower gives other numbers or a file another meaning
@@ -76,7 +78,7 @@ class FeatureCache:
     def _read(self, path):
         try:
             entry = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:  # none there, as a rule
             return None
         if len(entry) != self.entry_bytes or digest(entry[CHECKSUM:]) != entry[:CHECKSUM]:
             return None
@@ -113,12 +115,14 @@ class FeatureCache:
         missing = [(f, i) for f, i in tqdm(views, desc="frozen tower: checking its maps", leave=False, disable=None)
                    if self.read(f, i) is None]
         need = len(missing) * self.entry_bytes
-        used = sum(p.stat().st_size for p in self.root.glob("*/*")) if missing else 0
+        used = self._used() if missing else 0
         if used + need > self.limit:
             print(f"frozen tower: its maps would need {need / 1e9:.1f} GB beside the {used / 1e9:.1f} GB in "
                   f"{self.root}, more than --cache-gb {self.limit / 1e9:g}; the tower runs in every step instead")
             return False
-        loader = torch.utils.data.DataLoader(_Frames(missing, self.image_size), VIEW_CHUNK, num_workers=workers)
+        loader = torch.utils.data.DataLoader(
+            _Frames(missing, self.image_size), VIEW_CHUNK, num_workers=workers, worker_init_fn=start_worker,
+            generator=torch.Generator())  # its own: a run must draw the same random numbers with and without a cache
         bar = tqdm(total=len(missing), desc="frozen tower: computing its maps once", unit="view", dynamic_ncols=True,
                    disable=not missing)
         try:
@@ -135,6 +139,18 @@ class FeatureCache:
         finally:
             bar.close()
         return True
+
+    def _used(self):
+        """Bytes in root. What a kill left half-written, an hour ago or more, is deleted."""
+        used = 0
+        for path in self.root.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another run has renamed it meanwhile
+                state = path.stat()
+                if path.suffix == ".tmp" and state.st_mtime < time.time() - 3600:
+                    path.unlink()
+                else:
+                    used += state.st_size
+        return used
 
 
 class _Frames(torch.utils.data.Dataset):

@@ -632,7 +632,7 @@ class EpochBatches(torch.utils.data.Sampler):
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
-def _start_worker(_):
+def start_worker(_):
     """One thread a worker process, the cores belong to the training; Ctrl-C is the main process's business."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -642,4 +642,5 @@ def loader(dataset, batch_size, workers, shuffle, seed):
     """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass."""
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       persistent_workers=workers > 0, worker_init_fn=_start_worker)
+                                       persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                       generator=torch.Generator())  # its own: workers or not, a run draws the same

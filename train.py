@@ -359,7 +359,10 @@ def train(config):
 
     # ---- model, optimiser
     goes_on = config.resume or config.stage > 1  # then the checkpoint holds the tower's weights
-    model = new_model(config, len(CLASS_NAMES), SCRATCH if goes_on else config.clip_weights).to(device)
+    try:
+        model = new_model(config, len(CLASS_NAMES), SCRATCH if goes_on else config.clip_weights).to(device)
+    except KeyError as error:
+        sys.exit(f"error: {error.args[0]}")  # an unknown --clip, with the choices
     pretrained = is_pretrained(model)
     if config.checkpoint_tower and use_images and not pretrained:
         sys.exit(f"--checkpoint-tower would update the batch norms of a tower from {SCRATCH} twice a step; "

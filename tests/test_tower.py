@@ -1,0 +1,540 @@
+"""Tests of tower.py: the RGB towers of open_clip bit for bit, images of any size, weights of all kinds, the curriculum.
+
+The kinds are tiny towers of every family that open_clip builds; ViT-B-16 and RN50 are tested at full size too.
+"""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import tower as tower_module
+from losses import LOSS_WEIGHTS, weighted_sum
+from model import BiFusion
+from stages import apply_setting, parameter_groups, set_rates, setting_at
+from tower import MAX_DEPTH, SCRATCH, ClipTower, build_visual, import_open_clip
+from train import loss_terms
+
+OPENAI = (0.48145466, 0.4578275, 0.40821073)
+TEXT = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 1, "layers": 1}
+TINY = {  # vision_cfg; the timm models are those of timm's own tests
+    "tiny_vit": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
+    "tiny_timm_vit": {"timm_model_name": "test_vit", "image_size": 160},
+    "tiny_convnext": {"timm_model_name": "test_convnext", "image_size": 160},
+}
+PLAIN = ("tiny_vit", "tiny_timm_vit", "PE-Core-T-16-384", "ViTamin-S", "ViT-B-16")  # one level, which the neck doubles
+KINDS = ("clip_small", *TINY, "PE-Core-T-16-384", "MobileCLIP2-S0", "ViTamin-S")
+NAMED = ("ViT-B-16", "RN50")
+FEW = ("clip_small", "tiny_vit", "tiny_timm_vit", "tiny_convnext")
+
+
+@pytest.fixture(scope="module")
+def visuals(tmp_path_factory):
+    """Function: name -> (whole RGB tower in evaluation, mean, std), random but with every batch norm in motion."""
+    folder, known = tmp_path_factory.mktemp("configs"), {}
+    for name, vision in TINY.items():
+        timm = {"timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"} if "timm" in str(vision) else {}
+        config = {"embed_dim": 16, "vision_cfg": vision | timm, "text_cfg": TEXT}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    with import_open_clip() as open_clip:
+        open_clip.add_model_config(folder)
+
+    def get(name):
+        if name not in known:
+            torch.manual_seed(0)
+            visual, mean, std = build_visual(name, SCRATCH)
+            for module in visual.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.weight.data.uniform_(0.5, 1)  # open_clip starts a block's last at 0
+                    module.running_mean.normal_(0, 0.1)
+            known[name] = visual.eval(), mean, std
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def make_tower(visuals):
+    """Function: name -> a ClipTower of its own, in evaluation."""
+    def make(name, out_channels=16, pretrained=True):
+        visual, mean, std = visuals(name)
+        torch.manual_seed(1)
+        return ClipTower(copy.deepcopy(visual), out_channels, mean, std, pretrained).eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_bifusion(make_model, make_tower):
+    """Function: name -> conftest's BiFusion with this image tower."""
+    def make(name, pretrained=True):
+        model = make_model()
+        return BiFusion(model.unet, make_tower(name, pretrained=pretrained), model.decoder, 16, 5, 0.05)
+
+    return make
+
+
+def views(size, count=1):
+    """Random image (V, 3, H, W) uint8 and depth (V, H, W) of size (W, H)."""
+    width, height = size
+    generator = torch.Generator().manual_seed(7)
+    image = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    return image, 8 * torch.rand(count, height, width, generator=generator)
+
+
+def use_depth(tower):
+    """As after some training: a depth kernel that is no longer zero."""
+    for module in tower.modules():
+        if isinstance(module, tower_module.RGBDConv):
+            torch.nn.init.normal_(module.depth.weight, std=0.05)
+
+
+# ---- what the tower computes
+
+@pytest.mark.parametrize("name", [*KINDS, *NAMED])
+def test_at_the_start_the_cut_rgbd_tower_gives_the_rgb_towers_own_levels_bit_for_bit(visuals, make_tower, name):
+    rgb_tower, mean, std = visuals(name)
+    tower = make_tower(name)
+    side = rgb_tower.image_size[0] if isinstance(rgb_tower.image_size, tuple) else rgb_tower.image_size
+    image, depth = views((side, side))
+    rgb = (image.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    kind = type(rgb_tower).__name__
+    layers = len(rgb_tower.transformer.resblocks) if kind == "VisionTransformer" else 0
+    indices = {"ModifiedResNet": [1, 2, 3], "VisionTransformer": [layers // 2 - 1]}.get(kind)
+    tokens = []
+    if kind == "VisionTransformer":
+        tower.visual.net.transformer.resblocks[-1].register_forward_hook(lambda module, args, out: tokens.append(out))
+    with torch.no_grad():
+        levels = tower.encode(image, depth)
+        extra = {"output_extra_tokens": True} if layers else {}
+        found = rgb_tower.forward_intermediates(rgb, indices=indices or tower.visual.indices, intermediates_only=True,
+                                                **extra)
+    expected = found["image_intermediates"]
+    assert [tuple(level.shape) for level in levels] == [tuple(level.shape) for level in expected]
+    assert all(torch.equal(level, other) for level, other in zip(levels, expected))
+    if layers:
+        assert torch.equal(tokens[0][:, :1], found["image_intermediates_prefix"][0])  # the class token
+    with torch.no_grad():
+        assert torch.equal(tower(image, depth), tower(image, 0 * depth))
+        use_depth(tower)
+        assert not torch.equal(tower(image, depth), tower(image, 0 * depth))
+
+
+def test_vit_b_16_is_cut_after_block_six_and_a_pyramid_after_stride_sixteen(make_tower):
+    assert len(make_tower("ViT-B-16").visual.net.transformer.resblocks) == 6
+    assert not any(".layer4." in key or "attnpool" in key for key in make_tower("RN50").state_dict())
+    assert not any(".stages.3." in key for key in make_tower("tiny_convnext").state_dict())
+    assert len(make_tower("tiny_timm_vit").visual.net.blocks) == 3
+    assert not any("text" in key or "head" in key for key in make_tower("ViTamin-S").state_dict())
+
+
+@pytest.mark.parametrize("size", [(50, 37), (33, 96)])
+@pytest.mark.parametrize("name", [*KINDS, *NAMED])
+def test_a_map_covers_an_image_of_any_size_and_its_last_pixels_count(make_tower, name, size):
+    tower = make_tower(name)
+    use_depth(tower)
+    image, depth = views(size)
+    with torch.no_grad():
+        maps = tower(image, depth)
+        assert torch.isfinite(maps).all()
+        for cells, side in zip(maps.shape[:1:-1], size):
+            assert side <= cells * tower.stride < side + tower.multiple
+        for row, column in ((-1, 3), (3, -1)):
+            other, further = image.clone(), depth.clone()
+            other[:, :, row, column] = 255 - other[:, :, row, column]
+            further[:, row, column] = 9
+            assert not torch.equal(tower(other, depth), maps)
+            assert not torch.equal(tower(image, further), maps)
+
+
+@pytest.mark.parametrize("name", ["EVA02-B-16", "swin_base_patch4_window7_224", "MobileCLIP-S1", "coca_base",
+                                  "ViT-SO400M-14-SigLIP-384", "ViT-B-32"])
+def test_other_towers_of_open_clip_cover_an_image_of_any_size_too(name, monkeypatch):
+    monkeypatch.setattr(tower_module, "autocast", lambda like, precision: torch.no_grad())  # none on "meta"
+    with torch.device("meta"):  # shapes alone: neither memory nor time
+        visual, mean, std = build_visual(name, SCRATCH)
+        tower = ClipTower(visual, 8, mean, std)
+        maps = tower(torch.zeros(1, 3, 101, 150, dtype=torch.uint8), torch.zeros(1, 101, 150))
+    for cells, side in zip(maps.shape[2:], (101, 150)):
+        assert side <= cells * tower.stride < side + tower.multiple
+
+
+def test_a_tower_that_cannot_take_any_image_size_says_so():
+    with torch.device("meta"):
+        visual, mean, std = build_visual("vit_relpos_medium_patch16_cls_224", SCRATCH)
+        with pytest.raises(ValueError, match=r"RelPos gives no maps for images of any size .* take another --clip"):
+            ClipTower(visual, 8, mean, std)
+    with pytest.raises(ValueError, match=r"type Linear; expected one of .*ModifiedResNet.*VisionTransformer"):
+        ClipTower(torch.nn.Linear(2, 2), 8, OPENAI, OPENAI)
+
+
+@pytest.mark.parametrize("name", [*FEW, "PE-Core-T-16-384", "RN50"])
+def test_what_changes_in_the_image_changes_most_at_its_own_place_in_the_map(make_tower, name):
+    tower = make_tower(name)
+    cell = tower.multiple
+    rows, columns = 4, 5
+    image, depth = views((columns * cell, rows * cell))
+    for row, column in ((1, 3), (3, 0)):
+        other = image.clone()
+        place = (..., slice(row * cell, (row + 1) * cell), slice(column * cell, (column + 1) * cell))
+        other[place] = 255 - other[place]
+        with torch.no_grad():
+            moved = (tower(other, depth) - tower(image, depth)).square().sum(1)  # (1, h, w)
+        energy = F.avg_pool2d(moved, cell // tower.stride)  # a cell each
+        assert divmod(energy.argmax().item(), columns) == (row, column)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (3, 9), (2, 2)])
+def test_position_embeddings_are_resized_as_timm_does(make_tower, grid):
+    from timm.layers import resample_abs_pos_embed
+
+    transformer = make_tower("tiny_vit").visual
+    known = transformer.net.positional_embedding
+    expected = resample_abs_pos_embed(known[None], list(grid), [4, 4], num_prefix_tokens=1)[0]
+    assert torch.allclose(transformer.position(grid), expected, atol=1e-6)
+    assert transformer.position(grid).shape == (1 + grid[0] * grid[1], 32)
+
+
+@pytest.mark.parametrize("name", ["clip_small", "tiny_vit", "tiny_timm_vit"])
+def test_colours_are_normalised_as_the_tower_learnt_them_and_depth_is_in_0_to_1(make_tower, name):
+    tower, seen = make_tower(name), []
+    tower.mean.copy_(torch.tensor([0.1, 0.5, 0.6]).view(3, 1, 1))
+    tower.std.copy_(torch.tensor([0.2, 0.5, 0.4]).view(3, 1, 1))
+    tower.visual.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image, depth = torch.full((1, 3, 5, 6), 51, dtype=torch.uint8), torch.full((1, 5, 6), 4.0)
+    depth[0, 0, :3] = torch.tensor([0.0, 10.0, 65.5])
+    tower(image, depth)
+    rgbd = seen[0]
+    assert MAX_DEPTH == 10
+    assert rgbd.shape == (1, 4, tower.multiple, tower.multiple)
+    assert torch.allclose(rgbd[0, :3, 2, 2], torch.tensor([0.5, -0.6, -1.0]))
+    assert torch.allclose(rgbd[0, 3, :2, :3], torch.tensor([[0.0, 1.0, 1.0], [0.4, 0.4, 0.4]]))
+    assert not rgbd[:, :, 5:].any() and not rgbd[..., 6:].any()  # the padding
+
+
+@pytest.mark.parametrize(("name", "mean", "std"), [
+    ("ViT-B-16", OPENAI, (0.26862954, 0.26130258, 0.27577711)), ("ViT-B-16-SigLIP", (0.5,) * 3, (0.5,) * 3),
+    ("MobileCLIP2-S0", (0.0,) * 3, (1.0,) * 3)])
+def test_each_tower_comes_with_its_own_normalisation(name, mean, std):
+    with torch.device("meta"):
+        assert build_visual(name, SCRATCH)[1:] == (mean, std)
+
+
+@pytest.mark.parametrize("name", [*FEW, "ViTamin-S", "ViT-B-16"])
+def test_the_neck_doubles_a_plain_transformer_and_joins_a_pyramid_at_its_finest_stride(make_tower, name):
+    tower = make_tower(name)
+    side = 2 * tower.multiple
+    image, depth = views((side, side))
+    with torch.no_grad():
+        levels, maps = tower.encode(image, depth), tower(image, depth)
+    assert (len(levels) == 1) == (name in PLAIN)
+    if name in PLAIN:
+        assert maps.shape[2:] == (2 * levels[0].shape[2], 2 * levels[0].shape[3])
+    else:
+        assert [side // level.shape[3] for level in levels] == [4, 8, 16]
+        assert maps.shape[2:] == levels[0].shape[2:]
+        for level in levels:  # each has a say
+            others = [torch.zeros_like(x) if x is level else x for x in levels]
+            assert not torch.allclose(tower.join(others), maps)
+    assert maps.shape[1] == 16 and maps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [*KINDS, *NAMED])
+def test_every_parameter_exists_from_the_start_and_is_reached_by_gradient_and_optimiser(make_tower, name):
+    tower = make_tower(name, pretrained=False)
+    before = [key for key, _ in tower.named_parameters()]
+    image, depth = views((40, 24))
+    (tower(image, depth) * torch.rand(16, 1, 1)).square().sum().backward()
+    parameters = dict(tower.named_parameters())
+    assert [*parameters] == before
+    assert not [key for key, parameter in parameters.items() if parameter.grad is None]
+    wanted = sorted(map(id, parameters.values()))
+    assert sorted(id(p) for part in tower.parts().values() for p in part) == wanted
+    assert sorted(id(p) for group in parameter_groups(tower, 1.0, 0.1) for p in group["params"]) == wanted
+    ends = {id(p) for p in tower.parts()["tower_ends"]}
+    convs = [m for m in tower.modules() if isinstance(m, tower_module.RGBDConv)]
+    assert convs and {id(p) for conv in convs for p in conv.parameters()} < ends
+    assert tower.parts()["tower"]  # something stays protected
+
+
+@pytest.mark.parametrize("name", ["clip_small", "tiny_vit"])
+def test_views_go_through_in_chunks_that_change_nothing(make_tower, name, monkeypatch):
+    tower = make_tower(name)
+    image, depth = views((40, 24), 5)
+    with torch.no_grad():
+        whole, sizes = tower(image, depth), []
+        tower.visual.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        levels = tower.encode(image, depth)
+        monkeypatch.setattr(tower_module, "VIEW_CHUNK", 2)
+        sizes.clear()
+        assert torch.allclose(tower(image, depth), whole, atol=1e-6)
+        assert sizes == [2, 2, 1]
+        assert torch.allclose(tower(image, depth, levels), whole, atol=1e-6)
+        assert sizes == [2, 2, 1]  # the levels stand in for the image
+
+
+# ---- where the weights come from
+
+@pytest.fixture(scope="module")
+def small_clip():
+    """State of a whole clip_small, image and text tower, of random weights."""
+    torch.manual_seed(3)
+    with import_open_clip() as open_clip:
+        return open_clip.create_model("clip_small").state_dict()
+
+
+def is_loaded(visual, state):
+    own = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    return visual.state_dict().keys() == own.keys() and all(
+        torch.equal(value, own[key].to(value.dtype)) for key, value in visual.state_dict().items())
+
+
+def test_a_full_size_vit_b_16_with_its_text_tower_is_loaded_and_lands_in_the_cut_tower(tmp_path):
+    with import_open_clip() as open_clip:
+        state = open_clip.create_model("ViT-B-16").half().state_dict()  # as OpenAI's files are
+    torch.save(state, tmp_path / "clip.pt")
+    visual, mean, std = build_visual("ViT-B-16", str(tmp_path / "clip.pt"))
+    (tmp_path / "clip.pt").unlink()  # 300 MB
+    assert is_loaded(visual, state)
+    tower = ClipTower(visual, 8, mean, std, pretrained=True)
+    assert torch.equal(tower.visual.net.conv1.rgb.weight, state["visual.conv1.weight"].float())
+    assert torch.equal(tower.visual.net.transformer.resblocks[5].mlp.c_fc.weight,
+                       state["visual.transformer.resblocks.5.mlp.c_fc.weight"].float())
+
+
+@pytest.mark.parametrize("form", ["as open_clip saves", "module. prefix", "state_dict inside", "safetensors",
+                                  "image tower alone"])
+def test_a_file_of_every_usual_form_gives_its_values(small_clip, tmp_path, form):
+    path = tmp_path / "clip.pt"
+    if form == "safetensors":
+        path = tmp_path / "clip.safetensors"
+        save_file({key: value.contiguous() for key, value in small_clip.items()}, path)
+    elif form == "module. prefix":
+        torch.save({f"module.{key}": value for key, value in small_clip.items()}, path)
+    elif form == "state_dict inside":
+        torch.save({"epoch": 3, "name": "x", "state_dict": {f"module.{k}": v for k, v in small_clip.items()}}, path)
+    elif form == "image tower alone":
+        torch.save({key.removeprefix("visual."): v for key, v in small_clip.items() if key.startswith("visual.")}, path)
+    else:
+        torch.save(small_clip, path)
+    assert is_loaded(build_visual("clip_small", str(path))[0], small_clip)
+
+
+class Payload:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    ("truncated", "cannot be read"), ("truncated safetensors", "cannot be read"), ("empty", "cannot be read"),
+    ("text", "cannot be read"), ("pickle", "cannot be read"), ("torch pickle", "cannot be read"),
+    ("another tower", r"not those of clip_small: .* missing .* unknown .* another shape .* --clip NAME"),
+    ("one shape", r"not those of clip_small: 0 tensors are missing .* 1 of another shape \['conv1.weight is"),
+    ("one missing", r"not those of clip_small: 1 tensors are missing \['conv1.weight'\]"),
+    ("text alone", r"not those of clip_small"),
+    ("NaN", r"1 tensors hold numbers that are not finite \['layer1.0.conv1.weight'\]"),
+    ("no tensors", "expected tensors by name, found none"), ("a list", "expected tensors by name, found none")])
+def test_a_file_that_will_not_do_is_refused_with_its_name_and_the_reason(small_clip, tmp_path, spoil, said):
+    path, state = tmp_path / "clip.pt", dict(small_clip)
+    if spoil == "another tower":
+        state = {f"visual.{key}": value for key, value in torch.nn.Conv2d(3, 4, 3).state_dict().items()}
+        state["visual.conv1.weight"] = torch.zeros(1)
+    elif spoil == "one shape":
+        state["visual.conv1.weight"] = torch.zeros(8, 3, 3, 5)
+    elif spoil == "one missing":
+        del state["visual.conv1.weight"]
+    elif spoil == "text alone":
+        state = {key: value for key, value in state.items() if not key.startswith("visual.")}
+    elif spoil == "NaN":
+        state["visual.layer1.0.conv1.weight"] = torch.full_like(state["visual.layer1.0.conv1.weight"], torch.nan)
+    elif spoil == "no tensors":
+        state = {"epoch": 3}
+    elif spoil == "a list":
+        state = [torch.zeros(3)]
+    elif spoil == "torch pickle":
+        state["visual.conv1.weight"] = Payload(tmp_path / "ran")
+    torch.save(state, path)
+    if spoil == "truncated":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif spoil == "truncated safetensors":
+        path = tmp_path / "clip.safetensors"
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif spoil in ("empty", "text", "pickle"):
+        path.write_bytes({"empty": b"", "text": b"<html>404</html>", "pickle": pickle.dumps(
+            {"visual.conv1.weight": Payload(tmp_path / "ran")}, protocol=2)}[spoil])
+    with pytest.raises(ValueError, match=said) as caught:
+        build_visual("clip_small", str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pretrained_tag_takes_open_clips_download(visuals, monkeypatch, tmp_path):
+    state, asked = visuals("RN50")[0].state_dict(), []
+    torch.save({f"visual.{key}": value for key, value in state.items()}, tmp_path / "RN50.pt")
+
+    def download(config, **kwargs):
+        asked.append(config)
+        return str(tmp_path / "RN50.pt")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
+    visual, mean, _ = build_visual("RN50", "openai")
+    assert all(torch.equal(value, state[key]) for key, value in visual.state_dict().items())
+    with import_open_clip() as open_clip:
+        assert asked == [open_clip.get_pretrained_cfg("RN50", "openai")]
+    assert mean == OPENAI
+
+
+def test_a_tag_that_cannot_be_downloaded_names_reason_and_ways_out_and_builds_no_random_tower(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host\nmore lines")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"'openai' of RN50 .*\(no route to host\); .* "
+                                             r"--clip-weights PATH.* --clip-weights scratch$"):
+        build_visual("RN50", "openai")
+
+
+def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices():
+    with pytest.raises(KeyError, match=r"unknown image tower 'ViT-Z-99'; choose from clip_small, .*ViT-B-16, "):
+        build_visual("ViT-Z-99", SCRATCH)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"'nowhere.pt': neither a file nor a pretrained tag of "
+                                             r"RN50; its tags: openai, .*--clip-weights scratch"):
+        build_visual("RN50", "nowhere.pt")
+    with pytest.raises(ValueError, match=r"its tags: none; or --clip-weights scratch"):
+        build_visual("clip_small", "laion2b_s34b_b88k")
+
+
+# ---- in BiFusion: the place that is sampled
+
+@pytest.mark.parametrize("image_size", [(64, 48), (61, 45), (70, 50)])
+def test_a_voxel_samples_the_map_where_its_pixel_is_for_image_sizes_off_the_stride_too(
+        make_bifusion, make_batch, monkeypatch, image_size):
+    from fusion import link_views
+
+    model = make_bifusion("tiny_timm_vit")
+    tower, batch = model.tower, make_batch(views=(1, 1), image_size=image_size)
+    shape = tower(batch["image"], batch["depth"]).shape
+    centre_x, centre_y = ((torch.arange(n) + 0.5) * tower.stride - 0.5 for n in (shape[3], shape[2]))  # in pixels
+
+    def places(image, depth, levels=None):
+        maps = torch.zeros(shape)
+        maps[:, 0], maps[:, 1] = centre_x, centre_y[:, None]
+        return maps
+
+    monkeypatch.setattr(tower, "forward", places)
+    model.standardise_2d = torch.nn.Identity()
+    feat, seen = model.encode_2d(batch)
+    checked = 0
+    for scene in range(2):
+        rows = (batch["batch_index"] == scene).nonzero()[:, 0]
+        links = link_views(batch["world_coord"][rows], batch["world_to_camera"][[scene]], batch["intrinsics"][[scene]],
+                           batch["depth"][[scene]], 0.05)
+        assert torch.equal(seen[rows].nonzero()[:, 0], links.point)
+        low, high = centre_x.new_tensor([centre_x[0], centre_y[0]]), centre_x.new_tensor([centre_x[-1], centre_y[-1]])
+        expected = links.uv.maximum(low).minimum(high)  # the border repeats
+        assert torch.allclose(feat[rows][links.point, :2], expected, atol=1e-3)
+        checked += len(expected)
+    assert checked > 20
+
+
+# ---- in BiFusion: the curriculum
+
+@pytest.mark.parametrize("epoch", [10, 30, 50])
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_timm_vit", "tiny_convnext"])
+def test_nothing_reaches_a_pretrained_tower_of_any_kind_in_stages_one_and_two(
+        make_bifusion, make_batch, train_steps, name, epoch):
+    model, batch = make_bifusion(name), make_batch()
+    before = copy.deepcopy(model.tower.visual.state_dict())
+    neck = copy.deepcopy(model.tower.neck.state_dict())
+    train_steps(model, setting_at(epoch, pretrained=True), batch, steps=2)
+    assert all(p.grad is None for p in model.tower.visual.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.tower.visual.state_dict().items())
+    still = all(torch.equal(neck[key], value) for key, value in model.tower.neck.state_dict().items())
+    assert still == (epoch == 10)
+
+
+@pytest.mark.parametrize(("name", "trains"), [
+    ("clip_small", ("net.conv1.", "net.layer3.")),
+    ("tiny_vit", ("net.conv1.", "net.transformer.resblocks.0.", "net.transformer.resblocks.1.")),
+    ("tiny_timm_vit", ("net.patch_embed.proj.", "net.blocks.1.", "net.blocks.2.")),
+    ("tiny_convnext", ("net.stem.0.", "net.stages.2.blocks.2.", "net.stages.2.blocks.3."))])
+def test_in_stage_three_only_conv1_and_the_last_blocks_train_at_a_tenth_of_the_rate_or_less(
+        make_bifusion, make_batch, train_steps, name, trains):
+    model, batch = make_bifusion(name), make_batch()
+    before = copy.deepcopy(model.tower.visual.state_dict())
+    setting = setting_at(70, pretrained=True)
+    optimizer = train_steps(model, setting, batch, steps=3)
+    parameters = dict(model.tower.visual.named_parameters())
+    moved = {key for key, value in model.tower.visual.state_dict().items() if not torch.equal(before[key], value)}
+    assert moved <= {key for key in before if key.startswith(trains)}
+    wanted = {key for key in parameters if key.startswith(trains)}
+    assert {key for key, parameter in parameters.items() if parameter.grad is not None} == wanted
+    assert any(key.startswith(trains[0]) and "depth" in key for key in moved)
+    assert any(key.startswith(trains[-1]) for key in moved)
+    set_rates(optimizer, setting, 1.0)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 1.0 or (group["name"] == "tower_ends" and 0 < group["lr"] <= 0.1) or (
+            group["name"] == "tower")
+    reached = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert reached == {id(p) for p in model.parameters()}
+
+
+def gradients_of(model, batch, setting):
+    apply_setting(model, setting)
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    out = model(batch)
+    weighted_sum(loss_terms(out, batch, setting), LOSS_WEIGHTS["bifusion"]).backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_recomputing_the_tower_changes_neither_output_nor_gradients(make_bifusion, make_batch, name):
+    model, batch, setting = make_bifusion(name), make_batch(), setting_at(70, pretrained=True)
+    calls = []
+    model.tower.visual.register_forward_pre_hook(lambda module, args: calls.append(1))
+    out, gradients = gradients_of(model, batch, setting)
+    assert len(calls) == 1
+    model.tower.checkpointing = True
+    again, others = gradients_of(model, batch, setting)
+    assert len(calls) == 3  # once more, in the backward pass
+    assert torch.allclose(out["logits"], again["logits"], atol=1e-6)
+    assert gradients.keys() == others.keys()
+    assert any(key.startswith("tower.visual") for key in gradients)
+    assert all(torch.allclose(gradients[key], others[key], atol=1e-6) for key in gradients)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_bf16_is_finite_and_close_and_leaves_the_sparse_convolutions_alone(make_bifusion, make_batch, name):
+    model, batch, setting = make_bifusion(name), make_batch(), setting_at(70, pretrained=True)
+    types = {"conv": set(), "tower": set(), "decoder": set()}
+    convs = [module for module in model.unet.modules() if hasattr(module, "indice_key")]
+    for conv in convs:
+        conv.register_forward_hook(lambda module, args, out: types["conv"].update((args[0].features.dtype,
+                                                                                   out.features.dtype)))
+    for module in model.tower.visual.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.weight.requires_grad:
+            module.register_forward_hook(lambda module, args, out: types["tower"].add(out.dtype))
+    model.decoder.to_mask.register_forward_hook(lambda module, args, out: types["decoder"].add(out.dtype))
+    fp32, exact = gradients_of(model, batch, setting)
+    assert types == {"conv": {torch.float32}, "tower": {torch.float32}, "decoder": {torch.float32}}
+    model.precision = model.tower.precision = "bf16"
+    bf16, gradients = gradients_of(model, batch, setting)
+    assert types["conv"] == {torch.float32}
+    assert types["tower"] == types["decoder"] == {torch.float32, torch.bfloat16}
+    assert bf16["logits"].dtype == torch.float32
+    assert 0 < (bf16["logits"] - fp32["logits"]).abs().max() < 0.1
+    assert F.cosine_similarity(bf16["feat_2d"], fp32["feat_2d"])[fp32["seen"]].min() > 0.95
+    assert gradients.keys() == exact.keys()
+    assert all(torch.isfinite(value).all() for value in gradients.values())
