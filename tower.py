@@ -283,7 +283,8 @@ class ClipTower(nn.Module):
     """Dense RGB-D features from an open_clip image tower: levels of one or more strides, and a neck that joins them.
 
     The neck brings a pyramid's levels to one width by 1x1 convolutions and sums them at the finest stride; a plain
-    transformer's single level is normalised over its channels, doubled in resolution and smoothed by a 3x3 convolution.
+    transformer's single level is normalised over its channels and doubled in resolution. GELU and a 3x3 convolution
+    follow: while the tower is frozen, the neck is all that learns to read it.
 
     Args:
         visual:       open_clip ModifiedResNet, VisionTransformer or TimmModel, whole; it is cut here.
@@ -308,11 +309,12 @@ class ClipTower(nn.Module):
             widths = [level.shape[1] for level in self.visual.eval()(torch.zeros(1, 4, *[2 * self.multiple] * 2))]
         self.train()
         if len(widths) > 1:
-            self.neck = nn.ModuleList(nn.Conv2d(width, out_channels, 1, bias=False) for width in widths)
+            lateral = [nn.Conv2d(width, out_channels, 1) for width in widths]
         else:
             self.stride //= 2
-            self.neck = nn.Sequential(nn.ConvTranspose2d(widths[0], out_channels, 2, stride=2), nn.GELU(),
-                                      nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False))
+            lateral = [nn.ConvTranspose2d(widths[0], out_channels, 2, stride=2)]
+        smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.neck = nn.ModuleDict({"lateral": nn.ModuleList(lateral), "smooth": nn.Sequential(nn.GELU(), smooth)})
 
     def forward(self, image, depth, levels=None):
         """One map a view, in bounded chunks of views.
@@ -350,15 +352,17 @@ class ClipTower(nn.Module):
 
     def join(self, levels):
         """The neck: list of levels (V, C, h, w) -> (V, out_channels, h, w) float32."""
+        if len(levels) == 1:
+            x = levels[0].permute(0, 2, 3, 1)  # (V, h, w, C)
+            levels = [F.layer_norm(x, x.shape[3:]).permute(0, 3, 1, 2)]  # of its channels a few are huge
         with autocast(levels[0], self.precision):
-            if len(levels) == 1:
-                x = levels[0].permute(0, 2, 3, 1)  # (V, h, w, C)
-                x = F.layer_norm(x, x.shape[3:])  # a residual stream: a few of its channels are huge
-                return self.neck(x.permute(0, 3, 1, 2)).float()
-            out = self.neck[0](levels[0])
-            for level, lateral in zip(levels[1:], self.neck[1:]):
-                out = out + F.interpolate(lateral(level), out.shape[-2:], mode="bilinear", align_corners=False)
-            return out.float()
+            out = 0
+            for level, lateral in zip(levels, self.neck["lateral"]):
+                x = lateral(level)
+                if torch.is_tensor(out):
+                    x = F.interpolate(x, out.shape[-2:], mode="bilinear", align_corners=False)
+                out = out + x
+            return self.neck["smooth"](out).float()
 
     def parts(self):
         """Parameters by part of stages.PARTS."""
