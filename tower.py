@@ -120,7 +120,9 @@ def read_weights(path):
         raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read (truncated, "
                          f"or a program such as a TorchScript archive): {_first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    pairs = state.items() if isinstance(state, dict) else ()
+    state = {str(key).removeprefix("module."): value for key, value in pairs
+             if torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex()}
     if not state:
         raise ValueError(f"CLIP weights {path}: expected tensors by name, found none")
     return state
@@ -203,7 +205,7 @@ class Transformer(nn.Module):
         blocks = visual.transformer.resblocks
         visual.transformer.resblocks = blocks[: max(1, len(blocks) // 2)]
         visual.conv1 = RGBDConv(visual.conv1)
-        visual.ln_post = visual.proj = visual.attn_pool = None
+        visual.ln_post = visual.proj = visual.attn_pool = visual.attn_pool_contrastive = None
         self.net, self.strides = visual, [visual.conv1.rgb.stride[0]]
 
     def forward(self, rgbd):
