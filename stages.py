@@ -90,7 +90,7 @@ def stage_epochs(compress=1.0):
     return bounds
 
 
-def setting_at(epoch, compress=1.0, plan="full", pretrained=False):
+def setting_at(epoch, compress=1.0, plan="full", pretrained=False, tower_rate=None):
     """The setting in force at an epoch.
 
     Args:
@@ -99,6 +99,7 @@ def setting_at(epoch, compress=1.0, plan="full", pretrained=False):
         plan:       a key of PLANS.
         pretrained: False means the image tower starts from scratch: there is nothing to protect, so the whole tower
                     trains at the base rate from stage 2 on.
+        tower_rate: learning rate of a pretrained tower over the base rate in stage 3; None = the stage's own.
 
     Returns:
         Setting.
@@ -126,6 +127,8 @@ def setting_at(epoch, compress=1.0, plan="full", pretrained=False):
             setting = replace(setting, fusion="simple")
         else:
             setting = replace(setting, parts=(*setting.parts, "gate"), losses=(*setting.losses, "gate"))
+    if tower_rate is not None and setting.tower_rate:
+        setting = replace(setting, tower_rate=tower_rate)
     if not pretrained and number > 1:
         parts = dict.fromkeys((*setting.parts, "tower", "tower_ends"))  # a set that keeps its order
         setting = replace(setting, parts=tuple(parts), tower_rate=1.0)

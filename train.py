@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,9 +42,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
     "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 3e-3,
-              "weight_decay": 0.05},
+              "weight_decay": 0.05, "tower_rate": 0.1},
     "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
-             "weight_decay": 0.05},
+             "weight_decay": 0.05, "tower_rate": 0.01},
 }
 
 
@@ -74,6 +75,7 @@ class Config:
     weight_decay: float = option(None, "of AdamW")
     clip: str = option(None, "image tower: a model name of open_clip, as ViT-B-16, RN50, convnext_base; or clip_small")
     clip_weights: str = option(None, f"of the tower: a local file, a pretrained tag of open_clip, or {SCRATCH!r}")
+    tower_rate: float = option(None, "learning rate of a pretrained tower in stage 3 over the base rate, at most 0.1")
     precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
     checkpoint_tower: bool = option(False, "recompute the tower's activations in the backward pass: less memory")
     cache: str = option("data/clip_cache", "folder for the maps of a frozen tower")
@@ -116,7 +118,7 @@ def parse_config(argv=None):
         sys.exit(f"{config.out} already holds a run. Go on with it: python train.py --resume --out {config.out}; "
                  "or choose another --out, or delete the folder")
     recipe = RECIPES[config.preset]
-    for name in ("voxel_size", "views", "batch_size", "lr", "weight_decay"):
+    for name in ("voxel_size", "views", "batch_size", "lr", "weight_decay", "tower_rate"):
         if getattr(config, name) is None:
             plan_b = PLAN_B if config.plan == "B" else {}
             setattr(config, name, plan_b.get(name, recipe[name]))
@@ -135,6 +137,8 @@ def parse_config(argv=None):
     for name in ("voxel_size", "views", "batch_size", "lr"):
         if not 0 < getattr(config, name) < math.inf:
             sys.exit(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(config, name)}")
+    if not 0 < config.tower_rate <= 0.1:
+        sys.exit(f"--tower-rate must be above 0 and at most 0.1, or the pretraining is lost; got {config.tower_rate}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"--device {config.device}: no CUDA device here; leave the flag out or give --device cpu")
     return config
@@ -367,6 +371,8 @@ def train(config):
     if config.checkpoint_tower and use_images and not pretrained:
         sys.exit(f"--checkpoint-tower would update the batch norms of a tower from {SCRATCH} twice a step; "
                  "leave it out, or give --clip-weights")
+    setting_of = partial(setting_at, compress=config.compress, plan=config.plan, pretrained=pretrained,
+                         tower_rate=config.tower_rate)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay))
     weights = LOSS_WEIGHTS[config.model]
 
@@ -408,7 +414,7 @@ def train(config):
     for epoch in range(start, end + 1):
         # ---- stage and rates
         began = time.time()
-        setting = setting_at(epoch, config.compress, config.plan, pretrained)
+        setting = setting_of(epoch)
         if bar is None or epoch == bounds[setting.stage][0]:
             last = min(end, bounds[setting.stage][1])
             bar = tqdm(total=(last - epoch + 1) * steps, desc=f"stage {setting.stage} {setting.name}", unit="step",
@@ -428,7 +434,7 @@ def train(config):
             # ---- batch
             batch = to_device(batch, device)
             now = epoch + step / steps
-            model.setting = setting_at(now, config.compress, config.plan, pretrained)  # the ramp moves with every step
+            model.setting = setting_of(now)  # the ramp moves with every step
             lr = learning_rate(config, now / total_epochs)
             set_rates(optimizer, setting, lr)
 
