@@ -412,6 +412,8 @@ def train(config, stop):
         part = partial or {"losses": [], "terms": {}, "norms": {}, "stats": [], "skipped": 0, "seconds": 0.0}
         began -= part["seconds"]
         done, first_step, partial = first_step, 0, None  # steps done; the next epoch begins at its beginning
+        if done:  # stopped before its evaluation, it is evaluated as its last step left it
+            model.setting = setting_at(epoch + (done - 1) / steps, config.compress, config.plan, pretrained)
         for step, batch in enumerate(stop.until(train_loader), done):
             # ---- batch
             batch = to_device(batch, device)

@@ -101,7 +101,7 @@ def test_a_missing_checkpoint_of_a_run_that_went_on_is_not_passed_over(whole, tm
 
 # calls of to_device in an epoch: four steps, then one for each of the two val scenes
 @pytest.mark.parametrize(("number", "call", "epoch", "step"), [
-    (signal.SIGTERM, 8, 1, 3), (signal.SIGINT, 17, 2, 4)], ids=["middle of stage 2", "evaluation"])
+    (signal.SIGTERM, 8, 1, 3), (signal.SIGINT, 10, 1, 4)], ids=["middle of the ramp", "evaluation"])
 def test_a_signal_saves_the_step_reached_and_resuming_there_gives_the_same_run(
         whole, run_train, tmp_path, monkeypatch, capsys, number, call, epoch, step):
     out = tmp_path / "run"
