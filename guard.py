@@ -209,9 +209,9 @@ class StopSignals:
 
     def _ask(self, number, frame):
         self.asked = number
-        # SIGCHLD: a DataLoader would raise in the middle of a step when its workers were told to end as well
+        # SIGCHLD: a DataLoader would raise in the middle of a step where its workers were told to end as well
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-            self.before.setdefault(each, signal.signal(each, signal.SIG_DFL))
+            signal.signal(each, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step; once more to end at once\n")  # print may be what was interrupted
 
     def until(self, items):
