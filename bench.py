@@ -31,6 +31,7 @@ from scipy.sparse.csgraph import connected_components
 
 from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, voxelise
 from fusion import link_views, sample_views
+from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
 from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_graph, superpoint_means
@@ -401,6 +402,29 @@ def steps_rows(device):
     return rows
 
 
+def guard_rows(device):
+    """A training step of preset small, whole recipe, with and without what guard.py does in it."""
+    recipe = RECIPES["small"]
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(recipe["batch_size"]):
+            write_scene(Path(folder, "train", f"room_{i}"), i, recipe["image_size"])
+        scenes = SceneDataset(folder, "train", voxel_size=recipe["voxel_size"], image_size=recipe["image_size"],
+                              augment=True, views=recipe["views"])
+        batch = to_device(collate([scenes[i] for i in range(len(scenes))]), device)
+    rows = []
+    for stage in (1, 3):
+        epoch = stage_epochs()[stage][0]
+        guarded, bare = (train_step("bifusion", batch, epoch, device, guarded) for guarded in (True, False))
+        ours, without = timed(guarded, bare, repeats=7, device=device)
+        model = build_model("bifusion", "small", 20).to(device)
+        guard, scalars = Guard(model, "unused"), [torch.ones((), device=device) for _ in range(13)]
+        (alone,) = timed(lambda: (guard.remember(), all_finite(torch.stack(scalars).tolist())), repeats=50,  # noqa: B023
+                         device=device)
+        rows.append(Row(f"guarded training step, stage {stage}", ms(ours), f"{ms(without)} bare", without / ours, 0.98,
+                        f"the guard's work alone: {1e6 * alone:.0f} us, {100 * alone / without:.3f} % of a step"))
+    return rows
+
+
 def scannet_rows(device):
     """scannet.read_sens and scannet.prepare."""
     with tempfile.TemporaryDirectory() as folder:
@@ -419,19 +443,26 @@ def scannet_rows(device):
     return rows
 
 
-def train_step(name, batch, epoch, device):
+def train_step(name, batch, epoch, device, guarded=True):
     """A function that does one step of train.py's loop with this model in the setting of this epoch."""
     setting = setting_at(epoch)
     model = build_model(name, "small", 20).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05))
     apply_setting(model, setting)
     model.train()
+    guard = Guard(model, "unused")
 
     def step():
-        loss = weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS[name])
+        if guarded:
+            guard.remember()
+        terms = loss_terms(model(batch), batch, setting)
+        loss = weighted_sum(terms, LOSS_WEIGHTS[name])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        clip_by_branch(model, setting.clip)
+        norm = clip_by_branch(model, setting.clip)
+        if guarded:
+            scalars = [loss, *terms.values(), *norm.values()]
+            assert all_finite(torch.stack([scalar.detach() for scalar in scalars]).tolist())
         optimizer.step()
 
     return step
@@ -534,7 +565,8 @@ def ms(seconds):
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows, "scannet": scannet_rows}
+           "steps": steps_rows, "guard": guard_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows,
+           "scannet": scannet_rows}
 
 
 def table(rows):

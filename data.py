@@ -616,30 +616,37 @@ class EpochBatches(torch.utils.data.Sampler):
     """Batches of (epoch, index) pairs, so order and augmentation follow from (seed, epoch) in any worker process."""
 
     def __init__(self, length, batch_size, shuffle, seed):
-        self.length, self.batch_size, self.shuffle, self.seed, self.epoch = length, batch_size, shuffle, seed, 0
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.epoch, self.first = 0, 0
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, first=0):
+        """The epoch to come, and the first of its batches: those before are left out."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self):
-        return -(-self.length // self.batch_size)
+        return -(-self.length // self.batch_size) - self.first
 
     def __iter__(self):
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for start in range(0, self.length, self.batch_size):
+        for start in range(self.first * self.batch_size, self.length, self.batch_size):
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
 def start_worker(_):
-    """One thread a worker process, the cores belong to the training; Ctrl-C is the main process's business."""
+    """One thread a worker process, the cores belong to the training; signals are the main process's business."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))  # all are told to end? main is to hear it first
 
 
 def loader(dataset, batch_size, workers, shuffle, seed):
-    """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass."""
+    """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass.
+
+    It has a generator of its own: it draws a number for its workers, which would move the random state of the training,
+    and differently with and without workers and in a run that was resumed.
+    """
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        persistent_workers=workers > 0, worker_init_fn=start_worker,

@@ -289,8 +289,9 @@ def criteria(log, baseline_log=None):
     """Judge a run by its log: stability, performance, fusion.
 
     1. stability: no epoch from 0 to the last is missing or has a non-finite loss, a non-finite gradient or a skipped
-       step, and at least 20 such epochs follow one another. So a run of fewer than 20 epochs FAILS however clean it
-       is, a compressed one (`--compress`) too: stability was not shown.
+       step, and at least 20 such epochs follow one another. What was trained again after `--resume` counts as well
+       (replaced_faults): a run that diverged is not stable because it was resumed before that epoch. A run of fewer
+       than 20 epochs FAILS however clean it is, a compressed one (`--compress`) too: stability was not shown.
     2. performance: the val mIoU at the last evaluated epoch lies above the baseline's (equal is not above). The last
        evaluated epochs must be the same one, else FAIL as not comparable. Whether data, seed and so on agree stands
        in the configs, which this function does not see: `report.py` compares them.
@@ -301,7 +302,8 @@ def criteria(log, baseline_log=None):
         log: list of dicts in ascending epoch, each epoch once; None stands for a non-finite number. Keys read:
              epoch int; loss float; losses {term: float}; grad_norm {branch: float}; skipped_steps int;
              val_miou float or None (not evaluated); fusion_2d_ratio float or None (no fusion active);
-             fusion_ramp float 0..1.
+             fusion_ramp float 0..1; replaced_faults list of str or missing: what broke stability in earlier lines
+             that this one replaced (report.read_log).
         baseline_log: the same for the baseline, or None.
 
     Returns:
@@ -326,6 +328,7 @@ def epoch_fault(entry):
     faults += [f"gradient {b} is not finite" for b, v in (entry.get("grad_norm") or {}).items() if not is_finite(v)]
     if entry.get("skipped_steps") != 0:
         faults.append(f"{entry.get('skipped_steps', 'unknown number of')} skipped steps")
+    faults += [f"before it was resumed, {fault}" for fault in entry.get("replaced_faults", ())]
     return ", ".join(faults)
 
 

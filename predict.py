@@ -152,6 +152,8 @@ def _read_arrays(path):
                          for key, known in ARRAYS.items()}
                 arrays = {"coord": found[names["coord"] or "coord"]}
                 arrays |= {key: found[name] for key, name in names.items() if name}
+                if any(isinstance(a, bytes) for a in arrays.values()):  # what NumPy gives for a member that is none
+                    raise ValueError("a member that is no array")
         wrong = {key: a.shape for key, a in arrays.items() if a is not None
                  and (a.shape != (len(arrays["coord"]), 3) or a.dtype.kind not in "iuf")}
     except (ValueError, EOFError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError, SyntaxError,

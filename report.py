@@ -55,7 +55,8 @@ def read_log(path):
     """Read log.jsonl: one JSON object a line, one line an epoch.
 
     A half line at the end, as a killed run leaves it, is left out. Where a line goes back to an epoch already written,
-    the run was resumed there: that line and those after it replace everything logged from that epoch on.
+    the run was resumed there: that line and those after it replace everything logged from that epoch on. What broke
+    stability in the replaced lines stays with the line that replaced them, as replaced_faults: it did happen.
 
     Returns:
         log:   list of dicts in ascending epoch, each epoch once.
@@ -84,10 +85,12 @@ def read_log(path):
             raise ValueError(f"{path}, line {number}: expected an object with an integer 'epoch', got {line[:60]}")
         replaced = [old for old in log if old["epoch"] >= entry["epoch"]]
         if replaced:
-            faulty = sum(bool(epoch_fault(old)) for old in replaced)
+            faults = [f"epoch {old['epoch']}: {epoch_fault(old)}" for old in replaced if epoch_fault(old)]
             notes.append(f"{path}, line {number}: resumed at epoch {entry['epoch']}; the {len(replaced)} earlier "
-                         f"line(s) from that epoch on are replaced, {faulty} of them with a non-finite or skipped step")
+                         f"line(s) from that epoch on are replaced, {len(faults)} with a non-finite or skipped step")
             log = log[:-len(replaced)]
+            if faults:
+                entry["replaced_faults"] = faults
         log.append(entry)
     if not log:
         raise ValueError(f"{path} holds no whole line; the run has not finished an epoch")
@@ -277,8 +280,11 @@ def draw_curves(log_or_logs, path):
 
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    try:
+        figure.savefig(unfinished, format="png")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a disk that is full
 
 
 def _draw_losses(ax, log):

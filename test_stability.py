@@ -6,6 +6,7 @@ From scale and gate to a whole curriculum of 24 epochs on generated rooms.
 """
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats
+from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, gate_prior, weighted_sum
-from stages import INSTANCE, apply_setting, setting_at, stage_epochs
+from stages import INSTANCE, apply_setting, clip_by_branch, setting_at, stage_epochs
 from train import loss_terms
 
 BEFORE = 1e-6  # of an epoch: the last moment of what went before
@@ -319,3 +321,148 @@ def test_the_criteria_find_the_run_stable_and_fused(tiny_run):
     stability, _, fusion = criteria(tiny_run[1])
     assert stability["passed"]
     assert fusion["passed"]
+
+
+# ---- a step that is not finite
+
+def guarded_step(model, batch, setting, optimizer, guard):
+    """One step as in train.py's loop. Returns the record where it was skipped, else None."""
+    weights = LOSS_WEIGHTS["bifusion"]
+    guard.remember()
+    terms = loss_terms(model(batch), batch, setting)
+    loss = weighted_sum(terms, weights)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = {branch: value.item() for branch, value in clip_by_branch(model, setting.clip).items()}
+    if all_finite([loss.item(), *norm.values()]):
+        optimizer.step()
+        return None
+    guard.restore()
+    first = guard.first_not_finite(batch, lambda batch: loss_terms(model(batch), batch, setting),
+                                   (lambda terms: weighted_sum(terms, weights)) if loss.isfinite() else None)
+    return json.loads(guard.record(loss=loss.item(), losses={k: v.item() for k, v in terms.items()}, grad_norm=norm,
+                                   first_not_finite=first))
+
+
+def everything(model, optimizer):
+    """Weights, statistics of the batch norms and state of the optimiser: one flat dict of copies."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for i, values in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer {i} {name}": torch.as_tensor(value).clone() for name, value in values.items()}
+    return state
+
+
+def times(factor):
+    """A hook that multiplies what it is given, a module's output or a gradient; sparse tensors too."""
+    def hook(*given):
+        value = given[-1]
+        return value.replace_feature(factor * value.features) if hasattr(value, "features") else factor * value
+    return hook
+
+
+FAULTS = {  # what goes wrong -> function of model and batch that makes it so, what the record is to name
+    "a NaN colour": (lambda model, batch: batch["color"][3].fill_(math.nan), "input color"),
+    "an infinite position": (lambda model, batch: batch["coord"][0].fill_(math.inf), "input coord"),
+    "a NaN weight": (lambda model, batch: model.head_2d.weight.data[0].fill_(math.nan), "weight head_2d.weight"),
+    "a NaN in a sparse level": (lambda model, batch: model.unet.down[1].register_forward_hook(times(math.nan)),
+                                "output of unet.down.1"),
+    "an infinite image feature": (lambda model, batch: model.tower.visual.layer2.register_forward_hook(times(math.inf)),
+                                  "output of tower.visual.layer2"),
+    "a NaN in the decoder": (lambda model, batch: model.decoder.own[0].register_forward_hook(times(math.nan)),
+                             "output of decoder.own.0"),
+    "infinite logits": (lambda model, batch: model.semantic_head.register_forward_hook(times(math.inf)),
+                        "output of semantic_head"),
+    "an infinite gradient": (lambda model, batch: model.head_3d.weight.register_hook(times(math.inf)),
+                             "gradient of head_3d.weight"),
+    "a gradient whose norm overflows": (lambda model, batch: model.semantic_head.weight.register_hook(times(1e30)),
+                                        "norm of the gradient of semantic_head.weight"),
+    "a gradient that overflows on its way": (
+        lambda model, batch: model.tower.neck[0].register_full_backward_pre_hook(
+            lambda module, grad: tuple(math.inf * g for g in grad)), "gradient of tower.neck.0.weight"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_step_leaves_every_bit_as_it_was_and_is_named_and_the_next_step_is_taken(
+        make_model, make_batch, train_steps, tmp_path, fault):
+    setting, batch = setting_at(70), make_batch()
+    model = make_model()
+    optimizer = train_steps(model, setting, batch, steps=2)
+    guard = Guard(model, tmp_path / "skipped.jsonl")
+    broken = {k: v.clone() if torch.is_tensor(v) else v for k, v in batch.items()}
+    make, name = FAULTS[fault]
+    whole = copy.deepcopy(model.state_dict())
+    hook = make(model, broken)
+    before = everything(model, optimizer)
+    record = guarded_step(model, broken, setting, optimizer, guard)
+    after = everything(model, optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].nan_to_num(7), after[key].nan_to_num(7)) for key in before)
+    assert record["first_not_finite"] == name
+    assert set(record["losses"]) == set(setting.losses)
+    assert set(record["grad_norm"]) == {"3d", "decoder", "2d", "fusion"}
+    assert {"nan", "inf"} & set(map(str, [record["loss"], *record["grad_norm"].values()]))
+    assert json.loads((tmp_path / "skipped.jsonl").read_text()) == record
+    assert sum(len(m._forward_hooks) for m in model.modules()) <= 1  # the fault's own
+    if hasattr(hook, "remove"):
+        hook.remove()
+    model.load_state_dict(whole)
+    assert guarded_step(model, batch, setting, optimizer, guard) is None
+    assert not torch.equal(model.semantic_head.weight, before["semantic_head.weight"])
+
+
+def test_an_infinite_loss_term_is_named_though_all_modules_are_finite(make_model, make_batch, tmp_path, monkeypatch):
+    import train
+
+    real = train.alignment_loss
+    monkeypatch.setattr(train, "alignment_loss", lambda *args: real(*args) * math.inf)
+    model, setting = make_model(), setting_at(70)
+    apply_setting(model.train(), setting)
+    optimizer = torch.optim.AdamW(model.parameters())
+    record = guarded_step(model, make_batch(), setting, optimizer, Guard(model, tmp_path / "skipped.jsonl"))
+    assert (record["first_not_finite"], record["losses"]["alignment"]) == ("loss term alignment", "inf")
+    assert isinstance(record["losses"]["semantic"], float)
+
+
+def test_looking_for_the_culprit_leaves_random_state_gradients_and_statistics_alone(make_model, make_batch, tmp_path):
+    model, batch, setting = make_model(), make_batch(), setting_at(70)
+    apply_setting(model.train(), setting)
+    guard, drawn = Guard(model, tmp_path / "skipped.jsonl"), []
+
+    def forward(batch):
+        out = model(batch)
+        drawn.append([layers[0]["origin"] for layers in out["instances"]])  # the queries chosen at random
+        return loss_terms(out, batch, setting)
+
+    guard.remember()
+    forward(batch)
+    guard.restore()
+    random, before = torch.get_rng_state(), everything(model, torch.optim.AdamW(model.parameters()))
+    said = guard.first_not_finite(batch, forward, lambda terms: sum(terms.values()))
+    assert said == "not found, the second try was finite"
+    assert all(map(torch.equal, *drawn))  # the very forward of the step
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+    after = everything(model, torch.optim.AdamW(model.parameters()))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e12])
+def test_a_burst_in_the_image_branch_is_clipped_and_leaves_the_step_of_the_3d_branch_as_without_it(
+        make_model, make_batch, tmp_path, factor):
+    after = []
+    for burst in (1.0, factor):
+        model, batch, setting = make_model(), make_batch(), setting_at(70)
+        apply_setting(model.train(), setting)
+        for parameter in (*model.tower.parameters(), *model.standardise_2d.parameters()):
+            parameter.register_hook(times(burst))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        torch.manual_seed(0)
+        assert guarded_step(model, batch, setting, optimizer, Guard(model, tmp_path / "skipped.jsonl")) is None
+        after.append({name: torch.cat([p.detach().flatten() for p in parameters])
+                      for name, parameters in model.parts().items()})
+        largest = torch.cat([p.grad.flatten() for p in model.tower.parameters()]).norm()
+    assert largest <= 1.0001 * setting.clip
+    for name in ("3d", "decoder", "branch", "gate", "film"):
+        assert torch.equal(after[0][name], after[1][name]), name
+    assert torch.isfinite(after[1]["tower"]).all()

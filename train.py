@@ -6,19 +6,19 @@
     python train.py --preset base --data data/scannet # full size, CLIP ViT-B/16, on your own scans
     python train.py --resume --out runs/bifusion      # go on where a run stopped
 
-A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt.
+A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt, and
+skipped.jsonl (one line a skipped step) where a step was not finite. Ctrl-C or SIGTERM saves the step reached and ends.
 """
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
-import os
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from cache import FeatureCache
 from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
+from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, cut_half_line,
+                   whole_file)
 from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
                     weighted_sum)
 from metrics import InstanceAP, semantic_iou
@@ -37,7 +39,6 @@ from tower import SCRATCH
 
 ROOMS = "data/rooms"  # generated on first use
 WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
-MAX_SKIPPED_IN_A_ROW = 10
 
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
@@ -114,7 +115,7 @@ def parse_config(argv=None):
                 sys.exit(f"--{name.replace('_', '-')} {given[name]} differs from {value} of the run in {config.out}; "
                          "leave the flag out, or start a new run with another --out")
             setattr(config, name, value)
-    elif Path(config.out, "log.jsonl").exists():
+    elif any(Path(config.out, name).exists() for name in ("log.jsonl", "last.pt")):
         sys.exit(f"{config.out} already holds a run. Go on with it: python train.py --resume --out {config.out}; "
                  "or choose another --out, or delete the folder")
     recipe = RECIPES[config.preset]
@@ -218,19 +219,22 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def save_checkpoint(path, model, optimizer, config, epoch):
-    """Everything needed to go on after this epoch; written beside path, then renamed, so path is always whole."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+def save_checkpoint(path, model, optimizer, config, epoch, step=1, steps=1, skipped_in_a_row=0, partial=None):
+    """Everything needed to go on from here, bit for bit on a CPU; path is whole at every moment (guard.whole_file).
+
+    Args:
+        epoch, step, steps: the epoch that the weights come from, its steps done and its steps in all.
+        partial:            of an epoch that is not logged yet, what its line will be made of (`train`); else None.
+    """
+    stage = next((n for n, (_, last) in stage_epochs(config.compress).items() if epoch <= last), None)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
+             "steps": steps, "stage": stage, "skipped_in_a_row": skipped_in_a_row, "partial": partial,
              "config": dataclasses.asdict(config), "num_classes": model.semantic_head.out_features,
              "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -254,7 +258,8 @@ def load_model(path, device="cpu"):
     config = Config(**state["config"])
     model = new_model(config, state["num_classes"], SCRATCH).to(device)  # the checkpoint holds the tower's weights too
     load_weights(model, state, path)
-    apply_setting(model, setting_at(state["epoch"] + 0.999, config.compress, config.plan, is_pretrained(model)))
+    moment = state["epoch"] + min(0.999, state.get("step", 1) / state.get("steps", 1))
+    apply_setting(model, setting_at(moment, config.compress, config.plan, is_pretrained(model)))
     return model.eval(), config, state
 
 
@@ -320,13 +325,28 @@ def summary(log, bounds, number):
     return "\n".join([f"\n{title}", "-" * 44, *(f"{k:<{width}}  {v}" for k, v in rows.items()), "-" * 44])
 
 
-def append_line(path, line):
-    """Add an epoch to the log, on a line of its own even where a killed run left half a line."""
-    half = path.exists() and not path.read_bytes().endswith(b"\n")
-    if half:
-        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+def logged(path):
+    """The log of a run to go on with, [] where no epoch is finished; half a line of a killed run is cut off."""
+    cut_half_line(path)
+    return read_log(path)[0] if path.exists() and path.stat().st_size else []
+
+
+def good_checkpoint(run):
+    """Which checkpoint of a run to go back to, in words: the latest whose weights are all finite."""
+    good = []
+    for path in run.glob("*.pt"):
+        state = load_checkpoint(path)
+        if all(torch.isfinite(value).all() for value in state["model"].values()):
+            good.append((state["epoch"], state.get("step", 1), path.name == "last.pt", path))
+    return (f"The last good weights are in {max(good)[-1]}, of epoch {max(good)[0]}" if good
+            else f"No checkpoint in {run} has finite weights")
+
+
+def resume_command(config):
+    """The command that goes on with a run as it was going."""
+    flags = [f" --{name} {getattr(config, name)}" for name in ("stage", "device", "workers")
+             if getattr(config, name) != Config.__dataclass_fields__[name].default]
+    return f"python train.py --resume --out {config.out}{''.join(flags)}"
 
 
 def finite(value):
@@ -339,7 +359,7 @@ def mean_of(values):
     return finite(sum(values) / len(values)) if values else None
 
 
-def train(config):
+def train(config, stop):
     # ---- seed, device, output folder
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
@@ -362,8 +382,11 @@ def train(config):
     val_set = SceneDataset(config.data, "val", **common)
 
     # ---- model, optimiser
-    goes_on = config.resume or config.stage > 1  # then the checkpoint holds the tower's weights
-    try:
+    log = logged(run / "log.jsonl")
+    goes_on = config.resume or config.stage > 1
+    if config.resume and config.stage < 2 and not (run / "last.pt").exists() and len(log) < 2:
+        goes_on, log = False, []  # killed before its first checkpoint: from the beginning, which comes to the same
+    try:  # the checkpoint of a run that goes on holds the tower's weights
         model = new_model(config, len(CLASS_NAMES), SCRATCH if goes_on else config.clip_weights).to(device)
     except KeyError as error:
         sys.exit(f"error: {error.args[0]}")  # an unknown --clip, with the choices
@@ -371,13 +394,14 @@ def train(config):
     if config.checkpoint_tower and use_images and not pretrained:
         sys.exit(f"--checkpoint-tower would update the batch norms of a tower from {SCRATCH} twice a step; "
                  "leave it out, or give --clip-weights")
-    setting_of = partial(setting_at, compress=config.compress, plan=config.plan, pretrained=pretrained,
-                         tower_rate=config.tower_rate)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay))
     weights = LOSS_WEIGHTS[config.model]
 
+    def setting_of(moment):
+        return setting_at(moment, config.compress, config.plan, pretrained, config.tower_rate)
+
     # ---- where to start: anew, from the stage before, or from last.pt
-    start, log = 0, []
+    start, first_step, skipped_in_a_row, partial = 0, 0, 0, None
     if goes_on:
         source = run / ("last.pt" if config.resume else f"stage{config.stage - 1}.pt")
         if not source.exists():
@@ -387,15 +411,23 @@ def train(config):
         load_weights(model, state, source)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        start = state["epoch"] + 1
-        log, _ = read_log(run / "log.jsonl")
-        if config.stage > 1 and not config.resume and log[-1]["epoch"] >= start:
-            sys.exit(f"{run} already holds epochs up to {log[-1]['epoch']}, stage {config.stage} starts at {start}. "
+        if torch.cuda.is_available() and len(state.get("cuda_rng", ())) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda_rng"]])
+        partial, skipped_in_a_row = state.get("partial"), state.get("skipped_in_a_row", 0)
+        start, first_step = (state["epoch"], state["step"]) if partial else (state["epoch"] + 1, 0)
+        held = [line["epoch"] for line in log]
+        if config.stage > 1 and not config.resume and (run / "last.pt").exists():
+            held.append(load_checkpoint(run / "last.pt")["epoch"])  # of an epoch that is not logged yet
+        if config.stage > 1 and not config.resume and max(held, default=-1) >= start:
+            sys.exit(f"{run} already holds epochs up to {max(held)}, stage {config.stage} starts at {start}. "
                      f"Go on with it: python train.py --resume --out {config.out}; or copy {source} and config.json to "
                      "a new folder")
         log = [line for line in log if line["epoch"] < start]
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1))
+    for unfinished in run.glob("*.tmp"):  # of a run killed while it saved
+        unfinished.unlink()
+    with whole_file(run / "config.json") as file:
+        file.write(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1).encode())
     end = bounds[config.stage][1] if config.stage else total_epochs - 1
     best = max((line["val_miou"] for line in log if line["val_miou"] is not None), default=-1.0)
     count = sum(p.numel() for p in model.parameters())
@@ -408,7 +440,9 @@ def train(config):
         print(f"image tower: {config.clip}, " + (f"weights {config.clip_weights}; frozen until stage 3" if pretrained
                                                  else "FROM SCRATCH, random weights; it trains from stage 2 on"))
 
-    skipped_in_a_row, bar = 0, None
+    bar = None
+    guard = Guard(model, run / "skipped.jsonl")
+    stop.listen()
     steps = -(-len(train_set) // config.batch_size)
     train_loader = None
     for epoch in range(start, end + 1):
@@ -419,6 +453,7 @@ def train(config):
             last = min(end, bounds[setting.stage][1])
             bar = tqdm(total=(last - epoch + 1) * steps, desc=f"stage {setting.stage} {setting.name}", unit="step",
                        dynamic_ncols=True)
+            bar.update(first_step)
         views = config.views if use_images and setting.fusion != "identity" else 0
         frozen = views > 0 and not {"tower", "tower_ends"} & set(setting.parts)
         if train_loader is None or (views, not frozen) != (train_set.views, train_set.vary_images):
@@ -428,9 +463,13 @@ def train(config):
             val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
         apply_setting(model, setting)
         model.train()
-        train_loader.batch_sampler.set_epoch(epoch)
-        sums, norms, stats, losses, skipped = {}, {}, [], [], 0
-        for step, batch in enumerate(train_loader):
+        train_loader.batch_sampler.set_epoch(epoch, first_step)
+        part = partial or {"losses": [], "terms": {}, "norms": {}, "stats": [], "skipped": 0, "seconds": 0.0}
+        began -= part["seconds"]
+        done, first_step, partial = first_step, 0, None  # steps done; the next epoch begins at its beginning
+        if done:  # stopped before its evaluation, it is evaluated as its last step left it
+            model.setting = setting_of(epoch + (done - 1) / steps)
+        for step, batch in enumerate(stop.until(train_loader), done):
             # ---- batch
             batch = to_device(batch, device)
             now = epoch + step / steps
@@ -439,76 +478,89 @@ def train(config):
             set_rates(optimizer, setting, lr)
 
             # ---- forward and losses
-            statistics = [buffer.clone() for buffer in model.buffers()]  # of the batch norms
+            guard.remember()
             out = model(batch)
             terms = loss_terms(out, batch, setting)
             loss = weighted_sum(terms, weights)
 
-            # ---- finite? -> backward -> clip -> step
+            # ---- backward -> clip -> finite? -> step
             optimizer.zero_grad(set_to_none=True)
-            norm = {}
-            if torch.isfinite(loss):
-                loss.backward()
-                norm = clip_by_branch(model, setting.clip)
-            if norm and all(torch.isfinite(n) for n in norm.values()):
+            loss.backward()
+            norm = clip_by_branch(model, setting.clip)
+            scalars = [loss, *terms.values(), *norm.values()]
+            numbers = torch.stack([scalar.detach() for scalar in scalars]).tolist()  # one transfer from the device
+            values, norm = dict(zip(terms, numbers[1:])), dict(zip(norm, numbers[1 + len(terms):]))
+            if all_finite(numbers):
                 optimizer.step()
                 skipped_in_a_row = 0
-                losses.append(loss.item())
-                for name, value in norm.items():
-                    norms.setdefault(name, []).append(value.item())
-                for name, term in terms.items():
-                    sums.setdefault(name, []).append(term.item())
+                part["losses"].append(numbers[0])
+                for key, found in (("terms", values), ("norms", norm)):
+                    for name, value in found.items():
+                        part[key].setdefault(name, []).append(value)
                 if "stats" in out:
-                    stats.append(out["stats"])
+                    part["stats"].append(out["stats"])
             else:
-                for buffer, value in zip(model.buffers(), statistics):
-                    buffer.copy_(value)  # or one NaN in a running mean would spoil every evaluation from here on
-                skipped += 1
+                guard.restore()
+                part["skipped"] += 1
                 skipped_in_a_row += 1
-                bar.write(f"epoch {epoch} step {step}: skipped, not finite; scenes {', '.join(batch['names'])}; "
-                          f"terms { {k: v.item() for k, v in terms.items()} }; gradient norms "
-                          f"{ {k: v.item() for k, v in norm.items()} }")
+                first = guard.first_not_finite(
+                    batch, lambda batch, setting=setting: loss_terms(model(batch), batch, setting),
+                    (lambda terms: weighted_sum(terms, weights)) if math.isfinite(numbers[0]) else None)
+                record = guard.record(epoch=epoch, step=step, stage=setting.stage, scenes=batch["names"],
+                                      loss=numbers[0], losses=values, grad_norm=norm, first_not_finite=first)
+                bar.write(f"epoch {epoch} step {step}: skipped, not finite: {first}; scenes "
+                          f"{', '.join(batch['names'])}; more in {run / 'skipped.jsonl'}")
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     break
-            before, ratio = (log[-1] if log else {}), (stats[-1]["fusion_2d_ratio"] if stats else None)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, mIoU {show(before.get('val_miou'))}, "
+            done = step + 1
+            before, ratio = (log[-1] if log else {}), (out["stats"]["fusion_2d_ratio"] if "stats" in out else None)
+            bar.set_postfix_str(f"loss {numbers[0]:.3f}, mIoU {show(before.get('val_miou'))}, "
                                 f"AP {average_precisions(before)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
             bar.update()
 
         # ---- evaluate, log, save
         diverged = skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
-        result = {"miou": None, "iou": ()} if diverged else evaluate(model, val_loader, device)
+        result = {"miou": None, "iou": ()} if diverged else evaluate(model, stop.until(val_loader), device)
+        if stop.asked and not diverged:  # the epoch goes on from here, or is evaluated anew
+            part["seconds"] = time.time() - began
+            save_checkpoint(run / "last.pt", model, optimizer, config, epoch, done, steps, skipped_in_a_row, part)
+            bar.close()
+            raise Stopped(f"stopped in epoch {epoch} after step {done} of {steps}")
         miou = finite(result["miou"])
         line = {
-            "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(losses),
-            "losses": {name: mean_of(values) for name, values in sums.items()},
+            "epoch": epoch, "stage": setting.stage, "model": config.model, "loss": mean_of(part["losses"]),
+            "losses": {name: mean_of(values) for name, values in part["terms"].items()},
             "val_miou": miou, "val_iou": [finite(v) for v in result["iou"]],
             **{f"val_{name.lower()}": finite(result.get(name)) for name in ("AP", "AP50", "AP25")},
-            "fusion_ramp": finite(setting.ramp) if stats else 0.0,  # at the start of the epoch
-            **{name: mean_of([s[name] for s in stats])
+            "fusion_ramp": finite(setting.ramp) if part["stats"] else 0.0,  # at the start of the epoch
+            **{name: mean_of([s[name] for s in part["stats"]])
                for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
-            "grad_norm": {name: mean_of(values) for name, values in norms.items()},
-            "skipped_steps": skipped, "steps": steps,
+            "grad_norm": {name: mean_of(values) for name, values in part["norms"].items()},
+            "skipped_steps": part["skipped"], "steps": steps,
             "lr": {g["name"]: finite(g["lr"]) for g in optimizer.param_groups if g["name"] in setting.parts},
             "seconds": round(time.time() - began, 2), "peak_memory_mb": round(peak_memory_mb(device)),
         }
         log.append(line)
-        append_line(run / "log.jsonl", line)
+        append_line(run / "log.jsonl", json.dumps(line))
         if diverged:
             bar.close()
-            sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite. The last good weights are in "
-                     f"{run / 'last.pt'}; start anew with another --out and --plan B, or a lower --lr")
+            sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last of them {record}. "
+                     f"{good_checkpoint(run)}; start anew with another --out and --plan B, or a lower --lr")
+        place = {"step": steps, "steps": steps, "skipped_in_a_row": skipped_in_a_row}
         if miou is not None and miou > best:
             best = miou
-            save_checkpoint(run / "best.pt", model, optimizer, config, epoch)
+            save_checkpoint(run / "best.pt", model, optimizer, config, epoch, **place)
         if epoch == bounds[setting.stage][1]:
-            save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch)
-        save_checkpoint(run / "last.pt", model, optimizer, config, epoch)  # last: a kill before repeats the epoch
+            save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch, **place)
+        save_checkpoint(run / "last.pt", model, optimizer, config, epoch, **place)  # a kill before repeats the epoch
         if epoch % 5 == 0 or epoch == bounds[setting.stage][1]:
             draw_curves(log, run / "curves.png")
         if epoch == bounds[setting.stage][1]:
             bar.close()
             print(summary(log, bounds, setting.stage), flush=True)
+        if stop.asked and epoch < end:  # while it was saved
+            bar.close()
+            raise Stopped(f"stopped after epoch {epoch}")
     return log
 
 
@@ -520,14 +572,24 @@ def peak_memory_mb(device):
 
 
 def main(argv=None):
-    config = parse_config(argv)
+    config, stop = parse_config(argv), StopSignals()
     try:
-        train(config)
+        train(config, stop)
     except (FileNotFoundError, ValueError) as error:  # bad input: the message says what to do, a traceback hides it
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a worker's traceback
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: {error}. What was saved before in {config.out} is whole. Make room there, then go on with: "
+                 f"{resume_command(config)}")
+    except Stopped as where:
+        print(f"{where}; all of it is in {config.out}/last.pt. Go on with: {resume_command(config)}", file=sys.stderr)
+        sys.exit(128 + stop.asked)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; what was finished up to the last epoch is in {config.out}. Go on with: "
-                 f"python train.py --resume --out {config.out}")
+                 f"{resume_command(config)}")
+    finally:
+        stop.release()
     print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
           else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
 

@@ -1,4 +1,4 @@
-"""fusion.py, losses.py, stages.py and metrics.py work when copied alone into an empty folder, as they promise."""
+"""fusion.py, losses.py, stages.py, metrics.py and guard.py work when copied alone into an empty folder."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
-OTHERS = ("spconv", "open_clip", "torchvision", "matplotlib")  # none of the four may need these
+OTHERS = ("spconv", "open_clip", "torchvision", "matplotlib")  # none of the five may need these
 
 CALLS = {
     "fusion": """
@@ -44,6 +44,15 @@ assert stages.clip_by_branch(model, setting.clip)["3d"] > 0
     "metrics": """
 result = metrics.semantic_iou([(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))], [0, 1])
 assert abs(result["miou"] - 0.5) < 1e-12
+""",
+    "guard": """
+model = torch.nn.BatchNorm1d(2)
+keeper = guard.Guard(model, "skipped.jsonl")
+keeper.remember()
+assert not guard.all_finite(model(torch.full((3, 2), float("nan"))).flatten().tolist())
+keeper.restore()
+assert not model.running_mean.any() and model.num_batches_tracked == 0
+assert keeper.first_not_finite({"x": torch.tensor(float("inf"))}, None) == "input x"
 """,
 }
 

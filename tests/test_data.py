@@ -1,5 +1,7 @@
 """Tests of data.py: scene folders good and bad, voxels, the camera under augmentation, superpoints, batches."""
+import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,6 +360,31 @@ def test_a_bad_file_of_a_frame_is_named_with_what_is_wrong(spoil, match, size, s
     spoil(scene_folder)
     with pytest.raises(ValueError, match=match):
         load_frames(scene_folder, [0, 1], size)
+
+
+class Payload:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["coord", "color", "normal", "segment20", "instance", "superpoint"])
+@pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
+def test_no_array_of_a_scene_ever_runs_what_is_pickled_in_it(name, form, scene_folder, tmp_path):
+    touched, path = tmp_path / "touched", scene_folder / f"{name}.npy"
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(Payload(touched)))
+    else:
+        np.save(path, np.array([Payload(touched)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=f"{path}: expected an array of numbers, found a file that cannot be read"):
+        load_scene(scene_folder)
+    assert not touched.exists()
+    np.load(path, allow_pickle=True)
+    assert touched.exists()  # the test can fail: this is what happens otherwise
 
 
 def test_a_jpeg_in_place_of_a_depth_map_is_refused(scene_folder):

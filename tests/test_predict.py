@@ -1,7 +1,10 @@
 """predict.py: labels, .ply and picture of scenes with and without labels and frames; errors in one line."""
 
+import pickle
 import shutil
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,3 +384,36 @@ def test_a_file_that_holds_no_scan_ends_in_one_line(checkpoints, tmp_path, name,
         np.save(path, content)
     message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
     assert name in message and reason in message
+
+
+class Payload:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["scan.npy", "bare.npy", "scan.npz", "color.npz", "member.npz"])
+def test_no_scan_ever_runs_what_is_pickled_in_it(name, checkpoints, tmp_path):
+    touched, path, coord = tmp_path / "touched", tmp_path / name, np.zeros((5, 3), np.float32)
+    objects = np.array([Payload(touched)], dtype=object)
+    if name == "scan.npy":
+        np.save(path, objects, allow_pickle=True)
+    elif name == "bare.npy":
+        path.write_bytes(pickle.dumps(Payload(touched)))
+    elif name == "member.npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("coord.npy", pickle.dumps(Payload(touched)))
+    else:
+        np.savez(path, **({"coord": objects} if name == "scan.npz" else {"coord": coord, "color": objects}))
+    assert str(path) in failure(checkpoints["baseline"], path, out=tmp_path / "out")
+    assert not touched.exists()
+    found = np.load(path, allow_pickle=True)
+    if name == "member.npz":
+        return  # NumPy hands out the bytes of a member that is no array: nothing to run
+    if name.endswith(".npz"):
+        found["color" if name == "color.npz" else "coord"]
+    assert touched.exists()  # the test can fail: this is what happens otherwise

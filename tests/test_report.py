@@ -192,8 +192,19 @@ def test_a_resumed_run_replaces_what_was_logged_from_there_on_and_says_so(tmp_pa
     again = [{**entry, "loss": 7.0} for entry in make_log()[20:24]]
     folder = write_run(tmp_path / "resumed", log + again)
     read, notes = report.read_log(Path(folder, "log.jsonl"))
-    assert read == log[:20] + again  # 24..29 belong to the abandoned attempt
-    assert len(notes) == 1 and "resumed at epoch 20" in notes[0] and "1 of them with a non-finite" in notes[0]
+    assert read[0:20] + read[21:] == log[:20] + again[1:]  # 24..29 belong to the abandoned attempt
+    assert read[20] == again[0] | {"replaced_faults": ["epoch 25: loss is not finite"]}
+    assert len(notes) == 1 and "resumed at epoch 20" in notes[0] and "1 with a non-finite" in notes[0]
+    stability = criteria(read)[0]
+    assert stability["passed"] is False  # it did happen, whatever came of it later
+    assert stability["detail"] == "epoch 20: before it was resumed, epoch 25: loss is not finite"
+    again = report.read_log(Path(write_run(tmp_path / "twice", log + make_log()[20:26] + make_log()[22:]), "log.jsonl"))
+    assert len(again[1]) == 2 and criteria(again[0])[0]["passed"] is False  # still, after it was resumed once more
+
+
+def test_epochs_that_were_killed_and_trained_again_without_a_fault_do_not_count_against_a_run(tmp_path):
+    read, notes = report.read_log(Path(write_run(tmp_path / "r", make_log()[:21] + make_log()[20:]), "log.jsonl"))
+    assert len(notes) == 1 and read == make_log()
     assert criteria(read)[0]["passed"] is True
 
 

@@ -1,0 +1,261 @@
+"""Nothing is lost: runs that are killed, stopped by a signal or met by a full disk go on to the same end, bit for bit.
+"""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kill import VARYING, differences, kill_and_resume, same, start
+
+import train
+from report import read_log
+from train import load_checkpoint, main, save_checkpoint
+
+SHORT = ("--compress", 43, "--batch-size", 1)  # 4 epochs of 4 steps: one of stage 1, one of stage 2, two of stage 3
+
+
+@pytest.fixture(scope="module")
+def whole(run_train, tmp_path_factory):
+    """A run that was left alone: its folder."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run_train(out, *SHORT)
+    return out
+
+
+def finish(process, seconds=60):
+    """Exit code of a process, negative for the signal that ended it."""
+    process.join(seconds)
+    assert not process.is_alive(), "still running"
+    return process.exitcode
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it never came to that"
+        time.sleep(0.005)
+
+
+def log_lines(out):
+    return [{k: v for k, v in line.items() if k not in VARYING} for line in read_log(out / "log.jsonl")[0]]
+
+
+def stop_at(monkeypatch, number, call):
+    """Send this process a signal within this call of train.to_device, a step's or an evaluation's batch."""
+    real, count = train.to_device, iter(range(10**9))
+
+    def to_device(batch, device):
+        if next(count) == call:
+            os.kill(os.getpid(), number)
+        return real(batch, device)
+
+    monkeypatch.setattr(train, "to_device", to_device)
+
+
+# ---- kills
+
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_alone(whole, tiny_rooms, tmp_path):
+    kills, met = kill_and_resume(tmp_path / "run", tiny_rooms, 3, 0.5, random.Random(1), *SHORT)
+    assert kills == 3 and met
+    assert differences(whole, tmp_path / "run") == []
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_worker_processes_change_no_bit_and_neither_does_a_kill_that_leaves_them_orphans(whole, tiny_rooms, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, tiny_rooms, *SHORT, "--workers", 1)
+    wait_for((out / "stage2.pt").exists)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert finish(start(out, tiny_rooms, "--resume", "--workers", 1)) == 0
+    assert differences(whole, out) == []
+
+
+def test_a_run_killed_before_its_first_last_pt_begins_anew(whole, run_train, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.json", "best.pt"):
+        shutil.copy(whole / name, out)
+    (out / "log.jsonl").write_text((whole / "log.jsonl").read_text().splitlines(keepends=True)[0])
+    (out / "stage1.pt.tmp").write_bytes(b"half")
+    run_train(out, "--resume")
+    assert differences(whole, out) == []
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_missing_checkpoint_of_a_run_that_went_on_is_not_passed_over(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "last.pt").unlink()
+    with pytest.raises(SystemExit, match=r"last\.pt not found"):
+        main(["--resume", "--out", str(out), "--device", "cpu"])
+
+
+# ---- signals
+
+# calls of to_device in an epoch: four steps, then one for each of the two val scenes
+@pytest.mark.parametrize(("number", "call", "epoch", "step"), [
+    (signal.SIGTERM, 8, 1, 3), (signal.SIGINT, 10, 1, 4)], ids=["middle of the ramp", "evaluation"])
+def test_a_signal_saves_the_step_reached_and_resuming_there_gives_the_same_run(
+        whole, run_train, tmp_path, monkeypatch, capsys, number, call, epoch, step):
+    out = tmp_path / "run"
+    stop_at(monkeypatch, number, call)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run_train(out, *SHORT)
+    monkeypatch.undo()
+    assert stop.value.code == 128 + number
+    assert f"python train.py --resume --out {out} --workers 0" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    state = load_checkpoint(out / "last.pt")
+    assert (state["epoch"], state["step"], state["steps"]) == (epoch, step, 4)
+    assert state["stage"] == min(3, epoch + 1)
+    logged = log_lines(out) if (out / "log.jsonl").exists() else []
+    assert [line["epoch"] for line in logged] == list(range(epoch))
+    run_train(out, "--resume")
+    assert differences(whole, out) == []
+    assert log_lines(out) == log_lines(whole)
+    assert read_log(out / "log.jsonl")[1] == []  # no epoch was logged twice
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_after_it(whole, run_train, tmp_path, monkeypatch):
+    out, real, saves = tmp_path / "run", torch.save, []
+
+    def save(state, file):
+        saves.append(state["epoch"])
+        if len(saves) == 4:  # best.pt, stage1.pt, last.pt come before, if the first epoch is the best so far
+            file.write(b"")
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        run_train(out, *SHORT)
+    monkeypatch.undo()
+    assert stop.value.code == 128 + signal.SIGTERM
+    state = load_checkpoint(out / "last.pt")
+    assert state["epoch"] == saves[3] == len(log_lines(out)) - 1
+    assert state["partial"] is None
+    run_train(out, "--resume")
+    assert differences(whole, out) == []
+    assert read_log(out / "log.jsonl")[1] == []
+
+
+def test_a_folder_stopped_in_its_first_epoch_is_not_overwritten_by_a_new_start(run_train, tmp_path, monkeypatch):
+    stop_at(monkeypatch, signal.SIGTERM, 1)
+    with pytest.raises(SystemExit):
+        run_train(tmp_path / "run", *SHORT)
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run_train(tmp_path / "run", *SHORT)
+
+
+def test_a_stage_stopped_in_its_first_epoch_is_not_begun_again(run_train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run_train(out, *SHORT, "--stage", 1)
+    stop_at(monkeypatch, signal.SIGTERM, 1)
+    with pytest.raises(SystemExit):
+        run_train(out, "--stage", 2)
+    with pytest.raises(SystemExit, match="already holds epochs up to 1, stage 2 starts at 1"):
+        run_train(out, "--stage", 2)
+
+
+def test_sigterm_to_a_whole_group_with_its_workers_saves_too(whole, tiny_rooms, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, tiny_rooms, *SHORT, "--workers", 1, output=tmp_path / "said", prepare=os.setsid)
+    wait_for((out / "stage1.pt").exists)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert finish(process) == 128 + signal.SIGTERM, (tmp_path / "said").read_text()
+    assert f"python train.py --resume --out {out} --workers 1" in (tmp_path / "said").read_text()
+    assert finish(start(out, tiny_rooms, "--resume")) == 0
+    assert differences(whole, out) == []
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_rooms, tmp_path):
+    def endless_step():
+        real = train.clip_by_branch
+
+        def clip_by_branch(*args):
+            (tmp_path / "inside").touch()
+            time.sleep(1000)
+            return real(*args)
+
+        train.clip_by_branch = clip_by_branch
+
+    process = start(tmp_path / "run", tiny_rooms, *SHORT, output=tmp_path / "said", prepare=endless_step)
+    wait_for((tmp_path / "inside").exists)
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "once more to end at once" in (tmp_path / "said").read_text())
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process, 5) == -signal.SIGINT
+
+
+# ---- full disks
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole_and_the_run_goes_on_later(
+        whole, run_train, tiny_rooms, tmp_path):
+    out = tmp_path / "run"
+    run_train(out, *SHORT, "--stage", 1)
+    before = {name: (out / name).read_bytes() for name in ("last.pt", "best.pt", "stage1.pt")}
+    room = (out / "last.pt").stat().st_size // 2
+    process = start(out, tiny_rooms, "--resume", output=tmp_path / "said",
+                    prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert finish(process) == 1
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    assert "Make room there, then go on with: python train.py --resume --out" in said
+    assert ".pt" in said
+    assert not list(out.glob("*.tmp"))
+    assert before == {name: (out / name).read_bytes() for name in before}
+    run_train(out, "--resume")
+    assert differences(whole, out) == []
+
+
+def test_a_small_real_disk_that_is_full_keeps_the_checkpoint_before(tmp_path, make_model):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "none", disk],
+                                   capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters())
+        config = train.Config()
+        save_checkpoint(disk / "last.pt", model, optimizer, config, 0)
+        before = (disk / "last.pt").read_bytes()
+        (disk / "other").write_bytes(bytes(1_500_000 - len(before) - len(before) // 2))
+        with pytest.raises(OSError, match=r"No space left on device: '.*last\.pt'"):
+            save_checkpoint(disk / "last.pt", model, optimizer, config, 1)
+        assert (disk / "last.pt").read_bytes() == before
+        assert {path.name for path in disk.iterdir()} == {"last.pt", "other"}
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "skipped.jsonl"])
+def test_half_a_line_is_cut_off_without_rewriting_the_lines_before(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"epoch": 0}\n{"epoch": 1, "lo')
+    number = path.stat().st_ino
+    train.append_line(path, '{"epoch": 1}')
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert path.stat().st_ino == number
+    path.write_text('{"epo')
+    assert train.logged(path) == []
+    assert train.logged(Path(tmp_path, "nothing")) == []
+
+
+def test_the_comparison_of_these_tests_sees_one_changed_bit(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    state = load_checkpoint(out / "last.pt")
+    state["model"]["semantic_head.bias"][0] *= 1 + 1e-7
+    torch.save(state, out / "last.pt")
+    assert differences(whole, out) == ["last.pt: model"]
+    assert not same(0.0, 0) and not same([1], [1, 2]) and not same(torch.zeros(1), -torch.zeros(1))
