@@ -2,7 +2,7 @@
 
     python bench.py                                # everything, a few minutes on two cores
     python bench.py --only voxelise projection     # some of it
-    python bench.py --threads 1 --device cuda
+    python bench.py --preset base --device cuda    # the training step at full size: where its time goes, its floor
     python bench.py --control runs/bifusion/stage3.pt runs/baseline/stage3.pt   # AP beside that of plain groupings
 
 Ours and the alternative take turns and the median is given, so that a busy machine disturbs both alike. That both
@@ -10,6 +10,7 @@ compute the same is checked in tests/test_bench.py. Memory is the largest extra 
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import io
@@ -22,14 +23,19 @@ import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, voxelise
+import model as networks
+from cache import FeatureCache
+from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, usable_frames, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
@@ -37,6 +43,7 @@ from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_grap
 from rooms import write_scene
 from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
+from tower import SCRATCH
 from train import RECIPES, instances_of_scene, load_model, loss_terms, to_device
 
 
@@ -144,16 +151,21 @@ def scan(num_points=150_000, num_views=20, image_size=(320, 240), device="cpu"):
     return [torch.from_numpy(a).to(device) for a in (points, *box_views(boxes, num_views, image_size))]
 
 
+def photo(rng, size=(1296, 968)):
+    """A jpeg of about 130 KB, as those of a .sens."""
+    coarse, jpeg = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(size), io.BytesIO()
+    noise = rng.normal(0, 4, (*size[::-1], 1))
+    Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=80)
+    return jpeg.getvalue()
+
+
 def write_sens(path, frames, color_size=(1296, 968), depth_size=(640, 480)):
     """A .sens as ScanNet's: jpeg of about 130 KB, zlib depth; its few distinct images are repeated."""
     rng, images = np.random.default_rng(0), []
     for _ in range(4):
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(color_size)
-        jpeg = io.BytesIO()
-        noise = rng.normal(0, 4, (*color_size[::-1], 1))
-        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=80)
+        jpeg = photo(rng, color_size)
         far = np.asarray(Image.fromarray(rng.uniform(800, 4000, (8, 10)).astype(np.float32)).resize(depth_size))
-        images.append((jpeg.getvalue(), zlib.compress((far + rng.normal(0, 2, far.shape)).astype("<u2").tobytes())))
+        images.append((jpeg, zlib.compress((far + rng.normal(0, 2, far.shape)).astype("<u2").tobytes())))
     cameras = [np.eye(4) for _ in range(4)]
     for camera, (width, height) in ((cameras[0], color_size), (cameras[2], depth_size)):
         camera[[0, 1], [0, 1]], camera[:2, 2] = 0.9 * width, ((width - 1) / 2, (height - 1) / 2)
@@ -194,6 +206,34 @@ def write_scans(root, count, num_points=150_000, frames=400):
         Path(f"{stem}.txt").write_text("sceneType = none\n")
         write_sens(f"{stem}.sens", frames)
     Path(root, "scannetv2_train.txt").write_text("\n".join(names))
+
+
+# what a step of `base` is timed on: scenes, and of each the voxels of 2 cm (about), superpoints, views
+SIZES = {"cpu": (1, 40_000, 600, 4), "cuda": (4, 100_000, 1500, 10)}
+
+
+def write_box_scene(folder, seed, voxels, superpoints, views):
+    """A scene folder as ScanNet's, cut out of a box_room: the points nearest to its middle, images of 1296x968."""
+    folder, rng, image_size = Path(folder), np.random.default_rng(seed), (640, 480)
+    points, boxes = box_room(600_000, seed)  # 7 of a voxel's 27 neighbours are occupied
+    points = points[np.argsort(np.linalg.norm(points - ROOM / 2, axis=1))[: int(1.7 * voxels)]]
+    centers = points[rng.choice(len(points), superpoints, replace=False)]
+    superpoint = cKDTree(centers).query(points)[1]  # (N,)
+    instance = cKDTree(centers[:30]).query(centers)[1][superpoint]  # (N,) instances are groups of superpoints
+    arrays = {"coord": points, "color": rng.integers(0, 256, points.shape, np.uint8), "superpoint": superpoint,
+              "normal": rng.normal(size=points.shape).astype(np.float32), "instance": instance,
+              "segment20": rng.integers(0, 20, 30)[instance]}
+    for name in ("color", "depth", "pose", "intrinsic"):
+        (folder / name).mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    matrices, intrinsics, depths = box_views(boxes, views, image_size, seed + 1)
+    for i, (matrix, depth) in enumerate(zip(matrices, depths)):
+        (folder / "color" / f"{i}.jpg").write_bytes(photo(rng))
+        Image.fromarray((1000 * depth).round().astype(np.uint16)).save(folder / "depth" / f"{i}.png")
+        np.savetxt(folder / "pose" / f"{i}.txt", np.linalg.inv(matrix))
+    camera = np.diag([1296 / 640, 968 / 480, 1]) @ intrinsics[0].astype(float)
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", camera)
 
 
 # --------------------------------------------------------------------------------------------------- the plain ways
@@ -376,28 +416,231 @@ def rooms_rows(device):
     return [Row("generate rooms", f"{1 / seconds:.2f} / s", note="one process, points and 8 frames of 160x120")]
 
 
-def steps_rows(device):
-    """Training steps of 4 rooms and data loading, otherwise with the recipe of preset small."""
-    recipe = RECIPES["small"]
+def steps_rows(device, preset="small"):
+    """Loading of a training item, and training steps beside the 3D baseline's."""
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(4):
-            write_scene(Path(folder, "train", f"room_{i}"), i, recipe["image_size"])
-        common = {"voxel_size": recipe["voxel_size"], "image_size": recipe["image_size"], "augment": True}
-        start = time.perf_counter()
-        scenes = SceneDataset(folder, "train", views=recipe["views"], **common)
-        batch = to_device(collate([scenes[i] for i in range(4)]), device)
-        first = (time.perf_counter() - start) / 4
-        epoch = iter(range(1000))
-        (again,) = timed(lambda: [scenes[(e, i)] for e in (next(epoch),) for i in range(4)], repeats=3)
-        plain = to_device(collate([SceneDataset(folder, "train", **common)[i] for i in range(4)]), device)
-    rows = [Row("load a training item", ms(again / 4), note=f"{recipe['views']} views; {ms(first)} the first time")]
-    for stage, (epoch, _) in stage_epochs().items():
-        if stage == 2:  # between the other two
-            continue
-        steps = [train_step("bifusion", batch, epoch, device), train_step("baseline", plain, epoch, device)]
-        ours, baseline = timed(*steps, repeats=3, device=device)
+        load, size = training_loads(folder, preset, device)
+        rows, seconds, batches = [], dict.fromkeys(load, np.inf), {}
+        for epoch, (what, function) in enumerate([*load.items()] * 3):  # the first time is left out
+            start = time.perf_counter()
+            batches[what] = function(epoch)
+            seconds[what] = seconds[what] if epoch < len(load) else min(seconds[what], time.perf_counter() - start)
+    scenes = len(batches["3D only"]["names"])
+    kept = "scenes and frames kept in memory" if preset == "small" else "nothing kept in memory"
+    for what, s in seconds.items():
+        rows.append(Row(f"load a training item, {what}", ms(s / scenes), f"{ms(seconds['3D only'] / scenes)} 3D only",
+                        seconds["3D only"] / s, None, kept))
+    repeats = 1 if (preset, device) == ("base", "cpu") else 3
+    bounds, batches = stage_epochs(), {what: to_device(batch, device) for what, batch in batches.items()}
+    for stage in (1, 3) if preset == "small" else (3,):
+        steps = [train_step("bifusion", batches["images"], bounds[stage][1], device, preset)[0],
+                 train_step("baseline", batches["3D only"], bounds[stage][1], device, preset)[0]]
+        ours, baseline = timed(*steps, repeats=repeats, device=device)
         rows.append(Row(f"training step, stage {stage}", f"{1 / ours:.2f} / s", f"{1 / baseline:.2f} / s baseline",
-                        baseline / ours, None, f"4 rooms, {len(plain['coord']):,} voxels, {len(batch['image'])} views"))
+                        baseline / ours, None, size))
+    steps = [train_step(*case, bounds[2][1], device, preset)[0]
+             for case in (("bifusion", batches["cached maps"]), ("baseline", batches["3D only"]))]
+    ours, baseline = timed(*steps, repeats=repeats, device=device)
+    loaded = (seconds["3D only"] + baseline) / (seconds["cached maps"] + ours)
+    rows.append(Row("training step, stage 2, cached maps", f"{1 / ours:.2f} / s", f"{1 / baseline:.2f} / s baseline",
+                    baseline / ours, 0.8, f"{ours / baseline:.2f} times the baseline's, at most 1.25 wanted; "
+                    f"{1 / loaded:.2f} with loading"))
+    return rows
+
+
+def training_loads(folder, preset, device):
+    """Made-up training scenes: {what is loaded: function of an epoch -> collated batch of the recipe}, and their size.
+
+    "images" are decoded, "cached maps" are those of a frozen tower on disk (of random weights), "3D only" has no view.
+    """
+    recipe = RECIPES[preset]
+    scenes, voxels, superpoints, views = SIZES[torch.device(device).type]
+    if preset == "small":
+        scenes, views = 4, recipe["views"]
+    for i in range(scenes):
+        path = Path(folder, "train", f"room_{i}")
+        if preset == "small":
+            write_scene(path, i, recipe["image_size"])
+        else:
+            write_box_scene(path, i, voxels, superpoints, views)
+    sets = {what: SceneDataset(folder, "train", voxel_size=recipe["voxel_size"], image_size=recipe["image_size"],
+                               augment=True, views=0 if what == "3D only" else views)
+            for what in ("3D only", "images", "cached maps")}
+    frozen = sets["cached maps"]
+    frozen.vary_images = False
+    tower = build_model("bifusion", preset, 20, clip_weights=SCRATCH).tower.eval().to(device)
+    frozen.cache = FeatureCache(Path(folder, "cache"), tower, recipe["image_size"], limit_gb=50)
+    frozen.cache.fill([(path, i) for path in frozen.folders for i in usable_frames(path)[0]], device)
+
+    def load(what, epoch):
+        if preset != "small":  # ScanNet does not fit into the memory that a loading process keeps
+            sets[what]._cache, sets[what]._cached_bytes = {}, 0
+        return collate([sets[what][(epoch, i)] for i in range(scenes)])
+
+    count = len(load("3D only", 0)["coord"])
+    return ({what: lambda epoch, what=what: load(what, epoch) for what in sets},
+            f"{scenes} scene{'s' * (scenes > 1)}, {count:,} voxels, {scenes * views} views")
+
+
+def train_step(name, batch, epoch, device, preset="small", precision="fp32", checkpointing=False):
+    """A function that does one step of train.py's loop with this model in the setting of this epoch, and the model.
+
+    The image tower is of random weights, but protected as a pretrained one. Every step draws the same queries.
+    """
+    setting = setting_at(epoch, pretrained=True)
+    model = build_model(name, preset, 20, clip_weights=SCRATCH).to(device)
+    model.precision = precision
+    if name == "bifusion":
+        model.tower.pretrained, model.tower.precision, model.tower.checkpointing = True, precision, checkpointing
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05))
+    apply_setting(model, setting)
+    model.train()
+
+    def step():
+        torch.manual_seed(0)
+        [buffer.clone() for buffer in model.buffers()]  # train.py keeps them for a step that is not finite
+        out = model(batch)
+        with record_function("losses"):
+            loss = weighted_sum(loss_terms(out, batch, setting), LOSS_WEIGHTS[name])
+        with record_function("optimiser"):
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with record_function("optimiser"):
+            norms = clip_by_branch(model, setting.clip)
+            if all(torch.isfinite(norm) for norm in norms.values()):
+                optimizer.step()
+        return loss.item()
+
+    return step, model
+
+
+# -------------------------------------------------------------------------------------------------- parts of a step
+
+PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")
+PRODUCTS = frozenset("aten::" + name for name in (
+    "mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "mv", "dot", "mkldnn_convolution", "cudnn_convolution",
+    "cudnn_convolution_transpose", "_slow_conv2d_forward", "slow_conv_transpose2d", "convolution_backward",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_flash_attention_forward", "_flash_attention_backward", "_efficient_attention_forward",
+    "_efficient_attention_backward", "_cudnn_attention_forward", "_cudnn_attention_backward",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"))
+SPARSE = ("SubMConvFunction", "SparseConvFunction", "SparseInverseConvFunction", "SparseImplicitGemmFunction")
+
+
+def split_step(step, model, device):
+    """Where the time of one step goes.
+
+    Ranges of torch.profiler are laid round the parts of the forward pass. A node of the backward pass belongs to the
+    part whose operation made it: both have one sequence number; the sum of gradients into a weight belongs to the
+    node before it. Every operation counts for its self time, that is without the operations that it calls: on CPU the
+    elapsed time, so that all together are the step; on CUDA the duration of the kernels that it launched, so that
+    all together are the time the GPU was busy.
+
+    The floor is the self time of PRODUCTS: dense convolutions, matrix products, fused attention, forward and
+    backward, at the step's own shapes and in its own memory. On CPU spconv calls aten::mm once a kernel offset, on
+    gathered rows: these products are in the floor, its gathers and scatters stand apart; what builds its neighbour
+    tables does neither. On CUDA its kernels gather and multiply in one and count as products.
+
+    Returns {part: {"forward", "backward": seconds, together all; "product", "gather": of them}}.
+    """
+    cuda = device != "cpu"
+    patches = [(model.unet, "forward", "sparse U-Net"), (model.decoder, "forward", "decoder"),
+               (networks, "superpoint_means", "decoder"), (networks, "link_views", "sampling"),
+               (networks, "sample_views", "sampling")]
+    if hasattr(model, "tower"):
+        patches.append((model.tower, "forward", "image tower"))
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in patches:
+            stack.enter_context(mock.patch.object(owner, name, record_function(part)(getattr(owner, name))))
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+        profiler = stack.enter_context(profile(activities=activities))
+        with record_function("rest"):
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+    split = {part: dict.fromkeys(("forward", "backward", "product", "gather"), 0.0) for part in PARTS}
+    where, made_by, node_part = {}, {}, "rest"  # of each event: part, "forward" or "backward", within a sparse conv
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
+        part, direction, sparse = where.get(id(event.cpu_parent), ("rest", "forward", False))
+        if event.name in PARTS:
+            part = event.name
+        elif event.name.startswith("autograd::engine::evaluate_function"):
+            part = node_part = made_by.get(event.sequence_nr, node_part)
+            direction = "backward"
+        elif direction == "forward" and event.sequence_nr >= 0:
+            made_by[event.sequence_nr] = part
+        sparse = sparse or event.name.removesuffix("Backward") in SPARSE
+        where[id(event)] = part, direction, sparse
+        seconds = event.self_cpu_time_total / 1e6
+        if cuda:
+            seconds = sum(k.duration for k in event.kernels if k.name not in PARTS) / 1e6
+        split[part][direction] += seconds
+        if event.name in PRODUCTS or (cuda and sparse):
+            split[part]["product"] += seconds
+        elif sparse:
+            split[part]["gather"] += seconds
+    return split
+
+
+def parts_rows(device, preset="small"):
+    """Where the time of a step goes, the floor beside each part; sampling at full size; memory; on a GPU, its use."""
+    rows, bounds = [], stage_epochs()
+    with tempfile.TemporaryDirectory() as folder:
+        load, size = training_loads(folder, preset, device)
+        batches, seconds = {}, {}
+        for what in load:
+            start = time.perf_counter()
+            batches[what] = load[what](0)
+            seconds[what] = time.perf_counter() - start
+            batches[what] = to_device(batches[what], device)
+    for stage, what in ((2, "cached maps"), (3, "images")):
+        step, model = train_step("bifusion", batches[what], bounds[stage][1], device, preset)
+        step()  # makes the optimiser's state
+        start = time.perf_counter()
+        step()
+        plain = time.perf_counter() - start  # step() ends in .item(), which waits for the GPU
+        split = split_step(step, model, device)
+        whole, floor, gather = (sum(sum(cost[key] for key in keys) for cost in split.values())
+                                for keys in (("forward", "backward"), ("product",), ("gather",)))
+        name = f"step of {preset}, stage {stage}"
+        rows.append(Row(f"{name}: data", ms(seconds[what]), note=f"{what}; in worker processes, beside the step"))
+        for part, cost in split.items():
+            own = cost["forward"] + cost["backward"]
+            note = f"forward {ms(cost['forward'])}, backward {ms(cost['backward'])}"
+            note += f"; gathers of sparse convolutions {ms(cost['gather'])}" * (cost["gather"] > 0)
+            rows.append(Row(f"{name}: {part}", f"{ms(own)} {own / whole:.1%}", f"{ms(cost['product'])} products",
+                            note=note))
+        other = 1 - (floor + gather) / whole
+        rows.append(Row(f"{name}: all", ms(whole), f"{ms(floor)} products", (floor + gather) / whole, 0.85,
+                        f"{other:.1%} is no convolution, product or attention, at most 15 % wanted; the gathers of "
+                        f"sparse convolutions, {gather / whole:.1%}, count as convolution; {size}"))
+        if device != "cpu":
+            rows.append(Row(f"{name}: GPU busy", f"{ms(plain)} elapsed", f"{ms(whole)} kernels", whole / plain, 0.85))
+            other_precision = train_step("bifusion", batches[what], bounds[stage][1], device, preset, "bf16")[0]
+            full, half = timed(step, other_precision, repeats=3, device=device)
+            rows.append(Row(f"{name}: bf16", ms(half), f"{ms(full)} fp32", full / half, note="tower and decoder"))
+            del other_precision
+    step3 = plain
+    del step, model
+    views, image_size = scan(device=device), (320, 240)  # 150 k points, 20 views
+    maps = torch.randn(20, 256, 30, 40, device=device, requires_grad=True)
+
+    def sampling():
+        sample_views(maps, link_views(*views), image_size, len(views[0]))[0].sum().backward()
+
+    (seconds,) = timed(sampling, repeats=3, device=device)
+    voxels = len(batches["images"]["coord"])
+    share = step3 * len(views[0]) / voxels
+    if preset == "base":
+        rows.append(Row("project and sample 20 views, 150 k points, 256 channels", ms(seconds),
+                        f"{ms(share)} step", share / seconds, 10,
+                        f"both ways; the step is stage 3's, times {len(views[0]) / voxels:.2f} for its voxels"))
+    mine, theirs = (extra_memory(train_step("bifusion", batches["images"], bounds[3][1], device, preset,
+                                            checkpointing=c)[0], device) for c in (True, False))
+    if mine is not None:
+        rows.append(Row(f"step of {preset}, stage 3: memory", f"{mine:.0f} MB --checkpoint-tower", f"{theirs:.0f} MB",
+                        theirs / max(mine, 1), note=f"gradients and optimiser included, weights not; {size}"))
     return rows
 
 
@@ -417,24 +660,6 @@ def scannet_rows(device):
         rows.append(Row("prepare ScanNet, 2 processes", f"{60 * made / (time.perf_counter() - start):.1f} / min",
                         note="scans of 150 k points, 300 k faces, 400 frames of which 20 are kept"))
     return rows
-
-
-def train_step(name, batch, epoch, device):
-    """A function that does one step of train.py's loop with this model in the setting of this epoch."""
-    setting = setting_at(epoch)
-    model = build_model(name, "small", 20).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05))
-    apply_setting(model, setting)
-    model.train()
-
-    def step():
-        loss = weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS[name])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        clip_by_branch(model, setting.clip)
-        optimizer.step()
-
-    return step
 
 
 def instance_ap_rows(device):
@@ -534,7 +759,9 @@ def ms(seconds):
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows, "scannet": scannet_rows}
+           "steps": steps_rows, "parts": parts_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows,
+           "scannet": scannet_rows}
+OF_PRESET = ("steps", "parts")  # those that depend on --preset
 
 
 def table(rows):
@@ -550,14 +777,17 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), default=tuple(BENCHES), metavar="PART",
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="small",
+                        help=f"of {' and '.join(OF_PRESET)}; base times these alone (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), metavar="PART",
                         help=f"which of {', '.join(BENCHES)} (default all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="of PyTorch (default %(default)s); OMP_NUM_THREADS sets NumPy's as well")
-    parser.add_argument("--device", default="cpu", help="for projection, sampling and steps (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="for projection, sampling, steps, parts (default %(default)s)")
     parser.add_argument("--control", nargs="+", metavar="CHECKPOINT", help="instead: AP beside plain groupings")
     parser.add_argument("--data", default="data/rooms", help="of --control (default %(default)s)")
     args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on the screen
     torch.set_num_threads(args.threads)
     if args.control:
         return print(control_rows(args.control, args.data, args.device))
@@ -566,7 +796,9 @@ def main():
         name += ", " + torch.cuda.get_device_name(args.device)
     print(f"{os.cpu_count()} cores ({name}), {args.threads} threads, device {args.device}, torch {torch.__version__}, "
           f"spconv {importlib.metadata.version('spconv-cu118')}\n", flush=True)
-    print(table([row for name in args.only for row in BENCHES[name](args.device)]))
+    names = args.only or (BENCHES if args.preset == "small" else OF_PRESET)
+    print(table([row for name in names
+                 for row in BENCHES[name](args.device, *[args.preset] * (name in OF_PRESET))]))
 
 
 if __name__ == "__main__":
