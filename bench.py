@@ -10,7 +10,6 @@ compute the same is checked in tests/test_bench.py. Memory is the largest extra 
 """
 
 import argparse
-import contextlib
 import ctypes
 import importlib.metadata
 import io
@@ -23,7 +22,6 @@ import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -31,15 +29,15 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
-import model as networks
 from cache import FeatureCache
 from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, usable_frames, voxelise
 from fusion import link_views, sample_views
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
 from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_graph, superpoint_means
+from profile_step import split_step
 from rooms import write_scene
 from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
@@ -120,8 +118,11 @@ def box_room(num_points, seed=0):
     return (points + rng.normal(0, 0.003, points.shape)).astype(np.float32), boxes
 
 
-def box_views(boxes, num_views, image_size, seed=1):
-    """Cameras at eye height: world_to_camera (V, 4, 4), intrinsics (V, 3, 3), exact depth (V, H, W), all f32."""
+def box_views(boxes, num_views, image_size, seed=1, inwards=False):
+    """Cameras at eye height, facing anywhere or the middle of the room.
+
+    Returns world_to_camera (V, 4, 4), intrinsics (V, 3, 3), exact depth (V, H, W), all f32.
+    """
     rng = np.random.default_rng(seed)
     width, height = image_size
     focal = width / 2 / np.tan(np.radians(35))
@@ -131,6 +132,8 @@ def box_views(boxes, num_views, image_size, seed=1):
     matrices, depths = [], []
     for _ in range(num_views):
         yaw, pitch, center = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5), rng.uniform((0.5, 0.5, 1.5), ROOM - 0.5)
+        if inwards:
+            yaw = np.arctan2(*(ROOM / 2 - center)[1::-1])
         forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), -np.sin(pitch)])
         right = np.array([np.sin(yaw), -np.cos(yaw), 0])
         matrix = np.eye(4)
@@ -227,7 +230,7 @@ def write_box_scene(folder, seed, voxels, superpoints, views):
         (folder / name).mkdir(parents=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    matrices, intrinsics, depths = box_views(boxes, views, image_size, seed + 1)
+    matrices, intrinsics, depths = box_views(boxes, views, image_size, seed + 1, inwards=True)
     for i, (matrix, depth) in enumerate(zip(matrices, depths)):
         (folder / "color" / f"{i}.jpg").write_bytes(photo(rng))
         Image.fromarray((1000 * depth).round().astype(np.uint16)).save(folder / "depth" / f"{i}.png")
@@ -512,75 +515,6 @@ def train_step(name, batch, epoch, device, preset="small", precision="fp32", che
         return loss.item()
 
     return step, model
-
-
-# -------------------------------------------------------------------------------------------------- parts of a step
-
-PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")
-PRODUCTS = frozenset("aten::" + name for name in (
-    "mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "mv", "dot", "mkldnn_convolution", "cudnn_convolution",
-    "cudnn_convolution_transpose", "_slow_conv2d_forward", "slow_conv_transpose2d", "convolution_backward",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "_flash_attention_forward", "_flash_attention_backward", "_efficient_attention_forward",
-    "_efficient_attention_backward", "_cudnn_attention_forward", "_cudnn_attention_backward",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"))
-SPARSE = ("SubMConvFunction", "SparseConvFunction", "SparseInverseConvFunction", "SparseImplicitGemmFunction")
-
-
-def split_step(step, model, device):
-    """Where the time of one step goes.
-
-    Ranges of torch.profiler are laid round the parts of the forward pass. A node of the backward pass belongs to the
-    part whose operation made it: both have one sequence number; the sum of gradients into a weight belongs to the
-    node before it. Every operation counts for its self time, that is without the operations that it calls: on CPU the
-    elapsed time, so that all together are the step; on CUDA the duration of the kernels that it launched, so that
-    all together are the time the GPU was busy.
-
-    The floor is the self time of PRODUCTS: dense convolutions, matrix products, fused attention, forward and
-    backward, at the step's own shapes and in its own memory. On CPU spconv calls aten::mm once a kernel offset, on
-    gathered rows: these products are in the floor, its gathers and scatters stand apart; what builds its neighbour
-    tables does neither. On CUDA its kernels gather and multiply in one and count as products.
-
-    Returns {part: {"forward", "backward": seconds, together all; "product", "gather": of them}}.
-    """
-    cuda = device != "cpu"
-    patches = [(model.unet, "forward", "sparse U-Net"), (model.decoder, "forward", "decoder"),
-               (networks, "superpoint_means", "decoder"), (networks, "link_views", "sampling"),
-               (networks, "sample_views", "sampling")]
-    if hasattr(model, "tower"):
-        patches.append((model.tower, "forward", "image tower"))
-    with contextlib.ExitStack() as stack:
-        for owner, name, part in patches:
-            stack.enter_context(mock.patch.object(owner, name, record_function(part)(getattr(owner, name))))
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
-        profiler = stack.enter_context(profile(activities=activities))
-        with record_function("rest"):
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-    split = {part: dict.fromkeys(("forward", "backward", "product", "gather"), 0.0) for part in PARTS}
-    where, made_by, node_part = {}, {}, "rest"  # of each event: part, "forward" or "backward", within a sparse conv
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
-        part, direction, sparse = where.get(id(event.cpu_parent), ("rest", "forward", False))
-        if event.name in PARTS:
-            part = event.name
-        elif event.name.startswith("autograd::engine::evaluate_function"):
-            part = node_part = made_by.get(event.sequence_nr, node_part)
-            direction = "backward"
-        elif direction == "forward" and event.sequence_nr >= 0:
-            made_by[event.sequence_nr] = part
-        sparse = sparse or event.name.removesuffix("Backward") in SPARSE
-        where[id(event)] = part, direction, sparse
-        seconds = event.self_cpu_time_total / 1e6
-        if cuda:
-            seconds = sum(k.duration for k in event.kernels if k.name not in PARTS) / 1e6
-        split[part][direction] += seconds
-        if event.name in PRODUCTS or (cuda and sparse):
-            split[part]["product"] += seconds
-        elif sparse:
-            split[part]["gather"] += seconds
-    return split
 
 
 def parts_rows(device, preset="small"):

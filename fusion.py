@@ -256,7 +256,7 @@ class FiLM(nn.Module):
         """
         gamma, beta = self.mlp(geometry_code(coord, normal)).chunk(2, 1)  # (N, D) each
         scale = 1 + gamma
-        return torch.addcmul(beta, scale, feat_2d), torch.addcmul(beta, scale, feat_3d)
+        return (scale * feat_2d).add_(beta), (scale * feat_3d).add_(beta)  # in place: one (N, D) less each
 
 
 GEOMETRY_CHANNELS = 16
