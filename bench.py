@@ -2,7 +2,7 @@
 
     python bench.py                                # everything, a few minutes on two cores
     python bench.py --only voxelise projection     # some of it
-    python bench.py --threads 1 --device cuda
+    python bench.py --preset base --device cuda    # the training step at full size: where its time goes, its floor
     python bench.py --control runs/bifusion/stage3.pt runs/baseline/stage3.pt   # AP beside that of plain groupings
 
 Ours and the alternative take turns and the median is given, so that a busy machine disturbs both alike. That both
@@ -28,16 +28,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+from torch.profiler import record_function
 
-from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, voxelise
+from cache import FeatureCache
+from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, usable_frames, voxelise
 from fusion import link_views, sample_views
 from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
 from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_graph, superpoint_means
+from profile_step import split_step
 from rooms import write_scene
 from scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
+from tower import SCRATCH
 from train import RECIPES, instances_of_scene, load_model, loss_terms, to_device
 
 
@@ -114,8 +119,11 @@ def box_room(num_points, seed=0):
     return (points + rng.normal(0, 0.003, points.shape)).astype(np.float32), boxes
 
 
-def box_views(boxes, num_views, image_size, seed=1):
-    """Cameras at eye height: world_to_camera (V, 4, 4), intrinsics (V, 3, 3), exact depth (V, H, W), all f32."""
+def box_views(boxes, num_views, image_size, seed=1, inwards=False):
+    """Cameras at eye height, facing anywhere or the middle of the room.
+
+    Returns world_to_camera (V, 4, 4), intrinsics (V, 3, 3), exact depth (V, H, W), all f32.
+    """
     rng = np.random.default_rng(seed)
     width, height = image_size
     focal = width / 2 / np.tan(np.radians(35))
@@ -125,6 +133,8 @@ def box_views(boxes, num_views, image_size, seed=1):
     matrices, depths = [], []
     for _ in range(num_views):
         yaw, pitch, center = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5), rng.uniform((0.5, 0.5, 1.5), ROOM - 0.5)
+        if inwards:
+            yaw = np.arctan2(*(ROOM / 2 - center)[1::-1])
         forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), -np.sin(pitch)])
         right = np.array([np.sin(yaw), -np.cos(yaw), 0])
         matrix = np.eye(4)
@@ -145,16 +155,21 @@ def scan(num_points=150_000, num_views=20, image_size=(320, 240), device="cpu"):
     return [torch.from_numpy(a).to(device) for a in (points, *box_views(boxes, num_views, image_size))]
 
 
+def photo(rng, size=(1296, 968)):
+    """A jpeg of about 130 KB, as those of a .sens."""
+    coarse, jpeg = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(size), io.BytesIO()
+    noise = rng.normal(0, 4, (*size[::-1], 1))
+    Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=80)
+    return jpeg.getvalue()
+
+
 def write_sens(path, frames, color_size=(1296, 968), depth_size=(640, 480)):
     """A .sens as ScanNet's: jpeg of about 130 KB, zlib depth; its few distinct images are repeated."""
     rng, images = np.random.default_rng(0), []
     for _ in range(4):
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(color_size)
-        jpeg = io.BytesIO()
-        noise = rng.normal(0, 4, (*color_size[::-1], 1))
-        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=80)
+        jpeg = photo(rng, color_size)
         far = np.asarray(Image.fromarray(rng.uniform(800, 4000, (8, 10)).astype(np.float32)).resize(depth_size))
-        images.append((jpeg.getvalue(), zlib.compress((far + rng.normal(0, 2, far.shape)).astype("<u2").tobytes())))
+        images.append((jpeg, zlib.compress((far + rng.normal(0, 2, far.shape)).astype("<u2").tobytes())))
     cameras = [np.eye(4) for _ in range(4)]
     for camera, (width, height) in ((cameras[0], color_size), (cameras[2], depth_size)):
         camera[[0, 1], [0, 1]], camera[:2, 2] = 0.9 * width, ((width - 1) / 2, (height - 1) / 2)
@@ -195,6 +210,34 @@ def write_scans(root, count, num_points=150_000, frames=400):
         Path(f"{stem}.txt").write_text("sceneType = none\n")
         write_sens(f"{stem}.sens", frames)
     Path(root, "scannetv2_train.txt").write_text("\n".join(names))
+
+
+# what a step of `base` is timed on: scenes, and of each the voxels of 2 cm (about), superpoints, views
+SIZES = {"cpu": (1, 40_000, 600, 4), "cuda": (4, 100_000, 1500, 10)}
+
+
+def write_box_scene(folder, seed, voxels, superpoints, views):
+    """A scene folder as ScanNet's, cut out of a box_room: the points nearest to its middle, images of 1296x968."""
+    folder, rng, image_size = Path(folder), np.random.default_rng(seed), (640, 480)
+    points, boxes = box_room(600_000, seed)  # 7 of a voxel's 27 neighbours are occupied
+    points = points[np.argsort(np.linalg.norm(points - ROOM / 2, axis=1))[: int(1.7 * voxels)]]
+    centers = points[rng.choice(len(points), superpoints, replace=False)]
+    superpoint = cKDTree(centers).query(points)[1]  # (N,)
+    instance = cKDTree(centers[:30]).query(centers)[1][superpoint]  # (N,) instances are groups of superpoints
+    arrays = {"coord": points, "color": rng.integers(0, 256, points.shape, np.uint8), "superpoint": superpoint,
+              "normal": rng.normal(size=points.shape).astype(np.float32), "instance": instance,
+              "segment20": rng.integers(0, 20, 30)[instance]}
+    for name in ("color", "depth", "pose", "intrinsic"):
+        (folder / name).mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    matrices, intrinsics, depths = box_views(boxes, views, image_size, seed + 1, inwards=True)
+    for i, (matrix, depth) in enumerate(zip(matrices, depths)):
+        (folder / "color" / f"{i}.jpg").write_bytes(photo(rng))
+        Image.fromarray((1000 * depth).round().astype(np.uint16)).save(folder / "depth" / f"{i}.png")
+        np.savetxt(folder / "pose" / f"{i}.txt", np.linalg.inv(matrix))
+    camera = np.diag([1296 / 640, 968 / 480, 1]) @ intrinsics[0].astype(float)
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", camera)
 
 
 # --------------------------------------------------------------------------------------------------- the plain ways
@@ -377,28 +420,166 @@ def rooms_rows(device):
     return [Row("generate rooms", f"{1 / seconds:.2f} / s", note="one process, points and 8 frames of 160x120")]
 
 
-def steps_rows(device):
-    """Training steps of 4 rooms and data loading, otherwise with the recipe of preset small."""
-    recipe = RECIPES["small"]
+def steps_rows(device, preset="small"):
+    """Loading of a training item, and training steps beside the 3D baseline's."""
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(4):
-            write_scene(Path(folder, "train", f"room_{i}"), i, recipe["image_size"])
-        common = {"voxel_size": recipe["voxel_size"], "image_size": recipe["image_size"], "augment": True}
-        start = time.perf_counter()
-        scenes = SceneDataset(folder, "train", views=recipe["views"], **common)
-        batch = to_device(collate([scenes[i] for i in range(4)]), device)
-        first = (time.perf_counter() - start) / 4
-        epoch = iter(range(1000))
-        (again,) = timed(lambda: [scenes[(e, i)] for e in (next(epoch),) for i in range(4)], repeats=3)
-        plain = to_device(collate([SceneDataset(folder, "train", **common)[i] for i in range(4)]), device)
-    rows = [Row("load a training item", ms(again / 4), note=f"{recipe['views']} views; {ms(first)} the first time")]
-    for stage, (epoch, _) in stage_epochs().items():
-        if stage == 2:  # between the other two
-            continue
-        steps = [train_step("bifusion", batch, epoch, device), train_step("baseline", plain, epoch, device)]
-        ours, baseline = timed(*steps, repeats=3, device=device)
+        load, size = training_loads(folder, preset, device)
+        rows, seconds, batches = [], dict.fromkeys(load, np.inf), {}
+        for epoch, (what, function) in enumerate([*load.items()] * 3):  # the first time is left out
+            start = time.perf_counter()
+            batches[what] = function(epoch)
+            seconds[what] = seconds[what] if epoch < len(load) else min(seconds[what], time.perf_counter() - start)
+    scenes = len(batches["3D only"]["names"])
+    kept = "scenes and frames kept in memory" if preset == "small" else "nothing kept in memory"
+    for what, s in seconds.items():
+        rows.append(Row(f"load a training item, {what}", ms(s / scenes), f"{ms(seconds['3D only'] / scenes)} 3D only",
+                        seconds["3D only"] / s, None, kept))
+    repeats = 1 if (preset, device) == ("base", "cpu") else 3
+    bounds, batches = stage_epochs(), {what: to_device(batch, device) for what, batch in batches.items()}
+    for stage in (1, 3) if preset == "small" else (3,):
+        steps = [train_step("bifusion", batches["images"], bounds[stage][1], device, preset)[0],
+                 train_step("baseline", batches["3D only"], bounds[stage][1], device, preset)[0]]
+        ours, baseline = timed(*steps, repeats=repeats, device=device)
         rows.append(Row(f"training step, stage {stage}", f"{1 / ours:.2f} / s", f"{1 / baseline:.2f} / s baseline",
-                        baseline / ours, None, f"4 rooms, {len(plain['coord']):,} voxels, {len(batch['image'])} views"))
+                        baseline / ours, None, size))
+    steps = [train_step(*case, bounds[2][1], device, preset)[0]
+             for case in (("bifusion", batches["cached maps"]), ("baseline", batches["3D only"]))]
+    ours, baseline = timed(*steps, repeats=repeats, device=device)
+    loaded = (seconds["3D only"] + baseline) / (seconds["cached maps"] + ours)
+    rows.append(Row("training step, stage 2, cached maps", f"{1 / ours:.2f} / s", f"{1 / baseline:.2f} / s baseline",
+                    baseline / ours, 0.8, f"{ours / baseline:.2f} times the baseline's, at most 1.25 wanted; "
+                    f"{1 / loaded:.2f} with loading"))
+    return rows
+
+
+def training_loads(folder, preset, device):
+    """Made-up training scenes: {what is loaded: function of an epoch -> collated batch of the recipe}, and their size.
+
+    "images" are decoded, "cached maps" are those of a frozen tower on disk (of random weights), "3D only" has no view.
+    """
+    recipe = RECIPES[preset]
+    scenes, voxels, superpoints, views = SIZES[torch.device(device).type]
+    if preset == "small":
+        scenes, views = 4, recipe["views"]
+    for i in range(scenes):
+        path = Path(folder, "train", f"room_{i}")
+        if preset == "small":
+            write_scene(path, i, recipe["image_size"])
+        else:
+            write_box_scene(path, i, voxels, superpoints, views)
+    sets = {what: SceneDataset(folder, "train", voxel_size=recipe["voxel_size"], image_size=recipe["image_size"],
+                               augment=True, views=0 if what == "3D only" else views)
+            for what in ("3D only", "images", "cached maps")}
+    frozen = sets["cached maps"]
+    frozen.vary_images = False
+    tower = build_model("bifusion", preset, 20, clip_weights=SCRATCH).tower.eval().to(device)
+    frozen.cache = FeatureCache(Path(folder, "cache"), tower, recipe["image_size"], limit_gb=50)
+    frozen.cache.fill([(path, i) for path in frozen.folders for i in usable_frames(path)[0]], device)
+
+    def load(what, epoch):
+        if preset != "small":  # ScanNet does not fit into the memory that a loading process keeps
+            sets[what]._cache, sets[what]._cached_bytes = {}, 0
+        return collate([sets[what][(epoch, i)] for i in range(scenes)])
+
+    count = len(load("3D only", 0)["coord"])
+    return ({what: lambda epoch, what=what: load(what, epoch) for what in sets},
+            f"{scenes} scene{'s' * (scenes > 1)}, {count:,} voxels, {scenes * views} views")
+
+
+def train_step(name, batch, epoch, device, preset="small", precision="fp32", checkpointing=False, guarded=True):
+    """A function that does one step of train.py's loop with this model in the setting of this epoch, and the model.
+
+    The image tower is of random weights, but protected as a pretrained one. Every step draws the same queries.
+    """
+    setting = setting_at(epoch, pretrained=True)
+    model = build_model(name, preset, 20, clip_weights=SCRATCH).to(device)
+    model.precision = precision
+    if name == "bifusion":
+        model.tower.pretrained, model.tower.precision, model.tower.checkpointing = True, precision, checkpointing
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05), fused=True)
+    apply_setting(model, setting)
+    model.train()
+    guard = Guard(model, "unused")
+
+    def step():
+        torch.manual_seed(0)
+        if guarded:
+            guard.remember()
+        out = model(batch)
+        with record_function("losses"):
+            terms = loss_terms(out, batch, setting)
+            loss = weighted_sum(terms, LOSS_WEIGHTS[name])
+        with record_function("optimiser"):
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with record_function("optimiser"):
+            norm = clip_by_branch(model, setting.clip)
+            if guarded:
+                scalars = [loss, *terms.values(), *norm.values()]
+                assert all_finite(torch.stack([scalar.detach() for scalar in scalars]).tolist())
+            optimizer.step()
+
+    return step, model
+
+
+def parts_rows(device, preset="small"):
+    """Where the time of a step goes, the floor beside each part; sampling at full size; memory; on a GPU, its use."""
+    rows, bounds = [], stage_epochs()
+    with tempfile.TemporaryDirectory() as folder:
+        load, size = training_loads(folder, preset, device)
+        batches, seconds = {}, {}
+        for what in load:
+            start = time.perf_counter()
+            batches[what] = load[what](0)
+            seconds[what] = time.perf_counter() - start
+            batches[what] = to_device(batches[what], device)
+    for stage, what in ((2, "cached maps"), (3, "images")):
+        step, model = train_step("bifusion", batches[what], bounds[stage][1], device, preset)
+        step()  # makes the optimiser's state
+        start = time.perf_counter()
+        step()
+        plain = time.perf_counter() - start  # step() ends in .item(), which waits for the GPU
+        split = split_step(step, model, device)
+        whole, floor, gather = (sum(sum(cost[key] for key in keys) for cost in split.values())
+                                for keys in (("forward", "backward"), ("product",), ("gather",)))
+        name = f"step of {preset}, stage {stage}"
+        rows.append(Row(f"{name}: data", ms(seconds[what]), note=f"{what}; in worker processes, beside the step"))
+        for part, cost in split.items():
+            own = cost["forward"] + cost["backward"]
+            note = f"forward {ms(cost['forward'])}, backward {ms(cost['backward'])}"
+            note += f"; gathers of sparse convolutions {ms(cost['gather'])}" * (cost["gather"] > 0)
+            rows.append(Row(f"{name}: {part}", f"{ms(own)} {own / whole:.1%}", f"{ms(cost['product'])} products",
+                            note=note))
+        other = 1 - (floor + gather) / whole
+        rows.append(Row(f"{name}: all", ms(whole), f"{ms(floor)} products", (floor + gather) / whole, 0.85,
+                        f"{other:.1%} is no convolution, product or attention, at most 15 % wanted; the gathers of "
+                        f"sparse convolutions, {gather / whole:.1%}, count as convolution; {size}"))
+        if device != "cpu":
+            rows.append(Row(f"{name}: GPU busy", f"{ms(plain)} elapsed", f"{ms(whole)} kernels", whole / plain, 0.85))
+            other_precision = train_step("bifusion", batches[what], bounds[stage][1], device, preset, "bf16")[0]
+            full, half = timed(step, other_precision, repeats=3, device=device)
+            rows.append(Row(f"{name}: bf16", ms(half), f"{ms(full)} fp32", full / half, note="tower and decoder"))
+            del other_precision
+    step3 = plain
+    del step, model
+    views, image_size = scan(device=device), (320, 240)  # 150 k points, 20 views
+    maps = torch.randn(20, 256, 30, 40, device=device, requires_grad=True)
+
+    def sampling():
+        sample_views(maps, link_views(*views), image_size, len(views[0]))[0].sum().backward()
+
+    (seconds,) = timed(sampling, repeats=3, device=device)
+    voxels = len(batches["images"]["coord"])
+    share = step3 * len(views[0]) / voxels
+    if preset == "base":
+        rows.append(Row("project and sample 20 views, 150 k points, 256 channels", ms(seconds),
+                        f"{ms(share)} step", share / seconds, 10,
+                        f"both ways; the step is stage 3's, times {len(views[0]) / voxels:.2f} for its voxels"))
+    mine, theirs = (extra_memory(train_step("bifusion", batches["images"], bounds[3][1], device, preset,
+                                            checkpointing=c)[0], device) for c in (True, False))
+    if mine is not None:
+        rows.append(Row(f"step of {preset}, stage 3: memory", f"{mine:.0f} MB --checkpoint-tower", f"{theirs:.0f} MB",
+                        theirs / max(mine, 1), note=f"gradients and optimiser included, weights not; {size}"))
     return rows
 
 
@@ -414,7 +595,7 @@ def guard_rows(device):
     rows = []
     for stage in (1, 3):
         epoch = stage_epochs()[stage][0]
-        guarded, bare = (train_step("bifusion", batch, epoch, device, guarded) for guarded in (True, False))
+        guarded, bare = (train_step("bifusion", batch, epoch, device, guarded=g)[0] for g in (True, False))
         ours, without = timed(guarded, bare, repeats=7, device=device)
         model = build_model("bifusion", "small", 20).to(device)
         guard, scalars = Guard(model, "unused"), [torch.ones((), device=device) for _ in range(13)]
@@ -441,31 +622,6 @@ def scannet_rows(device):
         rows.append(Row("prepare ScanNet, 2 processes", f"{60 * made / (time.perf_counter() - start):.1f} / min",
                         note="scans of 150 k points, 300 k faces, 400 frames of which 20 are kept"))
     return rows
-
-
-def train_step(name, batch, epoch, device, guarded=True):
-    """A function that does one step of train.py's loop with this model in the setting of this epoch."""
-    setting = setting_at(epoch)
-    model = build_model(name, "small", 20).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05))
-    apply_setting(model, setting)
-    model.train()
-    guard = Guard(model, "unused")
-
-    def step():
-        if guarded:
-            guard.remember()
-        terms = loss_terms(model(batch), batch, setting)
-        loss = weighted_sum(terms, LOSS_WEIGHTS[name])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_by_branch(model, setting.clip)
-        if guarded:
-            scalars = [loss, *terms.values(), *norm.values()]
-            assert all_finite(torch.stack([scalar.detach() for scalar in scalars]).tolist())
-        optimizer.step()
-
-    return step
 
 
 def instance_ap_rows(device):
@@ -565,8 +721,9 @@ def ms(seconds):
 
 
 BENCHES = {"voxelise": voxelise_rows, "projection": projection_rows, "sampling": sampling_rows, "rooms": rooms_rows,
-           "steps": steps_rows, "guard": guard_rows, "decoder": decoder_rows, "instance_ap": instance_ap_rows,
-           "scannet": scannet_rows}
+           "steps": steps_rows, "parts": parts_rows, "guard": guard_rows, "decoder": decoder_rows,
+           "instance_ap": instance_ap_rows, "scannet": scannet_rows}
+OF_PRESET = ("steps", "parts")  # those that depend on --preset
 
 
 def table(rows):
@@ -582,14 +739,17 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), default=tuple(BENCHES), metavar="PART",
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="small",
+                        help=f"of {' and '.join(OF_PRESET)}; base times these alone (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), metavar="PART",
                         help=f"which of {', '.join(BENCHES)} (default all)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="of PyTorch (default %(default)s); OMP_NUM_THREADS sets NumPy's as well")
-    parser.add_argument("--device", default="cpu", help="for projection, sampling and steps (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="for projection, sampling, steps, parts (default %(default)s)")
     parser.add_argument("--control", nargs="+", metavar="CHECKPOINT", help="instead: AP beside plain groupings")
     parser.add_argument("--data", default="data/rooms", help="of --control (default %(default)s)")
     args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on the screen
     torch.set_num_threads(args.threads)
     if args.control:
         return print(control_rows(args.control, args.data, args.device))
@@ -598,7 +758,9 @@ def main():
         name += ", " + torch.cuda.get_device_name(args.device)
     print(f"{os.cpu_count()} cores ({name}), {args.threads} threads, device {args.device}, torch {torch.__version__}, "
           f"spconv {importlib.metadata.version('spconv-cu118')}\n", flush=True)
-    print(table([row for name in args.only for row in BENCHES[name](args.device)]))
+    names = args.only or (BENCHES if args.preset == "small" else OF_PRESET)
+    print(table([row for name in names
+                 for row in BENCHES[name](args.device, *[args.preset] * (name in OF_PRESET))]))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,10 @@ class LiteFusionGate(nn.Module):
 
     def forward(self, feat_2d, feat_3d, seen):
         """(N, D), (N, D), (N,) bool -> alpha (N,) float in [0, 1]."""
-        logit = self.mlp(torch.cat([feat_2d, feat_3d], 1)).squeeze(1)  # (N,)
+        first, relu, last = self.mlp
+        weight_2d, weight_3d = first.weight.chunk(2, 1)  # (hidden, D) each: as one product, without an (N, 2 D) copy
+        hidden = F.linear(feat_2d, weight_2d, first.bias) + F.linear(feat_3d, weight_3d)  # (N, hidden)
+        logit = last(relu(hidden)).squeeze(1)  # (N,)
         return torch.sigmoid(logit) * seen.to(logit.dtype)
 
 
@@ -252,7 +255,8 @@ class FiLM(nn.Module):
             feat_2d, feat_3d: (N, D) float; rows of feat_2d that no view sees get a value too, which the gate ignores.
         """
         gamma, beta = self.mlp(geometry_code(coord, normal)).chunk(2, 1)  # (N, D) each
-        return (1 + gamma) * feat_2d + beta, (1 + gamma) * feat_3d + beta
+        scale = 1 + gamma
+        return (scale * feat_2d).add_(beta), (scale * feat_3d).add_(beta)  # in place: one (N, D) less each
 
 
 GEOMETRY_CHANNELS = 16
@@ -271,7 +275,7 @@ def geometry_code(coord, normal):
 
 def blend(feat_2d, feat_3d, alpha):
     """fused = alpha feat_2d + (1 - alpha) feat_3d; (N, D), (N, D), (N,) -> (N, D). alpha 0 gives feat_3d exactly."""
-    return feat_3d + alpha[:, None] * (feat_2d - feat_3d)
+    return torch.lerp(feat_3d, feat_2d, alpha[:, None])
 
 
 @torch.no_grad()
@@ -281,13 +285,11 @@ def fusion_stats(feat_2d, feat_3d, alpha, seen):
     Returns a dict: fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean over voxels between the branches), and
     seen_share (of all voxels).
     """
-    stats = {"seen_share": seen.float().mean().item()}
-    if not seen.any():
-        return stats | dict.fromkeys(("fusion_2d_ratio", "rms_2d", "rms_3d", "cosine"))
-    f2d, f3d = feat_2d[seen].float(), feat_3d[seen].float()
-    return stats | {
-        "fusion_2d_ratio": alpha[seen].float().mean().item(),
-        "rms_2d": f2d.square().mean().sqrt().item(),
-        "rms_3d": f3d.square().mean().sqrt().item(),
-        "cosine": F.cosine_similarity(f2d, f3d, dim=1).mean().item(),
-    }
+    f2d, f3d = feat_2d.float(), feat_3d.float()
+    norm_2d, norm_3d = torch.linalg.vector_norm(f2d, dim=1), torch.linalg.vector_norm(f3d, dim=1)  # (N,)
+    cosine = (f2d * f3d).sum(1) / (norm_2d.clamp(min=1e-8) * norm_3d.clamp(min=1e-8))  # (N,)
+    rows = torch.stack([alpha.float(), norm_2d.square(), norm_3d.square(), cosine])[:, seen]  # (4, seen voxels)
+    share, ratio, square_2d, square_3d, cosine = [seen.float().mean().item(), *rows.mean(1).tolist()]
+    stats = {"fusion_2d_ratio": ratio, "rms_2d": (square_2d / feat_2d.shape[1]) ** 0.5,
+             "rms_3d": (square_3d / feat_3d.shape[1]) ** 0.5, "cosine": cosine}
+    return {"seen_share": share} | (stats if share else dict.fromkeys(stats))

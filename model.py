@@ -85,8 +85,8 @@ class SparseBlock(nn.Module):
     def forward(self, x):
         residual = self.project(x.features)
         x = self.conv1(x)
-        x = self.conv2(x.replace_feature(F.relu(self.bn1(x.features))))
-        return x.replace_feature(F.relu(self.bn2(x.features) + residual))
+        x = self.conv2(x.replace_feature(self.bn1(x.features).relu_()))  # in place: no backward needs what was there
+        return x.replace_feature(self.bn2(x.features).add_(residual).relu_())
 
 
 class SparseUNet(nn.Module):
@@ -141,15 +141,15 @@ class SparseUNet(nn.Module):
         indices = torch.cat([batch_index[:, None].int(), grid_coord.int()], 1).contiguous()  # (M, 4)
         x = spconv.SparseConvTensor(feat, indices, shape, num_scenes)
         x = self.stem(x)
-        x = x.replace_feature(F.relu(self.stem_bn(x.features)))
+        x = x.replace_feature(self.stem_bn(x.features).relu_())
         skips = []
         for down, bn, blocks in zip(self.down, self.down_bn, self.encoder):
             skips.append(x.features)
             x = down(x)
-            x = blocks(x.replace_feature(F.relu(bn(x.features))))
+            x = blocks(x.replace_feature(bn(x.features).relu_()))
         for up, bn, blocks in zip(self.up, self.up_bn, self.decoder):
             x = up(x)
-            x = blocks(x.replace_feature(torch.cat([F.relu(bn(x.features)), skips.pop()], 1)))
+            x = blocks(x.replace_feature(torch.cat([bn(x.features).relu_(), skips.pop()], 1)))
         return x.features  # (M, out_channels)
 
 
@@ -407,9 +407,10 @@ class BiFusion(Baseline3D):
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
         depth, voxels = batch["depth"], batch["world_coord"]
-        feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
-        seen = torch.zeros(len(voxels), dtype=torch.bool, device=voxels.device)
-        if len(depth):
+        if not len(depth):
+            feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
+            seen = torch.zeros(len(voxels), dtype=torch.bool, device=voxels.device)
+        else:
             levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
             maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
             size = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
@@ -420,9 +421,11 @@ class BiFusion(Baseline3D):
                 links = link_views(voxels[row], batch["world_to_camera"][view], batch["intrinsics"][view],
                                    depth[view], self.depth_tolerance)
                 parts.append(sample_views(maps[view], links, size, len(row)))
+            feat_2d, seen = (torch.cat(values) for values in zip(*parts))  # scene by scene
             order = torch.cat(rows)
-            feat_2d = feat_2d.index_copy(0, order, torch.cat([feat for feat, _ in parts]))
-            seen = seen.index_copy(0, order, torch.cat([s for _, s in parts]))
+            if not torch.equal(order, torch.arange(len(order), device=order.device)):  # not as collate orders them
+                back = order.argsort()
+                feat_2d, seen = feat_2d[back], seen[back]
         return self.standardise_2d(feat_2d), seen
 
     def parts(self):

@@ -394,7 +394,7 @@ def train(config, stop):
     if config.checkpoint_tower and use_images and not pretrained:
         sys.exit(f"--checkpoint-tower would update the batch norms of a tower from {SCRATCH} twice a step; "
                  "leave it out, or give --clip-weights")
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay), fused=True)
     weights = LOSS_WEIGHTS[config.model]
 
     def setting_of(moment):

@@ -212,7 +212,7 @@ def test_another_tower_or_way_to_run_it_never_meets_an_old_entry(scene, tower, v
 def test_neither_the_neck_nor_the_number_of_steps_makes_another_tower(scene, tower, views):
     make_cache(scene, tower).fill(views, "cpu")
     with torch.no_grad():
-        tower.neck[0].weight += 1
+        tower.neck["lateral"][0].weight += 1
         tower.visual.net.bn1.num_batches_tracked += 1
     assert is_hit(make_cache(scene, tower), tower, scene, 0)
 
