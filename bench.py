@@ -535,10 +535,7 @@ def parts_rows(device, preset="small"):
             batches[what] = to_device(batches[what], device)
     for stage, what in ((2, "cached maps"), (3, "images")):
         step, model = train_step("bifusion", batches[what], bounds[stage][1], device, preset)
-        step()  # makes the optimiser's state
-        start = time.perf_counter()
-        step()
-        plain = time.perf_counter() - start  # step() ends in .item(), which waits for the GPU
+        (plain,) = timed(step, repeats=1, device=device)
         split = split_step(step, model, device)
         whole, floor, gather = (sum(sum(cost[key] for key in keys) for cost in split.values())
                                 for keys in (("forward", "backward"), ("product",), ("gather",)))
