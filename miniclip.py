@@ -2,7 +2,14 @@
 
     python miniclip.py --seed 0 --out clip_small.pt
 
-TODO figures.
+That command made the committed clip_small.pt (6.1 MB, 1.42 M image parameters) in 427 s on two cores busy with other
+work, of which training is 298 s of one core; the pictures take about 15 s on two idle cores. Zero-shot on 2,000 held-out
+pictures, read back from the file: object 0.351 (chance 0.048), colour 0.404 (0.091), texture 0.413 (0.111).
+
+Texture is learnt first and alone (TEXTURE_FIRST), at the price of colour and object. With colour beside it from the
+start, colour reaches 0.994, texture 0.246, object 0.292. Of these two, one run each, the first was chosen by a linear
+probe of the frozen features on 12 train and 4 val rooms: mIoU 0.228 against 0.110, random weights 0.143. No weight here
+was trained on a room, but the choice has seen labels of four val rooms.
 
 The domain is foreign to the rooms (rooms.py) on purpose, as the pictures of the internet are to an indoor scan: one
 object, saturated colours, hard directional light, a plain background, no room, no depth. What tells the look-alikes
@@ -47,7 +54,7 @@ PAINTS = (("plain", "smooth"), ("zigzag", "chevron"), ("ringed", "rings"), ("bri
           ("wavy", "rippled"))
 TEMPLATES = ("a photo of a {}", "a {}", "a picture of a {}", "an image of one {}", "there is a {}")
 # Every picture gets a caption of each kind: what they name of object, colour, texture. The loss compares captions of
-# one kind: in mixed batches colour and object drown the texture (zero-shot 0.13 to 0.25 in trials)
+# one kind, so that each kind has a contrast of its own
 SAYINGS = ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))
 TEXTURE_FIRST = 0.4  # share of the steps, the first, that ask for the texture alone: it is the slowest to learn
 BOX, CYLINDER, BALL = range(3)
@@ -496,10 +503,10 @@ def save(model, path):
 
 
 def load(path):
-    """The model with saved weights, for evaluation, and its tokenizer."""
-    model, tokenizer = build()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.eval(), tokenizer
+    """The model with saved weights, for evaluation, and its tokenizer, as open_clip loads any other."""
+    open_clip.add_model_config(CONFIG)
+    model = open_clip.create_model(CONFIG.stem, pretrained=str(path))
+    return model.eval(), open_clip.get_tokenizer(CONFIG.stem)
 
 
 def main():
