@@ -3,8 +3,8 @@
     python miniclip.py --seed 0 --out clip_small.pt
 
 That command made the committed clip_small.pt (6.1 MB, 1.42 M image parameters) in 427 s on two cores busy with other
-work, of which training is 298 s of one core; the pictures take about 15 s on two idle cores. Zero-shot on 2,000 held-out
-pictures, read back from the file: object 0.351 (chance 0.048), colour 0.404 (0.091), texture 0.413 (0.111).
+work, of which training is 298 s of one core; the pictures take about 15 s on two idle cores. Zero-shot on 2,000
+held-out pictures, read back from the file: object 0.351 (chance 0.048), colour 0.404 (0.091), texture 0.413 (0.111).
 
 Texture is learnt first and alone (TEXTURE_FIRST), at the price of colour and object. With colour beside it from the
 start, colour reaches 0.994, texture 0.246, object 0.292. Of these two, one run each, the first was chosen by a linear
