@@ -29,14 +29,15 @@ import colorsys
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 
-CONFIG = Path(__file__).with_name("clip_small.json")
+from openvocab import load_clip
+from tower import import_open_clip
+
+NAME = "clip_small"  # clip_small.json
 SIDE = 64  # pixels of a picture
 GRID = 2  # rays a pixel along each side
 COATS = 4  # pictures of one cast object, each with its own paint, light and background
@@ -403,8 +404,8 @@ def truth(attributes, saying):
 
 def build():
     """The untrained open_clip model and its tokenizer."""
-    open_clip.add_model_config(CONFIG)
-    return open_clip.create_model(CONFIG.stem, load_weights=False), open_clip.get_tokenizer(CONFIG.stem)
+    with import_open_clip() as open_clip:
+        return open_clip.create_model(NAME), open_clip.get_tokenizer(NAME)
 
 
 def to_input(image, model):
@@ -502,13 +503,6 @@ def save(model, path):
     torch.save({key: value.contiguous() for key, value in state.items()}, path)
 
 
-def load(path):
-    """The model with saved weights, for evaluation, and its tokenizer, as open_clip loads any other."""
-    open_clip.add_model_config(CONFIG)
-    model = open_clip.create_model(CONFIG.stem, pretrained=str(path))
-    return model.eval(), open_clip.get_tokenizer(CONFIG.stem)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -522,7 +516,7 @@ def main():
     model, tokenizer = build()
     train(model, tokenizer, image, attributes, STEPS, args.seed, log=lambda line: print(line, flush=True))
     save(model, args.out)
-    model, tokenizer = load(args.out)  # what is measured is the file
+    model, tokenizer = load_clip(NAME, args.out)  # what is measured is the file
     accuracy = zero_shot(model, tokenizer, *make_many(HELD_OUT, args.seed + 1_000_000))
     parameters = sum(p.numel() for p in model.visual.parameters()), sum(p.numel() for p in model.parameters())
     print(f"zero-shot on {HELD_OUT} held-out pictures, from {args.out}:")

@@ -1,18 +1,17 @@
 """Tests of miniclip.py: pictures, captions, loss, a few steps of training, and the committed weights."""
 
 import colorsys
-import json
 import os
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 import miniclip
 from miniclip import COLOURS, PAINTS, SAYINGS, SHAPES, SIDE, TEMPLATES, WORDS
+from openvocab import load_clip
 
 WEIGHTS = Path(miniclip.__file__).with_name("clip_small.pt")
 CHANCE = {name: 1 / len(words) for name, words in WORDS.items()}
@@ -110,15 +109,13 @@ def test_a_few_steps_lower_the_loss(pictures):
 def test_committed_weights_are_small_and_fit_open_clips_model():
     assert os.path.getsize(WEIGHTS) <= 8e6
     state = torch.load(WEIGHTS, weights_only=True)
-    open_clip.add_model_config(miniclip.CONFIG)
-    model = open_clip.create_model("clip_small", load_weights=False)
+    model, _ = miniclip.build()
     model.load_state_dict(state)  # strict: every key matches
     assert all((v.isfinite().all() and (v.dtype == torch.half) == v.is_floating_point()) or v.dtype == torch.int64
                for v in state.values())
-    assert model.context_length == json.loads(miniclip.CONFIG.read_text())["text_cfg"]["context_length"]
     assert 1e6 <= sum(p.numel() for p in model.visual.parameters()) <= 1.5e6
 
 
 def test_committed_weights_know_fresh_pictures_by_words(pictures):
-    accuracy = miniclip.zero_shot(*miniclip.load(WEIGHTS), pictures[0], pictures[2])
+    accuracy = miniclip.zero_shot(*load_clip(miniclip.NAME, WEIGHTS), pictures[0], pictures[2])
     assert all(accuracy[name] > 3 * CHANCE[name] for name in WORDS), accuracy  # by over nine standard deviations
