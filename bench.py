@@ -748,6 +748,8 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on the screen
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)  # what synchronize and the memory's statistics act on
     if args.control:
         return print(control_rows(args.control, args.data, args.device))
     name = platform.processor() or platform.machine()

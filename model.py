@@ -443,13 +443,14 @@ class BiFusion(Baseline3D):
         return self
 
 
-def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip_weights=None):
+def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip_weights=None, load=True):
     """Build "baseline" or "bifusion" in a preset.
 
     Args:
         name: "baseline" or "bifusion".  preset: a key of PRESETS.  num_classes: K.
         depth_tolerance: metres by which a voxel may differ from a depth map and count as seen.
-        clip, clip_weights: name and weights of the image tower (tower.build_visual); None = the preset's.
+        clip, clip_weights, load: name and weights of the image tower, None = the preset's, and whether to load them
+            (tower.build_visual).
 
     Raises:
         KeyError: unknown name, preset or tower.  ValueError: weights that cannot be had or do not fit.
@@ -465,6 +466,6 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip
         return Baseline3D(unet, decoder, sizes["dim"], num_classes)
     weights = clip_weights or sizes["clip_weights"]
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
-        visual, mean, std = build_visual(clip or sizes["clip"], weights)
+        visual, mean, std = build_visual(clip or sizes["clip"], weights, load)
         tower = ClipTower(visual, sizes["dim"], mean, std, pretrained=weights != SCRATCH)
     return BiFusion(unet, tower, decoder, sizes["dim"], num_classes, depth_tolerance)

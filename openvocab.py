@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from fusion import link_views, sample_views
-from tower import VIEW_CHUNK, import_open_clip, read_weights, weights_file
+from tower import VIEW_CHUNK, describe, import_open_clip, read_weights, weights_file
 
+POINT_CHUNK = 200_000  # points that are projected at a time
 ZOOM = 2  # frames are enlarged for finer maps: an object of a room is small in its frame, a CLIP picture is full of one
 
 
@@ -24,16 +25,16 @@ def load_clip(name, weights):
     """A whole open_clip model with its text tower, and its tokenizer.
 
     Args: as tower.build_visual, SCRATCH apart.
-    Raises: KeyError, ValueError as there, and ValueError where the file holds no text tower.
+    Raises: KeyError and ValueError as there; ValueError where the file holds no text tower.
     """
+    about = describe(name, weights)
     path = weights_file(name, weights)
     state = read_weights(path)
-    with import_open_clip() as open_clip:
-        if name not in open_clip.list_models():
-            raise KeyError(f"unknown CLIP model {name!r}; choose from {', '.join(open_clip.list_models())}")
-        model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
     if not any(key.startswith("visual.") for key in state):
         raise ValueError(f"{path} holds an image tower alone; a text needs the whole CLIP model")
+    with import_open_clip() as open_clip:
+        model, tokenizer = open_clip.create_model(name, quick_gelu=about["quick_gelu"]), open_clip.get_tokenizer(name)
+    model.visual.image_mean, model.visual.image_std = about["mean"], about["std"]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -65,8 +66,8 @@ def dense_features(visual, rgb):
         x = block(x)
     width, weight, bias = x.shape[2], last.attn.in_proj_weight, last.attn.in_proj_bias
     value = F.linear(last.ln_1(x), weight[2 * width:], bias[2 * width:])  # what every token would give to the others
-    x = x + last.attn.out_proj(value)
-    x = visual.ln_post(x + last.mlp(last.ln_2(x))) @ visual.proj  # (V, 1 + h w, E)
+    x = x + last.ls_1(last.attn.out_proj(value))
+    x = visual.ln_post(x + last.ls_2(last.mlp(last.ln_2(x)))) @ visual.proj  # (V, 1 + h w, E)
     return x[:, 1:].transpose(1, 2).unflatten(2, size)
 
 
@@ -76,7 +77,7 @@ def search(clip, tokenizer, texts, points, frames, tolerance=0.05):
 
     Args:
         clip, tokenizer: of `load_clip`.  texts: list of T str.
-        points:          (N, 3) float, metres, world frame.
+        points:          (N, 3) float, metres, world frame, on the device of clip and frames.
         frames:          dict of tensors image (V, 3, H, W) uint8, depth (V, H, W) metres, world_to_camera (V, 4, 4),
                          intrinsics (V, 3, 3).
         tolerance:       metres, as fusion.link_views.
@@ -84,8 +85,9 @@ def search(clip, tokenizer, texts, points, frames, tolerance=0.05):
     Returns:
         similarity: (N, T) float in [-1, 1], 0 where no frame sees the point.  seen: (N,) bool.
     """
-    text = clip.encode_text(tokenizer(texts), normalize=True)  # (T, E)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
+    device = points.device
+    text = clip.encode_text(tokenizer(texts).to(device), normalize=True)  # (T, E)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
     depth = frames["depth"]
     height, width = depth.shape[1:]
     cell = clip.visual.patch_size[0] if hasattr(clip.visual, "patch_size") else 32  # pixels of a map's pixel
@@ -94,5 +96,9 @@ def search(clip, tokenizer, texts, points, frames, tolerance=0.05):
     for part in frames["image"].split(VIEW_CHUNK):
         rgb = (F.interpolate(part.float(), size, mode="bilinear", align_corners=False) / 255 - mean) / std
         maps.append(torch.einsum("vehw,te->vthw", F.normalize(dense_features(clip.visual, rgb), dim=1), text))
-    links = link_views(points, frames["world_to_camera"], frames["intrinsics"], depth, tolerance)
-    return sample_views(torch.cat(maps), links, (width, height), len(points))
+    maps, found = torch.cat(maps), []
+    for part in points.split(POINT_CHUNK):
+        links = link_views(part, frames["world_to_camera"], frames["intrinsics"], depth, tolerance)
+        found.append(sample_views(maps, links, (width, height), len(part)))
+    similarity, seen = zip(*found)
+    return torch.cat(similarity), torch.cat(seen)

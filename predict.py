@@ -32,7 +32,7 @@ from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimat
 from metrics import semantic_iou
 from openvocab import load_clip, search
 from ply import read_ply, vertex_normals
-from tower import SCRATCH
+from tower import SCRATCH, VIEW_CHUNK
 from train import RECIPES, depth_tolerance, instances_of_scene, load_model, to_device
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
@@ -206,6 +206,14 @@ def scan_frames(scene, path, config, count):
     return frames
 
 
+def encode_frames(tower, frames, device):
+    """The frames with the tower's maps instead of their images, so that it runs once for all tiles."""
+    chunks = [[torch.from_numpy(frames[key][i : i + VIEW_CHUNK]).to(device) for key in ("image", "depth")]
+              for i in range(0, len(frames["depth"]), VIEW_CHUNK)]
+    levels = [np.concatenate(level) for level in zip(*([x.cpu().numpy() for x in tower.encode(*c)] for c in chunks))]
+    return frames | {"image": frames["image"][:, :, :0, :0]} | {f"level_{k}": v for k, v in enumerate(levels)}
+
+
 @torch.no_grad()
 def predict_scene(model, config, path, device="cpu"):
     """Label every point of a scan.
@@ -231,6 +239,8 @@ def predict_scene(model, config, path, device="cpu"):
     use_images = config.model == "bifusion" and model.setting.fusion != "identity"
     frames = scan_frames(scene, path, config, 2 * config.views if use_images else 0)  # as many as evaluation takes
     n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
+    if use_images and len(cut) > 1:
+        frames = encode_frames(model.tower, frames, device)
     members, classes, scores, labels, voxels, seen = [], [], [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
         part = scene | {key: scene[key][rows] for key in POINTWISE if scene[key] is not None}
@@ -313,13 +323,13 @@ def write_ply(path, coord, color, labels=None, instance=None, similarity=None):
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
 
 
-def find_texts(clip, texts, scene, path, config, coord, out):
+def find_texts(clip, texts, scene, path, config, coord, out, device):
     """Write a .ply a text and one picture of them all; returns a line of text that says what came out."""
     if not scene["frame_ids"]:
         return f"{scene['name']}: no frames, so no text can be looked for"
-    frames = {k: torch.from_numpy(v) for k, v in scan_frames(scene, path, config, TEXT_FRAMES).items()}
-    similarity, seen = search(*clip, texts, torch.from_numpy(scene["coord"]), frames, depth_tolerance(config))
-    similarity, seen = similarity.numpy(), seen.numpy()
+    frames = {k: torch.from_numpy(v).to(device) for k, v in scan_frames(scene, path, config, TEXT_FRAMES).items()}
+    points = torch.from_numpy(scene["coord"]).to(device)
+    similarity, seen = (x.cpu().numpy() for x in search(*clip, texts, points, frames, depth_tolerance(config)))
     panels = {(0, 0): ("input colours", scene["color"])}
     for i, text in enumerate(texts):
         color = heat(similarity[:, i], seen)
@@ -447,6 +457,7 @@ def main(argv=None):
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="colour the scan by how well each point fits a text")
+    parser.add_argument("--clip-weights", help="of --text, where the run's own file has moved: file or pretrained tag")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -454,10 +465,14 @@ def main(argv=None):
         if len(set(names)) < len(names):
             raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
         model, config = open_checkpoint(args.checkpoint, args.device)
-        if args.text and config.clip_weights == SCRATCH:
-            raise ValueError(f"--text needs a pretrained CLIP model with its text tower; {args.checkpoint} has "
-                             f"an image tower from {SCRATCH}")
-        clip = load_clip(config.clip, config.clip_weights) if args.text else None
+        weights = args.clip_weights or config.clip_weights
+        if args.text and weights == SCRATCH:
+            raise ValueError(f"--text needs a pretrained CLIP model with its text tower, and {args.checkpoint} was "
+                             "trained without one; give --clip-weights, of the tower that --clip named in training")
+        clip = None
+        if args.text:
+            clip, tokenizer = load_clip(config.clip, weights)
+            clip = clip.to(args.device), tokenizer
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
@@ -481,9 +496,10 @@ def main(argv=None):
                   f"{len(np.unique(labels))} classes, {len(rows)} instances -> {out}/{name}_semantic.ply, "
                   f"{name}_instances.ply, {name}_instances.txt, {name}.png\n{table}")
             if args.text:
-                print(find_texts(clip, args.text, scene, Path(folder).resolve(), config, coord, out))
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
+                print(find_texts(clip, args.text, scene, Path(folder).resolve(), config, coord, out, args.device))
+    except (KeyError, OSError, ValueError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else str(error)
+        sys.exit("error: " + message.partition("\n")[0])  # torch's messages go on for a screen
 
 
 if __name__ == "__main__":

@@ -51,13 +51,32 @@ def import_open_clip():
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def build_visual(name, weights):
+def describe(name, weights):
+    """How an open_clip model was trained, by what is known of these weights.
+
+    Returns dict: config (open_clip's), tags (list of its pretrained tags), quick_gelu (bool), mean, std (three floats
+    each). Of a file neither is known: its activation is that of the model's name (OpenAI's files are "-quickgelu"), its
+    normalisation that of the model's first tag. Raises KeyError: unknown name.
+    """
+    with import_open_clip() as open_clip:
+        if name not in open_clip.list_models():
+            raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
+        config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+        known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
+        quick = known.get("quick_gelu", False) if weights in tags else config.get("quick_gelu", False)
+        return {"config": config, "tags": tags, "quick_gelu": quick,
+                "mean": known.get("mean") or open_clip.OPENAI_DATASET_MEAN,
+                "std": known.get("std") or open_clip.OPENAI_DATASET_STD}
+
+
+def build_visual(name, weights, load=True):
     """Build an open_clip image tower, whole, and fill it.
 
     Args:
         name:    a model of open_clip.list_models(), or "clip_small".
         weights: a pretrained tag of that model (open_clip downloads and caches it), the path of a file (.pt, .bin of
                  tensors or .safetensors, of a whole CLIP model or its `visual.` part), or SCRATCH.
+        load:    False leaves random numbers in it: a checkpoint will fill it.
 
     Returns:
         visual: open_clip ModifiedResNet, VisionTransformer or TimmModel.
@@ -67,22 +86,17 @@ def build_visual(name, weights):
         KeyError: unknown name.
         ValueError: weights that cannot be had, read or fitted; the message names them, the reason and the ways out.
     """
-    with import_open_clip() as open_clip:
+    about = describe(name, weights)
+    config = about["config"]
+    with import_open_clip():
         from open_clip.model import _build_vision_tower
 
-        if name not in open_clip.list_models():
-            raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
-        config = open_clip.get_model_config(name)
         visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
-                                     config.get("quick_gelu", False))
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
-        mean = known.get("mean") or open_clip.OPENAI_DATASET_MEAN
-        std = known.get("std") or open_clip.OPENAI_DATASET_STD
-    if weights != SCRATCH:
+                                     about["quick_gelu"])
+    if load and weights != SCRATCH:
         path = weights_file(name, weights)
         fill(visual, read_weights(path), name, path)
-    return visual, mean, std
+    return visual, about["mean"], about["std"]
 
 
 def weights_file(name, weights):
@@ -115,14 +129,18 @@ def read_weights(path):
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of TorchScript archives, which it refuses
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise all kinds on a damaged file
-        raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read (truncated, "
-                         f"or a program such as a TorchScript archive): {_first_line(error)}") from error
+        raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read, truncated "
+                         f"or a program ({_first_line(error)}); a TorchScript archive that you trust becomes one by: "
+                         "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     pairs = state.items() if isinstance(state, dict) else ()
     state = {str(key).removeprefix("module."): value for key, value in pairs
-             if torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex()}
+             if torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex()
+             and key not in ("input_resolution", "context_length", "vocab_size")}  # of OpenAI's archives
     if not state:
         raise ValueError(f"CLIP weights {path}: expected tensors by name, found none")
     return state
@@ -140,7 +158,8 @@ def fill(visual, state, name, path):
     if missing or unknown or shapes:
         raise ValueError(f"CLIP weights {path} are not those of {name}: {len(missing)} tensors are missing "
                          f"{missing[:2]}, {len(unknown)} unknown {unknown[:2]}, {len(shapes)} of another shape "
-                         f"{shapes[:2]}; give the tower that they belong to by --clip NAME")
+                         f"{shapes[:2]}; give the tower that they belong to by --clip NAME, in open_clip's layout (not "
+                         "that of Hugging Face's transformers)")
     broken = [key for key, value in own.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"CLIP weights {path}: {len(broken)} tensors hold numbers that are not finite {broken[:2]}")

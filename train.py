@@ -83,8 +83,8 @@ class Config:
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
 
 
-# may differ when a run goes on
-HOW_NOT_WHAT = ("stage", "resume", "device", "workers", "out", "checkpoint_tower", "cache", "cache_gb")
+OF_THE_CALL = ("stage", "resume", "device", "workers", "out")  # never taken from the run that goes on
+HOW_NOT_WHAT = ("checkpoint_tower", "cache", "cache_gb")  # taken from it, but may be given anew
 
 
 def parse_config(argv=None):
@@ -109,7 +109,8 @@ def parse_config(argv=None):
                      f"python train.py --stage 1 --model {config.model} --out {config.out}")
         known = json.loads(saved.read_text())
         for name, value in known.items():
-            if name in HOW_NOT_WHAT or name not in Config.__dataclass_fields__:
+            anew = name in OF_THE_CALL or (name in HOW_NOT_WHAT and name in given)
+            if anew or name not in Config.__dataclass_fields__:
                 continue
             if name in given and given[name] != value:
                 sys.exit(f"--{name.replace('_', '-')} {given[name]} differs from {value} of the run in {config.out}; "
@@ -132,16 +133,21 @@ def parse_config(argv=None):
                      f"{SCRATCH} for random weights")
     try:
         stage_epochs(config.compress)
-        torch.device(config.device)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         sys.exit(str(error))
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on the kind of device
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"--device {config.device} cannot be used here ({reason}); leave the flag out, or give --device cpu")
+    for name in ("weight_decay", "cache_gb", "workers"):
+        if not 0 <= getattr(config, name) < math.inf:
+            sys.exit(f"--{name.replace('_', '-')} must be 0 or more and finite, got {getattr(config, name)}")
     for name in ("voxel_size", "views", "batch_size", "lr"):
         if not 0 < getattr(config, name) < math.inf:
             sys.exit(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(config, name)}")
     if not 0 < config.tower_rate <= 0.1:
         sys.exit(f"--tower-rate must be above 0 and at most 0.1, or the pretraining is lost; got {config.tower_rate}")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(f"--device {config.device}: no CUDA device here; leave the flag out or give --device cpu")
     return config
 
 
@@ -231,7 +237,7 @@ def save_checkpoint(path, model, optimizer, config, epoch, step=1, steps=1, skip
              "steps": steps, "stage": stage, "skipped_in_a_row": skipped_in_a_row, "partial": partial,
              "config": dataclasses.asdict(config), "num_classes": model.semantic_head.out_features,
              "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if config.device.startswith("cuda"):
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
     with whole_file(path) as file:
         torch.save(state, file)
@@ -256,20 +262,20 @@ def load_model(path, device="cpu"):
     """Rebuild the model of a checkpoint, ready for prediction. Returns model, Config, checkpoint."""
     state = load_checkpoint(path, device)
     config = Config(**state["config"])
-    model = new_model(config, state["num_classes"], SCRATCH).to(device)  # the checkpoint holds the tower's weights too
+    model = new_model(config, state["num_classes"], load=False).to(device)  # the checkpoint holds the tower's weights
     load_weights(model, state, path)
     moment = state["epoch"] + min(0.999, state.get("step", 1) / state.get("steps", 1))
     apply_setting(model, setting_at(moment, config.compress, config.plan, is_pretrained(model)))
     return model.eval(), config, state
 
 
-def new_model(config, num_classes, clip_weights):
-    """The model of a Config, its image tower filled from clip_weights (tower.build_visual)."""
-    model = build_model(config.model, config.preset, num_classes, depth_tolerance(config), config.clip, clip_weights)
+def new_model(config, num_classes, load):
+    """The model of a Config; load False leaves random numbers in its image tower, for a checkpoint to fill."""
+    model = build_model(config.model, config.preset, num_classes, depth_tolerance(config), config.clip,
+                        config.clip_weights, load)
     model.precision = config.precision
     if hasattr(model, "tower"):
         model.tower.precision, model.tower.checkpointing = config.precision, config.checkpoint_tower
-        model.tower.pretrained = config.clip_weights != SCRATCH
     return model
 
 
@@ -387,7 +393,7 @@ def train(config, stop):
     if config.resume and config.stage < 2 and not (run / "last.pt").exists() and len(log) < 2:
         goes_on, log = False, []  # killed before its first checkpoint: from the beginning, which comes to the same
     try:  # the checkpoint of a run that goes on holds the tower's weights
-        model = new_model(config, len(CLASS_NAMES), SCRATCH if goes_on else config.clip_weights).to(device)
+        model = new_model(config, len(CLASS_NAMES), load=not goes_on).to(device)
     except KeyError as error:
         sys.exit(f"error: {error.args[0]}")  # an unknown --clip, with the choices
     pretrained = is_pretrained(model)
@@ -411,7 +417,7 @@ def train(config, stop):
         load_weights(model, state, source)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        if torch.cuda.is_available() and len(state.get("cuda_rng", ())) == torch.cuda.device_count():
+        if device.type == "cuda" and len(state.get("cuda_rng", ())) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda_rng"]])
         partial, skipped_in_a_row = state.get("partial"), state.get("skipped_in_a_row", 0)
         start, first_step = (state["epoch"], state["step"]) if partial else (state["epoch"] + 1, 0)
@@ -488,7 +494,7 @@ def train(config, stop):
             loss.backward()
             norm = clip_by_branch(model, setting.clip)
             scalars = [loss, *terms.values(), *norm.values()]
-            numbers = torch.stack([scalar.detach() for scalar in scalars]).tolist()  # one transfer from the device
+            numbers = torch.stack([scalar.detach() for scalar in scalars]).tolist()  # one transfer for them all
             values, norm = dict(zip(terms, numbers[1:])), dict(zip(norm, numbers[1 + len(terms):]))
             if all_finite(numbers):
                 optimizer.step()

@@ -117,11 +117,14 @@ def test_texts_without_a_pretrained_clip_are_refused_and_with_one_are_written(cl
     scene = tiny_rooms / "val" / "room_0000"
     torch.save(clip_small.state_dict(), tmp_path / "clip.pt")
     run_train(tmp_path / "scratch", "--stage", 1, "--compress", 129, "--clip-weights", "scratch")
-    with pytest.raises(SystemExit, match="from scratch"):
+    with pytest.raises(SystemExit, match="trained without one"):
         main([str(tmp_path / "scratch" / "last.pt"), str(scene), "--text", "a chair", "--out", str(tmp_path / "none")])
     run_train(tmp_path / "run", "--stage", 1, "--compress", 129, "--clip-weights", tmp_path / "clip.pt")
-    main([str(tmp_path / "run" / "last.pt"), str(scene), "--text", "a chair", "red", "--out", str(tmp_path / "out"),
-          "--device", "cpu"])
+    (tmp_path / "clip.pt").rename(tmp_path / "moved.pt")
+    call = [str(tmp_path / "run" / "last.pt"), str(scene), "--text", "a chair", "red", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="neither a file nor a pretrained tag"):
+        main([*call, "--device", "cpu"])
+    main([*call, "--device", "cpu", "--clip-weights", str(tmp_path / "moved.pt")])
     assert "'a chair' up to" in capsys.readouterr().out
     for i in (1, 2):
         vertex = PlyData.read(str(tmp_path / "out" / f"room_0000_text_{i}.ply"))["vertex"]
@@ -135,3 +138,37 @@ def test_heat_runs_from_blue_to_yellow_and_leaves_the_rest_grey():
     assert color[0].tolist() == [40, 50, 140]
     assert color[99].tolist() == [255, 225, 40]
     assert color[100].tolist() == [90, 90, 90]
+
+
+def test_search_normalises_colours_as_the_model_was_trained(clip_small, make_batch, monkeypatch):
+    batch, given = make_batch(voxels=(100,), views=(1,)), []
+    frames = {k: batch[k] for k in ("image", "depth", "world_to_camera", "intrinsics")}
+    frames["image"][:] = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    monkeypatch.setattr(openvocab, "dense_features", lambda visual, rgb: given.append(rgb) or rgb.new_ones(1, 64, 3, 4))
+    monkeypatch.setattr(clip_small.visual, "image_mean", (0.5, 0.4, 0.1))
+    monkeypatch.setattr(clip_small.visual, "image_std", (0.5, 0.2, 0.3))
+    with import_open_clip() as open_clip:
+        search(clip_small, open_clip.get_tokenizer("clip_small"), ["a chair"], batch["world_coord"], frames)
+    assert torch.allclose(given[0][0, :, 5, 5], torch.tensor([-1.0, -1.0, 3.0]), atol=1e-4)
+    assert given[0].shape[2] % 32 == given[0].shape[3] % 32 == 0
+
+
+def test_points_go_through_in_chunks_with_one_result(clip_small, make_batch, monkeypatch):
+    batch = make_batch(voxels=(150,), views=(2,))
+    frames = {k: batch[k] for k in ("image", "depth", "world_to_camera", "intrinsics")}
+    with import_open_clip() as open_clip:
+        tokenizer = open_clip.get_tokenizer("clip_small")
+    whole = search(clip_small, tokenizer, ["a chair", "red"], batch["world_coord"], frames)
+    monkeypatch.setattr(openvocab, "POINT_CHUNK", 40)
+    parts = search(clip_small, tokenizer, ["a chair", "red"], batch["world_coord"], frames)
+    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.equal(whole[1], parts[1])
+    assert whole[0].shape == (150, 2) and whole[1].any()
+
+
+def test_layer_scale_of_the_last_block_counts():
+    visual = tiny_vit()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = dense_features(visual, image)
+        visual.transformer.resblocks[-1].ls_2 = torch.nn.Threshold(1e9, 0.0)  # nothing passes
+        assert not torch.allclose(dense_features(visual, image), before)

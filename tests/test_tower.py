@@ -16,7 +16,7 @@ import tower as tower_module
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import BiFusion
 from stages import apply_setting, parameter_groups, set_rates, setting_at
-from tower import MAX_DEPTH, SCRATCH, ClipTower, build_visual, import_open_clip
+from tower import MAX_DEPTH, SCRATCH, ClipTower, build_visual, describe, import_open_clip, read_weights
 from train import loss_terms
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073)
@@ -552,3 +552,29 @@ def test_bf16_is_finite_and_close_and_leaves_the_sparse_convolutions_alone(make_
     assert F.cosine_similarity(bf16["feat_2d"], fp32["feat_2d"])[fp32["seen"]].min() > 0.95
     assert gradients.keys() == exact.keys()
     assert all(torch.isfinite(value).all() for value in gradients.values())
+
+
+@pytest.mark.parametrize(("name", "weights", "quick"), [
+    ("ViT-B-16", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False), ("ViT-B-16", "some_file.pt", False),
+    ("ViT-B-16-quickgelu", "some_file.pt", True), ("ViT-B-16-quickgelu", SCRATCH, True)])
+def test_the_activation_is_that_of_the_pretraining(name, weights, quick):
+    assert describe(name, weights)["quick_gelu"] == quick
+    with torch.device("meta"):
+        visual, _, _ = build_visual(name, weights, load=False)
+    kind = type(visual.transformer.resblocks[0].mlp.gelu).__name__
+    assert kind == ("QuickGELU" if quick else "GELU")
+
+
+def test_the_normalisation_is_that_of_the_tag():
+    assert describe("ViT-L-14", "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
+    assert describe("ViT-L-14", "openai")["mean"] != (0.5, 0.5, 0.5)
+
+
+def test_a_torchscript_archive_is_refused_with_the_way_out_and_what_comes_of_it_is_read(tmp_path):
+    archive = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    archive.save(str(tmp_path / "archive.pt"))
+    with pytest.raises(ValueError, match=r"torch\.jit\.load"):
+        read_weights(tmp_path / "archive.pt")
+    state = torch.jit.load(str(tmp_path / "archive.pt"), "cpu").state_dict() | {"input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "tensors.pt")
+    assert set(read_weights(tmp_path / "tensors.pt")) == {"weight", "bias"}

@@ -1,5 +1,6 @@
 """Tests of train.py: configuration, checkpoints, going on, the log, non-finite steps."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -74,6 +75,11 @@ def test_an_unknown_flag_or_value_stops_with_the_choices(flags, said, capsys, tm
 @pytest.mark.parametrize(("flags", "said"), [
     (["--compress", "0.5"], "at least 1"),
     (["--device", "abacus"], "abacus"),
+    (["--device", "xpu:7"], "--device xpu:7 cannot be used"),
+    (["--cache-gb", "nan"], "--cache-gb must be 0 or more"),
+    (["--workers", "-1"], "--workers must be 0 or more"),
+    (["--weight-decay", "-1"], "--weight-decay must be 0 or more"),
+    (["--tower-rate", "0.5"], "at most 0.1"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
     (["--voxel-size", "-1"], "--voxel-size must be above 0"),
     (["--lr", "nan"], "--lr must be above 0 and finite"),
@@ -117,6 +123,18 @@ def test_clip_weights_that_cannot_be_had_stop_with_tag_reason_and_ways_out(tiny_
     for part in ("laion2b_s34b_b88k", "no route to host", "--clip-weights PATH", "--clip-weights scratch"):
         assert part in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_keeps_its_own_cache_and_checkpointing_unless_told_otherwise(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    flags = ["--cache-gb", "0", "--cache", "here", "--checkpoint-tower", "--workers", "0"]
+    first = parse_config(["--out", str(run), *flags])
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(first)))
+    again = parse_config(["--resume", "--out", str(run)])
+    assert (again.cache_gb, again.cache, again.checkpoint_tower) == (0, "here", True)
+    assert again.workers == Config.workers  # of the call
+    assert parse_config(["--resume", "--out", str(run), "--cache-gb", "3"]).cache_gb == 3
 
 
 def test_another_tower_needs_its_weights_said(tmp_path):
