@@ -17,7 +17,7 @@ import predict
 from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, collate, load_frames, load_scene, scene_item
 from metrics import instance_ap
 from model import build_model
-from stages import parameter_groups, stage_epochs
+from stages import parameter_groups, setting_at, stage_epochs
 from train import RECIPES, Config, save_checkpoint, to_device
 
 
@@ -417,3 +417,17 @@ def test_no_scan_ever_runs_what_is_pickled_in_it(name, checkpoints, tmp_path):
     if name.endswith(".npz"):
         found["color" if name == "color.npz" else "coord"]
     assert touched.exists()  # the test can fail: this is what happens otherwise
+
+
+def test_frames_encoded_once_for_all_tiles_give_the_logits_of_their_images(make_model, make_batch, train_steps):
+    model, batch = make_model(), make_batch(views=(3, 2))
+    train_steps(model, setting_at(70), batch)
+    model.eval()
+    frames = {key: batch[key].numpy() for key in ("image", "depth", "world_to_camera", "intrinsics")}
+    with torch.no_grad():
+        encoded = predict.encode_frames(model.tower, frames, "cpu")
+        assert encoded["image"].size == 0 and len(encoded["image"]) == 5
+        logits = model(batch)["logits"]
+        model.tower.visual.forward = None  # it must not run again
+        again = model(batch | {key: torch.from_numpy(value) for key, value in encoded.items()})["logits"]
+    assert torch.allclose(logits, again, atol=1e-5)
