@@ -471,9 +471,8 @@ def training_loads(folder, preset, device):
                                augment=True, views=0 if what == "3D only" else views)
             for what in ("3D only", "images", "cached maps")}
     frozen = sets["cached maps"]
-    frozen.vary_images = False
     tower = build_model("bifusion", preset, 20, clip_weights=SCRATCH).tower.eval().to(device)
-    frozen.cache = FeatureCache(Path(folder, "cache"), tower, recipe["image_size"], limit_gb=50)
+    frozen.use(views, FeatureCache(Path(folder, "cache"), tower, recipe["image_size"], limit_gb=50), vary_images=False)
     frozen.cache.fill([(path, i) for path in frozen.folders for i in usable_frames(path)[0]], device)
 
     def load(what, epoch):

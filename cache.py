@@ -7,14 +7,13 @@
 One file a view, in half precision, in a folder named by the tower (its weights, its normalisation, its precision, the
 image size); the file's name comes from the bytes of the view's colour and depth files. So another tower, other
 weights, another size or a changed image never meets an old entry. A file is written beside its place and renamed, and
-begins with a checksum of the rest: what a kill or a full disk leaves behind is never read. Points, their augmentation
+begins with a checksum of the rest: what a kill or a full disk leaves behind is never used. Points, their augmentation
 and the poses play no part: they come after the maps.
 """
 
 import contextlib
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -72,15 +71,16 @@ class FeatureCache:
         return self.folder / digest(digest(color), digest(depth)).hex()
 
     def read(self, folder, frame):
-        """The levels of a view, list of (C, h, w) float16; None where there is no whole entry."""
-        return self._read(self.path(folder, frame))
+        """The levels of a view, list of (C, h, w) float16; None where there is no whole entry.
 
-    def _read(self, path):
-        try:
+        A damaged entry is removed, so that the next `fill` makes it anew.
+        """
+        path, entry = self.path(folder, frame), b""
+        with contextlib.suppress(OSError):  # none there, as a rule
             entry = path.read_bytes()
-        except OSError:  # none there, as a rule
-            return None
         if len(entry) != self.entry_bytes or digest(entry[CHECKSUM:]) != entry[:CHECKSUM]:
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         values, levels = np.frombuffer(entry, np.float16, offset=CHECKSUM), []
         for shape in self.shapes:
@@ -103,42 +103,64 @@ class FeatureCache:
         finally:
             beside.unlink(missing_ok=True)
 
-    def fill(self, views, device, workers=0):
-        """Compute every entry that is missing or damaged.
+    def fill(self, views, device, workers=0, until=iter):
+        """Compute every entry that is not there, or not of its size; what is in it `read` checks.
+
+        The last bits of a map depend on the views that went through the tower beside it. So these are always the same:
+        a chunk of VIEW_CHUNK neighbours in the list, whole where one of them is missing. A fill that was killed ends
+        with the very bits of one that was left alone.
 
         Args:
             views: list of (scene folder, frame id).
+            until: function of an iterable -> its items up to a stop (guard.StopSignals.until).
 
         Returns:
             True where every view has its entry now; False, with a line that says why, where it must do without.
+
+        Raises:
+            ValueError, OSError: an image that cannot be read.
         """
-        missing = [(f, i) for f, i in tqdm(views, desc="frozen tower: checking its maps", leave=False, disable=None)
-                   if self.read(f, i) is None]
+        paths = [self.path(*view) for view in
+                 until(tqdm(views, desc="frozen tower: checking its maps", leave=False, disable=None))]
+        if len(paths) < len(views):
+            return False
+        view_of = dict(zip(paths, views))  # views of the same bytes have one entry
+        sizes = {path: _size(path) for path in view_of}
+        paths, missing = list(view_of), {path for path, size in sizes.items() if size != self.entry_bytes}
         need = len(missing) * self.entry_bytes
-        used = self._used() if missing else 0
+        used = self._used() - sum(sizes[path] for path in missing) if missing else 0  # damaged ones are replaced
         if used + need > self.limit:
             print(f"frozen tower: its maps would need {need / 1e9:.1f} GB beside the {used / 1e9:.1f} GB in "
-                  f"{self.root}, more than --cache-gb {self.limit / 1e9:g}; the tower runs in every step instead")
+                  f"{self.root}, more than --cache-gb {self.limit / 1e9:g}; the tower runs in every step instead. To "
+                  f"make room delete the other subfolders of {self.root}, of other towers (this one's is "
+                  f"{self.folder.name}), or raise --cache-gb")
             return False
+        chunks = [range(start, min(start + VIEW_CHUNK, len(paths))) for start in range(0, len(paths), VIEW_CHUNK)]
         loader = torch.utils.data.DataLoader(
-            _Frames(missing, self.image_size), VIEW_CHUNK, num_workers=workers, worker_init_fn=start_worker,
+            _Frames(list(view_of.values()), self.image_size), num_workers=workers, worker_init_fn=start_worker,
+            batch_sampler=[chunk for chunk in chunks if any(paths[row] in missing for row in chunk)],
             generator=torch.Generator())  # its own: a run must draw the same random numbers with and without a cache
-        bar = tqdm(total=len(missing), desc="frozen tower: computing its maps once", unit="view", dynamic_ncols=True,
-                   disable=not missing)
-        try:
-            for rows, image, depth in loader:
+        error, count = None, len(missing)
+        with tqdm(total=count, desc="frozen tower: computing its maps once", unit="view", dynamic_ncols=True,
+                  disable=not missing) as bar:
+            for rows, image, depth in until(loader):
                 with torch.no_grad():
                     levels = self._encode(image.to(device), depth.to(device))
-                for i, row in enumerate(rows.tolist()):
-                    self.write(self.path(*missing[row]), [level[i] for level in levels])
-                bar.update(len(rows))
-        except (OSError, OverflowError) as error:
+                written = [(i, paths[row]) for i, row in enumerate(rows.tolist()) if paths[row] in missing]
+                try:
+                    for i, path in written:
+                        self.write(path, [level[i] for level in levels])
+                        missing.remove(path)
+                except (OSError, OverflowError) as found:  # of the writing alone
+                    error = found
+                    break
+                bar.update(len(written))
+        if error:
             print(f"frozen tower: its maps cannot be kept in {self.root} ({error}); the tower runs in every step "
-                  "instead", file=sys.stderr)
-            return False
-        finally:
-            bar.close()
-        return True
+                  "instead")
+        elif missing:
+            print(f"frozen tower: stopped after {count - len(missing)} of {count} maps; these are kept")
+        return not missing
 
     def _used(self):
         """Bytes in root. What a kill left half-written, an hour ago or more, is deleted."""
@@ -151,6 +173,14 @@ class FeatureCache:
                 else:
                     used += state.st_size
         return used
+
+
+def _size(path):
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class _Frames(torch.utils.data.Dataset):

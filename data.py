@@ -514,8 +514,7 @@ class SceneDataset(torch.utils.data.Dataset):
         views:       frames of a scene (all, where it has fewer); 0 reads no image.
         image_size:  (W, H) of the frames.
 
-    Between epochs two attributes may be set: cache (cache.FeatureCache), whose maps then stand in for the images; and
-    vary_images, False as long as the image tower is frozen, so that an image gives the same maps every time.
+    Between epochs `use` may change how many views it reads, and whether as images or as maps of a frozen tower.
 
     Raises:
         FileNotFoundError: no such folder or no scene in it.
@@ -533,6 +532,20 @@ class SceneDataset(torch.utils.data.Dataset):
         self.cache, self.vary_images = None, augment
         self._cache, self._cached_bytes = {}, 0
 
+    def use(self, views, cache=None, vary_images=True):
+        """From here on other views: frames and maps that were kept in memory are forgotten where these change.
+
+        Args:
+            views:       frames of a scene.
+            cache:       cache.FeatureCache, whose maps then stand in for the images; or None.
+            vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
+                         maps every time.
+        """
+        if (views, cache) != (self.views, self.cache):
+            self._cache = {key: value for key, value in self._cache.items() if not isinstance(key, tuple)}
+            self._cached_bytes = sum(map(_bytes_of, self._cache.values()))
+        self.views, self.cache, self.vary_images = views, cache, vary_images
+
     def __len__(self):
         return len(self.folders)
 
@@ -548,7 +561,7 @@ class SceneDataset(torch.utils.data.Dataset):
             chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views])
         else:
             chosen = evenly_spread(ids, self.views)
-        single = [self._once((i, c, self.cache is None), lambda c=c: self._frame(self.folders[i], c)) for c in chosen]
+        single = [self._once((i, c), lambda c=c: self._frame(self.folders[i], c)) for c in chosen]
         empty = load_frames(self.folders[i], [], self.image_size, colors=self.cache is None)
         if self.cache is not None:
             empty |= {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.cache.shapes)}
@@ -572,11 +585,15 @@ class SceneDataset(torch.utils.data.Dataset):
         if key in self._cache:
             return self._cache[key]
         value = read()
-        size = sum(v.nbytes for v in value.values() if isinstance(v, np.ndarray))
+        size = _bytes_of(value)
         if self._cached_bytes + size <= CACHE_BYTES:
             self._cache[key] = value
             self._cached_bytes += size
         return value
+
+
+def _bytes_of(arrays):
+    return sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
 
 
 def collate(items):
@@ -641,13 +658,15 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))  # all are told to end? main is to hear it first
 
 
-def loader(dataset, batch_size, workers, shuffle, seed):
+def loader(dataset, batch_size, workers, shuffle, seed, pin=False):
     """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass.
+
+    pin: batches in page-locked memory, from where a copy to a GPU need not be waited for.
 
     It has a generator of its own: it draws a number for its workers, which would move the random state of the training,
     and differently with and without workers and in a run that was resumed.
     """
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                       persistent_workers=workers > 0, worker_init_fn=start_worker, pin_memory=pin,
                                        generator=torch.Generator())  # its own: workers or not, a run draws the same

@@ -44,17 +44,26 @@ class Guard:
 
     def __init__(self, model, path):
         self.model, self.path = model, Path(path)
-        self.buffers = list(model.buffers())  # statistics of the batch norms; the forward changes them
-        self.saved = [buffer.clone() for buffer in self.buffers]
+        # where each module keeps its buffers: model.buffers() would look for them again in every step
+        self.places = [module._buffers for module in model.modules() if module._buffers]
+        self.buffers, self.saved = [], []  # statistics of the batch norms, above all; the forward changes them
 
     def remember(self):
         """Before a forward: keep the buffers and the random state that it starts from."""
-        torch._foreach_copy_(self.saved, self.buffers)  # one call: a hundred small copies would cost ten times that
+        buffers = [buffer for place in self.places for buffer in place.values() if buffer is not None]
+        if list(map(id, buffers)) != list(map(id, self.buffers)):  # the first time, or a module has put others in place
+            self.buffers, self.saved = buffers, [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self.saved, buffers)  # one call: a hundred small copies would cost ten times that
         self.random = torch.get_rng_state()
 
     def restore(self):
-        """The buffers as they were; or one NaN in a running mean would spoil every evaluation from here on."""
-        torch._foreach_copy_(self.buffers, self.saved)
+        """The buffers as they were; or one NaN in a running mean would spoil every evaluation from here on.
+
+        A buffer that the forward itself replaced (a rotary table for another image size) stays: it holds no statistics.
+        """
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.saved)
 
     def first_not_finite(self, batch, forward, weigh=None):
         """Run a failed step again, without a trace, and name the first thing in it that is not finite.
@@ -216,6 +225,8 @@ class StopSignals:
 
     def until(self, items):
         """The items, up to a stop; none is fetched after it."""
+        if self.asked:  # no worker starts either
+            return
         items = iter(items)
         while not self.asked:
             try:

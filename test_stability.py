@@ -366,8 +366,8 @@ FAULTS = {  # what goes wrong -> function of model and batch that makes it so, w
     "a NaN weight": (lambda model, batch: model.head_2d.weight.data[0].fill_(math.nan), "weight head_2d.weight"),
     "a NaN in a sparse level": (lambda model, batch: model.unet.down[1].register_forward_hook(times(math.nan)),
                                 "output of unet.down.1"),
-    "an infinite image feature": (lambda model, batch: model.tower.visual.layer2.register_forward_hook(times(math.inf)),
-                                  "output of tower.visual.layer2"),
+    "an infinite image feature": (lambda model, batch: model.tower.visual.net.layer2.register_forward_hook(
+        times(math.inf)), "output of tower.visual.net.layer2"),
     "a NaN in the decoder": (lambda model, batch: model.decoder.own[0].register_forward_hook(times(math.nan)),
                              "output of decoder.own.0"),
     "infinite logits": (lambda model, batch: model.semantic_head.register_forward_hook(times(math.inf)),
@@ -377,8 +377,8 @@ FAULTS = {  # what goes wrong -> function of model and batch that makes it so, w
     "a gradient whose norm overflows": (lambda model, batch: model.semantic_head.weight.register_hook(times(1e30)),
                                         "norm of the gradient of semantic_head.weight"),
     "a gradient that overflows on its way": (
-        lambda model, batch: model.tower.neck[0].register_full_backward_pre_hook(
-            lambda module, grad: tuple(math.inf * g for g in grad)), "gradient of tower.neck.0.weight"),
+        lambda model, batch: model.tower.neck["lateral"][0].register_full_backward_pre_hook(
+            lambda module, grad: tuple(math.inf * g for g in grad)), "gradient of tower.neck.lateral.0.weight"),
 }
 
 

@@ -174,16 +174,19 @@ def loss_terms(out, batch, setting):
     return terms
 
 
-def cached_maps(model, config, train_set, val_set):
-    """The cache of the frozen tower's maps, filled with every view that training and evaluation may take, or None."""
+def cached_maps(model, config, train_set, val_set, val_views, until=iter):
+    """The cache of the frozen tower's maps, filled with every view that training and evaluation may take, or None.
+
+    val_views: frames of a val scene.  until: as in FeatureCache.fill; None comes back after a stop as well.
+    """
     if not config.cache_gb:
         return None
     model.eval()
     cache = FeatureCache(config.cache, model.tower, train_set.image_size, config.cache_gb)
     views = [(folder, frame) for folder in train_set.folders for frame in usable_frames(folder)[0]]
     views += [(folder, frame) for folder in val_set.folders
-              for frame in evenly_spread(usable_frames(folder)[0], val_set.views)]
-    return cache if cache.fill(views, next(model.parameters()).device, config.workers) else None
+              for frame in evenly_spread(usable_frames(folder)[0], val_views)]
+    return cache if cache.fill(views, next(model.parameters()).device, config.workers, until) else None
 
 
 @torch.no_grad()
@@ -463,10 +466,13 @@ def train(config, stop):
         views = config.views if use_images and setting.fusion != "identity" else 0
         frozen = views > 0 and not {"tower", "tower_ends"} & set(setting.parts)
         if train_loader is None or (views, not frozen) != (train_set.views, train_set.vary_images):
-            train_set.views, val_set.views, train_set.vary_images = views, 2 * views, not frozen
-            train_set.cache = val_set.cache = cached_maps(model, config, train_set, val_set) if frozen else None
-            train_loader = loader(train_set, config.batch_size, config.workers, shuffle=True, seed=config.seed)
-            val_loader = loader(val_set, config.batch_size, config.workers, shuffle=False, seed=config.seed)
+            # after a stop in here the loop takes no step and saves
+            cache = cached_maps(model, config, train_set, val_set, 2 * views, stop.until) if frozen else None
+            train_set.use(views, cache, vary_images=not frozen)
+            val_set.use(2 * views, cache)
+            pin = device.type == "cuda"
+            train_loader = loader(train_set, config.batch_size, config.workers, True, config.seed, pin)
+            val_loader = loader(val_set, config.batch_size, config.workers, False, config.seed, pin)
         apply_setting(model, setting)
         model.train()
         train_loader.batch_sampler.set_epoch(epoch, first_step)

@@ -32,7 +32,10 @@ VARYING = ("seconds", "peak_memory_mb")
 
 
 def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
-    """A training of tiny rooms in a process of its own (a fork: torch is imported once); prepare runs in it first."""
+    """A training of tiny rooms in a process of its own (a fork: torch is imported once); prepare runs in it first.
+
+    Its frozen tower's maps lie beside the run folder, so that kills meet their making too.
+    """
     def run():
         sys.stdout = sys.stderr = file = open(output, "w", buffering=1)  # noqa: SIM115 - open to the end
         os.dup2(file.fileno(), 1)
@@ -40,7 +43,8 @@ def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
         torch.set_num_threads(1)
         train.RECIPES["small"] |= TINY
         prepare()
-        train.main(["--out", str(out), "--device", "cpu", *([] if "--resume" in flags else ["--data", str(data)]),
+        train.main(["--out", str(out), "--device", "cpu", "--cache", f"{out}_cache",
+                    *([] if "--resume" in flags else ["--data", str(data)]),
                     *(() if "--workers" in flags else ("--workers", "0")), *map(str, flags)])
 
     process = multiprocessing.get_context("fork").Process(target=run)

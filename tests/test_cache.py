@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+import cache as cache_module
 import tower as tower_module
 import train
 from cache import FeatureCache
 from data import SceneDataset, collate, load_frames
+from guard import StopSignals
 from stages import apply_setting, setting_at
 from tower import ClipTower, import_open_clip
 
@@ -93,16 +95,32 @@ def test_a_hit_is_the_towers_own_output_in_half_precision(scene, tower, views, c
     assert cache.shapes == [level.shape for level in cache.read(scene, 0)]
 
 
-def test_only_what_is_missing_is_computed(scene, tower, views, monkeypatch):
-    make_cache(scene, tower).fill(views[:2], "cpu")
+def test_only_chunks_of_which_something_is_missing_are_computed_and_only_that_is_written(scene, tower, views,
+                                                                                         monkeypatch):
+    monkeypatch.setattr(cache_module, "VIEW_CHUNK", 2)
+    make_cache(scene, tower).fill(views[:3], "cpu")
     cache, counted = make_cache(scene, tower), []
+    before = {path: path.stat().st_ino for path in entries(cache)}
     encode = cache._encode
     monkeypatch.setattr(cache, "_encode", lambda image, depth: counted.append(len(image)) or encode(image, depth))
     assert cache.fill(views, "cpu") is True
-    assert counted == [3]
+    assert counted == [2, 1]
+    assert before == {path: path.stat().st_ino for path in before}
     assert cache.fill(views, "cpu") is True
-    assert counted == [3]
+    assert counted == [2, 1]
     assert all(is_hit(cache, tower, scene, i) for i in range(5))
+
+
+def test_views_of_the_same_bytes_share_one_entry_wherever_they_stand(scene, tower, views, monkeypatch):
+    monkeypatch.setattr(cache_module, "VIEW_CHUNK", 2)
+    write_frame(scene, 5, seed=0)
+    cache = make_cache(scene, tower)
+    assert cache.fill([*views, (scene, 5)], "cpu") is True
+    assert len(entries(cache)) == 5
+    kept = cache.path(scene, 0).read_bytes()
+    cache.path(scene, 4).unlink()
+    assert cache.fill([*views, (scene, 5)], "cpu") is True
+    assert cache.path(scene, 5).read_bytes() == kept
 
 
 def test_worker_processes_fill_and_read_it_and_carry_no_tower(scene, tower, views):
@@ -117,7 +135,7 @@ def test_worker_processes_fill_and_read_it_and_carry_no_tower(scene, tower, view
 def test_augmented_points_of_every_epoch_meet_the_same_maps(scene, tower, views):
     dataset = SceneDataset(scene.parents[1], "train", voxel_size=0.1, augment=True, views=2, image_size=SIZE)
     plain = dataset[(0, 0)]
-    dataset.cache, dataset.vary_images = make_cache(scene, tower), False
+    dataset.use(2, make_cache(scene, tower), vary_images=False)
     dataset.cache.fill(views, "cpu")
     coords = []
     for epoch in (0, 1, 2):
@@ -154,7 +172,7 @@ def test_scenes_with_and_without_frames_make_one_batch_of_maps(scene, tower, vie
     for name in ("coord.npy", "color.npy", "segment20.npy"):
         (bare / name).write_bytes((scene / name).read_bytes())
     dataset = SceneDataset(scene.parents[1], "train", voxel_size=0.1, views=2, image_size=SIZE)
-    dataset.cache = make_cache(scene, tower)
+    dataset.use(2, make_cache(scene, tower))
     dataset.cache.fill(views, "cpu")
     batch = collate([dataset[0], dataset[1]])
     assert batch["level_0"].shape[0] == len(batch["depth"]) == 2
@@ -245,12 +263,24 @@ def test_a_damaged_entry_is_not_used_and_is_made_anew(scene, tower, views, damag
         whole[3 if "checksum" in damage else 1000] ^= 4
     path.write_bytes({"truncated": whole[:-2], "longer": whole + b"\0\0", "empty": b"",
                       "zeros": bytes(len(whole))}.get(damage, whole))
-    assert cache.read(scene, 2) is None
     dataset = SceneDataset(scene.parents[1], "train", voxel_size=0.1, views=5, image_size=SIZE)
-    dataset.cache = cache
+    dataset.use(5, cache)
     with pytest.raises(ValueError, match=r"frame 2 .* gone or damaged; go on with --resume"):
         dataset[0]
+    assert len(entries(cache)) == 4
     assert cache.fill(views, "cpu") is True
+    assert is_hit(cache, tower, scene, 2)
+    assert dataset[0]["level_0"].shape[0] == 5
+
+
+def test_a_fill_looks_into_no_entry_and_replaces_one_of_another_size(scene, tower, views, monkeypatch):
+    cache = make_cache(scene, tower)
+    cache.fill(views, "cpu")
+    path = cache.path(scene, 2)
+    path.write_bytes(path.read_bytes()[:-2])
+    monkeypatch.setattr(cache, "read", lambda *_: pytest.fail("an entry was read"))
+    assert cache.fill(views, "cpu") is True
+    monkeypatch.undo()
     assert is_hit(cache, tower, scene, 2)
 
 
@@ -290,12 +320,74 @@ def test_a_kill_in_the_middle_leaves_whole_entries_or_none_and_the_next_fill_com
     assert not list(cache.folder.glob("*.tmp"))  # what an old kill left is swept up
 
 
+@pytest.mark.parametrize("gone", [(0,), (1, 2), (4, 3, 0)])
+def test_what_a_kill_left_out_comes_back_with_the_bits_of_a_fill_that_was_left_alone(scene, tower, views, gone):
+    cache = make_cache(scene, tower)
+    cache._encode = lambda image, depth: [level + len(image) for level in tower.encode(image, depth)]  # it shows
+    cache.fill(views, "cpu")
+    whole = {path: path.read_bytes() for path in entries(cache)}
+    for i in gone:
+        cache.path(scene, i).unlink()
+    assert cache.fill(views, "cpu") is True
+    assert {path: path.read_bytes() for path in entries(cache)} == whole
+
+
+def test_a_stop_ends_a_fill_after_the_chunk_in_hand_and_the_next_one_completes_it_bit_for_bit(
+        scene, tower, views, monkeypatch, capsys):
+    monkeypatch.setattr(cache_module, "VIEW_CHUNK", 2)
+    cache, stop = make_cache(scene, tower), StopSignals()
+    cache.fill(views, "cpu")
+    whole = {path: path.read_bytes() for path in entries(cache)}
+    shutil.rmtree(cache.root)
+    written = cache.write
+
+    def write(path, levels):
+        written(path, levels)
+        if len(entries(cache)) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cache, "write", write)
+    stop.listen()
+    try:
+        assert cache.fill(views, "cpu", until=stop.until) is False
+        assert stop.asked == signal.SIGINT
+        assert cache.fill(views, "cpu", until=stop.until) is False
+    finally:
+        stop.release()
+    assert capsys.readouterr().out == "frozen tower: stopped after 2 of 5 maps; these are kept\n"
+    assert len(entries(cache)) == 2
+    assert cache.fill(views, "cpu") is True
+    assert {path: path.read_bytes() for path in entries(cache)} == whole
+
+
+def test_an_image_that_cannot_be_read_is_not_blamed_on_the_folder_of_the_maps(scene, tower, views, capsys):
+    content = (scene / "color" / "2.jpg").read_bytes()
+    (scene / "color" / "2.jpg").write_bytes(content[:200])
+    with pytest.raises(ValueError, match=r"2\.jpg"):
+        make_cache(scene, tower).fill(views, "cpu")
+    (scene / "color" / "2.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        make_cache(scene, tower).fill(views, "cpu")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_entry_does_not_count_twice_against_the_limit(scene, tower, views):
+    cache = make_cache(scene, tower)
+    cache.limit = 5 * cache.entry_bytes
+    assert cache.fill(views, "cpu") is True
+    path = cache.path(scene, 1)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert cache.fill(views, "cpu") is True
+    assert is_hit(cache, tower, scene, 1)
+
+
 def test_more_than_the_limit_gives_false_and_a_line_and_writes_nothing(scene, tower, views, capsys):
     entry = make_cache(scene, tower).entry_bytes / 1e9
     cache = make_cache(scene, tower, limit_gb=2.5 * entry)
     assert cache.fill(views, "cpu") is False
     said = capsys.readouterr().out
-    assert "--cache-gb" in said and str(cache.root) in said
+    assert f"delete the other subfolders of {cache.root}" in said and cache.folder.name in said
+    assert "or raise --cache-gb" in said
     assert said.count("\n") == 1
     assert not cache.root.exists()
     assert cache.fill(views[:2], "cpu") is True
@@ -324,7 +416,7 @@ def test_a_full_disk_gives_false_and_a_line_and_leaves_no_half_file(scene, tower
     monkeypatch.setattr(place, name, fails_at_the_third(getattr(place, name)))
     assert cache.fill(views, "cpu") is False
     monkeypatch.undo()
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert re.search(r"cannot be kept in .*No space left on device.*the tower runs in every step instead\n", said)
     assert not list(cache.root.glob("*/*.tmp"))
     assert len(entries(cache)) == (0 if when == "making the folder" else 2)
@@ -334,7 +426,7 @@ def test_a_full_disk_gives_false_and_a_line_and_leaves_no_half_file(scene, tower
 def test_a_root_that_cannot_be_a_folder_gives_false_and_a_line(scene, tower, views, capsys):
     (scene.parents[1] / "cache").write_text("a file")
     assert make_cache(scene, tower).fill(views, "cpu") is False
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [1e6, torch.inf, torch.nan])
@@ -343,7 +435,7 @@ def test_maps_that_half_precision_cannot_hold_are_not_kept(scene, tower, views, 
     encode = cache._encode
     monkeypatch.setattr(cache, "_encode", lambda image, depth: [level + value for level in encode(image, depth)])
     assert cache.fill(views, "cpu") is False
-    assert "half precision" in capsys.readouterr().err
+    assert "half precision" in capsys.readouterr().out
     assert not entries(cache)
 
 
@@ -433,9 +525,29 @@ def test_without_room_for_the_maps_the_run_says_so_and_the_images_lead_to_the_sa
         assert line["loss"] == pytest.approx(other["loss"], rel=0.01)
 
 
+def test_a_damaged_entry_met_in_training_is_an_error_and_resuming_makes_it_anew(stage_two, cached_run, run_train,
+                                                                              tmp_path):
+    cache = shutil.copytree(cached_run[0].parent / "cache", tmp_path / "cache")
+    whole = {path: path.read_bytes() for path in cache.glob("*/*")}
+    for path, content in whole.items():
+        path.write_bytes(content[:-2] + b"\x12\x34")
+    with pytest.raises(SystemExit, match="gone or damaged; go on with --resume, which makes them anew"):
+        stage_two("damaged", "--cache", cache)
+    removed = [path for path in whole if not path.exists()]
+    assert len(removed) == 1
+    for path in whole.keys() - set(removed):
+        path.write_bytes(whole[path])
+    out = cached_run[0].parent / "damaged"
+    shutil.copy(out / "stage1.pt", out / "last.pt")
+    run_train(out, "--resume", "--stage", 2, "--cache", cache)
+    assert whole == {path: path.read_bytes() for path in cache.glob("*/*")}
+    ours, theirs = weights_of([out]), weights_of(cached_run)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_a_limit_of_zero_means_no_cache(make_model, scene):
     config = train.Config(cache=str(scene.parents[1] / "cache"), cache_gb=0.0)
-    assert train.cached_maps(make_model(pretrained=True), config, None, None) is None
+    assert train.cached_maps(make_model(pretrained=True), config, None, None, 0) is None
 
 
 def test_a_pretrained_run_goes_on_through_stage_three_and_predicts_without_its_weight_file(

@@ -1,4 +1,5 @@
-"""fusion.py, losses.py, stages.py, metrics.py and guard.py work when copied alone into an empty folder."""
+"""fusion.py, losses.py, stages.py, metrics.py and guard.py work when copied alone into an empty folder; tower.py does
+beside clip_small.json, and needs open_clip."""
 
 import shutil
 import subprocess
@@ -53,6 +54,36 @@ assert not guard.all_finite(model(torch.full((3, 2), float("nan"))).flatten().to
 keeper.restore()
 assert not model.running_mean.any() and model.num_batches_tracked == 0
 assert keeper.first_not_finite({"x": torch.tensor(float("inf"))}, None) == "input x"
+
+plain = torch.nn.Linear(2, 1)  # without buffers
+keeper = guard.Guard(plain, "skipped.jsonl")
+keeper.remember()
+keeper.restore()
+assert keeper.first_not_finite({}, lambda batch: {"loss": plain(torch.full((1, 2), float("nan")))}) == "output of "
+
+class Rotary(torch.nn.Module):  # a table for the last image size beside statistics
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(1))
+    def forward(self, x):
+        if len(x) != len(self.table):
+            self.table = torch.arange(float(len(x)))
+        self.mean += x.mean()
+        return x + self.table
+rotary = Rotary()
+keeper = guard.Guard(rotary, "skipped.jsonl")
+for size in (3, 4, 4):
+    keeper.remember()
+    rotary(torch.full((size,), float("nan")))
+    keeper.restore()
+    assert rotary.table.tolist() == list(range(size)) and rotary.mean == 0
+rotary(torch.ones(4))
+keeper.remember()
+rotary.table += 1
+rotary(torch.ones(4))
+keeper.restore()
+assert rotary.table.tolist() == [0, 1, 2, 3] and rotary.mean == 1
 """,
 }
 
@@ -68,6 +99,25 @@ assert {name}.__file__.startswith({str(tmp_path)!r})
 {CALLS[name]}
 loaded = [other for other in {OTHERS!r} if other in sys.modules]
 assert not loaded, f"{name}.py brings {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
+
+
+def test_the_image_tower_works_beside_clip_small_json_alone(tmp_path):
+    for name in ("tower.py", "clip_small.json"):
+        shutil.copy(HERE / name, tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from tower import SCRATCH, ClipTower, build_visual
+visual, mean, std = build_visual("clip_small", SCRATCH)
+tower = ClipTower(visual, out_channels=32, mean=mean, std=std)
+maps = tower(torch.zeros(2, 3, 48, 64, dtype=torch.uint8), torch.ones(2, 48, 64))
+assert maps.shape == (2, 32, 48 // tower.stride, 64 // tower.stride)
+assert "spconv" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

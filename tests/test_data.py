@@ -629,6 +629,21 @@ def test_a_full_cache_changes_nothing(root, monkeypatch):
     assert dataset._cached_bytes <= 6000
 
 
+def test_what_is_used_no_longer_leaves_the_memory_and_scenes_stay(root):
+    dataset = dataset_of(root, views=0)
+    before = [dataset[0, i] for i in range(3)]
+    scenes, bare = dataset._cache.copy(), dataset._cached_bytes
+    dataset.use(2)
+    assert sum(len(dataset[0, i]["depth"]) for i in range(3)) == 4
+    assert len(dataset._cache) == 3 + 4 and dataset._cached_bytes > bare
+    kept = dataset._cache.copy()
+    dataset.use(2, vary_images=False)  # the same frames
+    assert dataset._cache == kept
+    dataset.use(0)
+    assert dataset._cache == scenes and dataset._cached_bytes == bare
+    assert all(same(dataset[0, i], before[i]) for i in range(3))
+
+
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_batch_is_its_scenes_one_behind_the_other(root, augment):
     dataset = dataset_of(root, augment=augment)

@@ -3,6 +3,7 @@
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +16,9 @@ import torch
 from kill import VARYING, differences, kill_and_resume, same, start
 
 import train
+from cache import FeatureCache
 from report import read_log
+from tower import VIEW_CHUNK
 from train import load_checkpoint, main, save_checkpoint
 
 SHORT = ("--compress", 43, "--batch-size", 1)  # 4 epochs of 4 steps: one of stage 1, one of stage 2, two of stage 3
@@ -173,6 +176,36 @@ def test_sigterm_to_a_whole_group_with_its_workers_saves_too(whole, tiny_rooms, 
     assert finish(process) == 128 + signal.SIGTERM, (tmp_path / "said").read_text()
     assert f"python train.py --resume --out {out} --workers 1" in (tmp_path / "said").read_text()
     assert finish(start(out, tiny_rooms, "--resume")) == 0
+    assert differences(whole, out) == []
+
+
+def test_sigterm_to_a_whole_group_while_the_maps_are_computed_ends_after_the_chunk_in_hand(whole, tiny_rooms, tmp_path):
+    def slowly():
+        real = FeatureCache.write
+
+        def write(*args):
+            time.sleep(0.05)
+            real(*args)
+
+        os.setsid()
+        FeatureCache.write = write
+
+    def maps():
+        return [path for path in Path(f"{out}_cache").glob("*/*") if path.suffix != ".tmp"]
+
+    out, said = tmp_path / "run", tmp_path / "said"
+    process = start(out, tiny_rooms, *SHORT, "--workers", 1, output=said, prepare=slowly)
+    wait_for(maps)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert finish(process) == 128 + signal.SIGTERM, said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert re.search(rf"stopped after {len(maps())} of \d+ maps; these are kept", said.read_text())
+    assert f"python train.py --resume --out {out} --workers 1" in said.read_text()
+    assert len(maps()) == VIEW_CHUNK
+    state = load_checkpoint(out / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert finish(start(out, tiny_rooms, "--resume")) == 0
+    assert len(maps()) > VIEW_CHUNK
     assert differences(whole, out) == []
 
 
