@@ -669,4 +669,4 @@ def loader(dataset, batch_size, workers, shuffle, seed, pin=False):
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        persistent_workers=workers > 0, worker_init_fn=start_worker, pin_memory=pin,
-                                       generator=torch.Generator())  # its own: workers or not, a run draws the same
+                                       generator=torch.Generator())

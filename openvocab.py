@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fusion import link_views, sample_views
-from tower import VIEW_CHUNK, describe, import_open_clip, read_weights, weights_file
+from tower import VIEW_CHUNK, describe, import_open_clip, position_embedding, read_weights, weights_file
 
 POINT_CHUNK = 200_000  # points that are projected at a time
 ZOOM = 2  # frames are enlarged for finer maps: an object of a room is small in its frame, a CLIP picture is full of one
@@ -57,10 +57,8 @@ def dense_features(visual, rgb):
         raise ValueError(f"texts need a CLIP model of open_clip's own towers, as ViT-B-16 or RN50; this is {kind}")
     x = visual.conv1(rgb)  # (V, C, h, w)
     size = x.shape[-2:]
-    position = visual.positional_embedding[1:].T.unflatten(1, visual.grid_size)[None]  # (1, C, gh, gw)
-    position = F.interpolate(position, size, mode="bicubic", antialias=True, align_corners=False)
-    first = (visual.class_embedding + visual.positional_embedding[0]).expand(len(x), 1, -1)
-    x = visual.ln_pre(torch.cat([first, (x + position).flatten(2).transpose(1, 2)], 1))  # (V, 1 + h w, C)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)  # (V, 1 + h w, C)
+    x = visual.ln_pre(x + position_embedding(visual, size))
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = block(x)

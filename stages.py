@@ -5,7 +5,7 @@ model with a method `parts()` that returns {part name: list of parameters}; see 
 
     epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
             21-60  alignment    instances join, and 2D: SimpleFusion ramped in from 0, then the learned gate
-           61-128  enhancement  FiLM joins; a pretrained tower's first and last layers train at a tenth of the rate
+           61-128  enhancement  FiLM joins; a pretrained tower's ends train at a tenth of the rate or less
 
 No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
 """

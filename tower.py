@@ -216,6 +216,16 @@ class Pyramid(nn.Module):
         return [self.net.conv1, self.net.layer3]
 
 
+def position_embedding(visual, size):
+    """A VisionTransformer's for maps of size (h, w): (1 + h w, C), bicubic where its own grid differs."""
+    known, grid = visual.positional_embedding, visual.grid_size
+    if tuple(size) == tuple(grid):
+        return known
+    maps = known[1:].T.unflatten(1, grid)[None]  # (1, C, gh, gw)
+    maps = F.interpolate(maps, size, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([known[:1], maps[0].flatten(1).T])
+
+
 class Transformer(nn.Module):
     """open_clip's VisionTransformer up to half of its blocks: one level, a pixel a patch, for any image size."""
 
@@ -232,19 +242,10 @@ class Transformer(nn.Module):
         size = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (V, h w, C)
         x = torch.cat([self.net.class_embedding.expand(len(x), 1, -1), x], 1)  # (V, 1 + h w, C)
-        x = self.net.ln_pre(x + self.position(size))
+        x = self.net.ln_pre(x + position_embedding(self.net, size))
         for block in self.net.transformer.resblocks:
             x = block(x)
         return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
-
-    def position(self, size):
-        """Position embeddings (1 + h w, C), bicubic from the grid of the pretraining where the sizes differ."""
-        known, grid = self.net.positional_embedding, self.net.grid_size
-        if tuple(size) == tuple(grid):
-            return known
-        maps = known[1:].T.unflatten(1, grid)[None]  # (1, C, gh, gw)
-        maps = F.interpolate(maps, size, mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([known[:1], maps[0].flatten(1).T])
 
     def ends(self):
         return [self.net.conv1, *self.net.transformer.resblocks[-LAST_BLOCKS:]]

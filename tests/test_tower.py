@@ -16,7 +16,8 @@ import tower as tower_module
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import BiFusion
 from stages import apply_setting, parameter_groups, set_rates, setting_at
-from tower import MAX_DEPTH, SCRATCH, ClipTower, build_visual, describe, import_open_clip, read_weights
+from tower import (MAX_DEPTH, SCRATCH, ClipTower, build_visual, describe, import_open_clip, position_embedding,
+                   read_weights)
 from train import loss_terms
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073)
@@ -201,8 +202,8 @@ def test_position_embeddings_are_resized_as_timm_does(make_tower, grid):
     transformer = make_tower("tiny_vit").visual
     known = transformer.net.positional_embedding
     expected = resample_abs_pos_embed(known[None], list(grid), [4, 4], num_prefix_tokens=1)[0]
-    assert torch.allclose(transformer.position(grid), expected, atol=1e-6)
-    assert transformer.position(grid).shape == (1 + grid[0] * grid[1], 32)
+    assert torch.allclose(position_embedding(transformer.net, grid), expected, atol=1e-6)
+    assert position_embedding(transformer.net, grid).shape == (1 + grid[0] * grid[1], 32)
 
 
 @pytest.mark.parametrize("name", ["clip_small", "tiny_vit", "tiny_timm_vit"])
