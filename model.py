@@ -388,9 +388,11 @@ class BiFusion(Baseline3D):
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
-            logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats).
+            logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats). Scenes that `blank` has blanked
+            count as unseen in seen and are left out of stats, so the losses of the fusion do not look at them.
         """
         setting = self.setting
+        batch, whole = self.blank(batch)
         feat_3d = self.encode_3d(batch)
         if setting.fusion == "identity":
             return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
@@ -399,10 +401,37 @@ class BiFusion(Baseline3D):
                "logits_2d": self.head_2d(feat_2d), "logits_3d": self.head_3d(feat_3d)}
         if setting.film:
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
-        alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
+        out["alpha"] = alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
-        stats = fusion_stats(feat_2d, feat_3d, alpha, seen)
-        return out | self.segment(fused, batch) | {"alpha": alpha, "stats": stats}
+        if whole is None:
+            out["stats"] = fusion_stats(feat_2d, feat_3d, alpha, seen)
+        else:
+            out["seen"] = seen & whole
+            if whole.any():
+                out["stats"] = fusion_stats(feat_2d[whole], feat_3d[whole], alpha[whole], seen[whole])
+        return out | self.segment(fused, batch)
+
+    def blank(self, batch):
+        """In training, some scenes without what one branch reads: setting.blank of them with images of one grey, as
+        many with points of one grey and no normals. So the gate meets an empty branch, and each branch learns to do
+        without the other.
+
+        Returns:
+            batch; (M,) bool, False in the scenes that were blanked, or None where none was.
+        """
+        share = self.setting.blank
+        if not (self.training and share) or self.setting.fusion == "identity":
+            return batch, None
+        draw, grey = torch.rand(2, len(batch["names"]))  # on the CPU, as all that is drawn
+        images, points = draw < share, draw > 1 - share
+        if not (images | points).any():
+            return batch, None
+        images, points, grey = (value.to(batch["color"].device) for value in (images, points, grey))
+        scene, view = batch["batch_index"], batch["view_batch"]
+        image = torch.where(images[view].view(-1, 1, 1, 1), (255 * grey[view]).view(-1, 1, 1, 1).byte(), batch["image"])
+        color = torch.where(points[scene][:, None], 2 * grey[scene][:, None] - 1, batch["color"])
+        normal = batch["normal"] * ~points[scene][:, None]
+        return batch | {"image": image, "color": color, "normal": normal}, ~(images | points)[scene]
 
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""

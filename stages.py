@@ -5,7 +5,8 @@ model with a method `parts()` that returns {part name: list of parameters}; see 
 
     epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
             21-60  alignment    instances join, and 2D: SimpleFusion ramped in from 0, then the learned gate
-           61-128  enhancement  FiLM joins; a pretrained tower's ends train at a tenth of the rate or less
+           61-128  enhancement  FiLM joins; a pretrained tower's ends train at a tenth of the rate or less; now and then
+                                a scene comes without its images or without its points' colours: neither is relied on
 
 No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
 """
@@ -43,6 +44,7 @@ class Stage:
     clip: float = 1.0  # largest gradient norm of each branch by itself
     use_2d: bool = True
     film: bool = False
+    blank: float = 0.0  # share of the scenes with blanked images, and as many with blanked points
 
 
 STAGES = {
@@ -50,7 +52,7 @@ STAGES = {
     2: Stage("alignment", 21, 60, ("3d", "decoder", "2d", "branch"), ("semantic", *INSTANCE, "branch", "alignment"),
              0.0),
     3: Stage("enhancement", 61, 128, ("3d", "decoder", "2d", "branch", "gate", "film", "tower_ends"),
-             ("semantic", *INSTANCE, "branch", "alignment", "gate"), 0.01, film=True),
+             ("semantic", *INSTANCE, "branch", "alignment", "gate"), 0.01, film=True, blank=0.1),
 }
 PLANS = {
     "full": "the curriculum as it stands",
@@ -73,6 +75,7 @@ class Setting:
     fusion: str  # "identity" (3D alone), "simple" (SimpleFusion) or "learned" (LiteFusionGate)
     ramp: float  # share of alpha in force, 0 to 1
     film: bool
+    blank: float
 
 
 def stage_epochs(compress=1.0):
@@ -117,10 +120,10 @@ def setting_at(epoch, compress=1.0, plan="full", pretrained=False, tower_rate=No
     first, last = bounds[number]
     done = (epoch - first) / (last - first + 1)  # share of the stage
     setting = Setting(number, stage.name, stage.parts, stage.losses, stage.tower_rate, stage.clip,
-                      "learned" if stage.use_2d else "identity", 1.0 if stage.use_2d else 0.0, stage.film)
+                      "learned" if stage.use_2d else "identity", 1.0 if stage.use_2d else 0.0, stage.film, stage.blank)
     if plan == "A":
         return replace(setting, parts=("3d",), losses=("semantic",), tower_rate=0.0, fusion="identity", ramp=0.0,
-                       film=False)
+                       film=False, blank=0.0)
     if number == 2:
         setting = replace(setting, ramp=min(1.0, done / RAMP))
         if done < LEARNED_GATE_FROM:
