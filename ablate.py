@@ -125,6 +125,22 @@ def drop_branches(seed):
     on_new_model(lambda model: setattr(blend, "model", model))
 
 
+def shared_head(seed):
+    """The branch classifiers are the semantic head itself, on what it would read at alpha 1 and 0."""
+    plain_forward = networks.BiFusion.forward
+
+    def forward(self, batch):
+        out = plain_forward(self, batch)
+        if "feat_2d" in out:
+            feat_2d, feat_3d = out["feat_2d"], out["feat_3d"]
+            if self.setting.film:
+                feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
+            out["logits_2d"], out["logits_3d"] = self.semantic_head(feat_2d), self.semantic_head(feat_3d)
+        return out
+
+    networks.BiFusion.forward = forward
+
+
 def on_new_model(do):
     """Call do(model) with the model that train.py makes."""
     make = train.new_model
@@ -195,6 +211,7 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept": ("the curriculum: after fixed, classifiers, prior, FiLM from geometry, inputs blanked", as_it_is, None),
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
+    "shared": ("shared head", as_it_is, shared_head),
     "naive": ("naive: all at once, base rate, no clip, no standardisation, plain gate", all_at_once,
               no_standardisation),
     "faults": ("the curriculum with faults injected", as_it_is, inject_faults),

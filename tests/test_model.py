@@ -470,3 +470,63 @@ def test_a_mask_is_cut_to_its_largest_connected_piece():
     masks = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
     assert largest_pieces(masks, graph, sizes).int().tolist() == [
         [0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
+
+
+# ---- scenes without their images or without their points' colours
+
+def blanked(model, batch, kind, grey=0.5):
+    """model.blank of a batch whose first scene draws a blanking of this kind and whose second draws none."""
+    draw = {"images": [0.0, 0.5], "points": [0.99, 0.5], "nothing": [0.5, 0.5]}[kind]
+    real, torch.rand = torch.rand, lambda *shape: torch.tensor([draw, [grey, 0.9]])
+    try:
+        return model.blank(batch)
+    finally:
+        torch.rand = real
+
+
+@pytest.mark.parametrize("kind", ["images", "points", "nothing"])
+def test_blank_empties_one_branch_of_the_scene_drawn_and_touches_nothing_else(make_model, make_batch, kind):
+    model, batch = make_model(), make_batch()
+    before = {key: value.clone() for key, value in batch.items() if torch.is_tensor(value)}
+    apply_setting(model.train(), setting_at(70))
+    found, whole = blanked(model, batch, kind)
+    first, views = batch["batch_index"] == 0, batch["view_batch"] == 0
+    expected = dict(before)
+    if kind == "images":
+        grey = torch.tensor(127, dtype=torch.uint8)
+        expected["image"] = torch.where(views[:, None, None, None], grey, batch["image"])
+    if kind == "points":
+        expected["color"] = torch.where(first[:, None], 0.0, batch["color"])
+        expected["normal"] = torch.where(first[:, None], 0.0, batch["normal"])
+    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == before[key].dtype for key in before)
+    assert all(torch.equal(batch[key], before[key]) for key in before)  # the caller's own
+    assert whole is None if kind == "nothing" else torch.equal(whole, ~first)
+
+
+def test_a_blanked_scene_counts_as_unseen_and_not_in_the_stats(make_model, make_batch, monkeypatch):
+    model, batch = make_model(), make_batch()
+    apply_setting(model.train(), setting_at(70))
+    first = batch["batch_index"] == 0
+    monkeypatch.setattr(model, "blank", lambda batch: (batch, ~first))
+    out = model(batch)
+    assert not out["seen"][first].any() and out["seen"][~first].any()
+    seen = out["seen"][~first]
+    assert out["stats"]["seen_share"] == pytest.approx(seen.float().mean().item())
+    assert out["alpha"][first].any()  # the gate is asked all the same
+    monkeypatch.setattr(model, "blank", lambda batch: (batch, torch.zeros_like(first)))
+    assert "stats" not in model(batch)
+
+
+def test_scenes_are_blanked_in_training_in_stage_three_alone_as_often_as_it_says(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    for epoch, training, expected in ((10, True, 0), (50, True, 0), (70, False, 0), (70, True, 0.2)):
+        apply_setting(model, setting_at(epoch))
+        model.train(training)
+        state = torch.get_rng_state()
+        whole = [model.blank(batch)[1] for _ in range(500)]
+        if not expected:
+            assert not any(torch.is_tensor(w) for w in whole)
+            assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn, so nothing else moves
+        else:
+            share = sum((~w[[0, -1]]).float().mean().item() for w in whole if w is not None) / len(whole)
+            assert abs(share - expected) < 0.04
