@@ -11,7 +11,6 @@ Needs everything that train.py needs. Data: one generated room of rooms.py, the 
 numbers; where training has to show it, a toy (`Toy`) in which either branch alone is half blind.
 """
 
-import copy
 import functools
 import math
 import os
@@ -109,13 +108,15 @@ def adamw(model):
 def lost_steps(batch, other=None, model=None, steps=3):
     """Share of the steps on a batch that raise, or that the guard skips because they are not finite."""
     model = model or small_model()
-    optimizer, guard, lost = adamw(model), Guard(model, os.devnull), 0
-    for _ in range(steps):
+    optimizer, guard = adamw(model), Guard(model, os.devnull)
+
+    def is_lost():
         try:
-            lost += not take_step(model, optimizer, batch, other, guard)
-        except ValueError:
-            lost += 1
-    return lost / steps
+            return not take_step(model, optimizer, batch, other, guard)
+        except ValueError:  # of a norm over a single row
+            return True
+
+    return sum(is_lost() for _ in range(steps)) / steps
 
 
 def share_not_finite(tensors):
@@ -199,7 +200,7 @@ def skipped_step_leaves_its_statistics():
         take_step(model, adamw(model), bad, guard=guard)
         with torch.no_grad():
             figures.append(share_not_finite([model.eval()(room())["logits"]]))
-    return Finding("a bad step is skipped", "share of later predictions not finite", *figures, 0.5, 0)
+    return Finding("a bad step is skipped, no more", "share of later predictions not finite", *figures, 0.5, 0)
 
 
 def fp16_overflow():
@@ -346,7 +347,7 @@ def pose_off_along_a_plane():
     """What is left: a wall moved along itself contradicts nothing, so its voxels read the wall beside their place. The
     depth test halves this and does no more; nothing here mends a pose."""
     off, _ = without_and_with_depth_test(moved(0.5))
-    return Finding("the same, half of it stays", "share of voxels reading > 0.2 m off", *off, 0.7, 0.45)
+    return Finding("the same, along planes: halved at best", "share of voxels reading > 0.2 m off", *off, 0.7, 0.45)
 
 
 def points_turn_and_cameras_stay():
@@ -403,7 +404,7 @@ class Toy(nn.Module):
 
 
 def train_toy(to_width=Standardise, film=FiLM, scale_2d=1.0, steps=300, count=400):
-    """Train the toy with the semantic loss alone. Returns error rate and fusion_2d_ratio, means of the last 20 steps."""
+    """Train the toy with the semantic loss alone -> error rate and fusion_2d_ratio, means of the last 20 steps."""
     torch.manual_seed(0)
     toy, scene = Toy(to_width, film), torch.zeros(count, dtype=torch.long)
     optimizer, watched = torch.optim.AdamW(toy.parameters(), 3e-3, weight_decay=0.05), []
@@ -423,12 +424,13 @@ def branches_a_thousand_apart():
     # commonly written: a linear layer brings each branch to the common width, and no norm follows
     without, with_cure = (train_toy(to_width, scale_2d=1000.0)[0] for to_width in (nn.Linear, Standardise))
     return Finding("2D features 1,000 times too large", "error rate (one branch alone: 0.75)", without, with_cure,
-                   0.6, 0.02)
+                   0.4, 0.02)
 
 
 def learned_gate_collapses():
     # commonly written: FiLM (or attention) from 2D onto 3D beside a learned gate. All of 2D can pass through it, so
-    # the gate closes; semantic loss alone in both runs: neither branch classifiers nor the prior hold it
+    # the gate closes; semantic loss alone in both runs: neither branch classifiers nor the prior hold it. The toy is
+    # solved either way: what is lost here is the meaning of the gate, not yet accuracy
     without, with_cure = (abs(train_toy(film=film)[1] - 0.5) for film in (FiLMOf2D, FiLM))
     return Finding("the learned gate collapses", "distance of fusion_2d_ratio from 0.5", without, with_cure, 0.4, 0.2)
 
@@ -443,8 +445,9 @@ EXPERIMENTS = (branches_a_thousand_apart, learned_gate_collapses, tower_emits_in
 
 def table(findings):
     """The findings as text: one row each, with the limits that were asked for."""
-    rows = [("failure", "measure", "without", "with", "sick from", "well to", "ok")]
-    rows += [(f.name, f.measure, *(f"{value:.3g}" for value in f[2:]), "yes" if f.holds else "NO") for f in findings]
+    rows = [("failure", "measure", "without", "with", "sick", "well", "ok")]
+    rows += [(f.name, f.measure, *(f"{value:.3g}" for value in f[2:4]), f">= {f.sick:g}", f"<= {f.well:g}",
+              "yes" if f.holds else "NO") for f in findings]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
              for row in rows]
@@ -457,24 +460,24 @@ def draw(findings, path, zero=1e-5):
     from matplotlib.figure import Figure
 
     red, green, ink, faint = "#c00000", "#2c8c57", "#222222", "#8a8f98"
-    figure = Figure(figsize=(12, 0.8 + 0.42 * len(findings)), dpi=110, facecolor="white")
+    figure = Figure(figsize=(11.5, 0.8 + 0.42 * len(findings)), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    figure.subplots_adjust(left=0.41, right=0.93, top=1 - 0.75 / figure.get_figheight(),
+    figure.subplots_adjust(left=0.34, right=0.97, top=1 - 0.75 / figure.get_figheight(),
                            bottom=0.5 / figure.get_figheight())
     for row, finding in enumerate(findings):
         values = [max(value, zero) for value in (finding.without, finding.with_cure)]
         ax.plot(values, [row, row], color="#c9ced6", lw=2, zorder=1)
-        for value, shown, color in zip(values, finding[2:4], (red, green)):
+        for value, shown, color, side in zip(values, finding[2:4], (red, green), (1, -1)):
             ax.plot(value, row, "o", color=color, ms=8, zorder=2)
-            ax.annotate(f"{shown:.2g}" if shown < 1000 else f"{shown:,.0f}", (value, row), (0, 7), color=color,
-                        textcoords="offset points", ha="center", fontsize=8)
+            ax.annotate(f"{shown:.2g}" if shown < 1000 else f"{shown:,.0f}", (value, row), (8 * side, 0), color=color,
+                        textcoords="offset points", ha="left" if side > 0 else "right", va="center", fontsize=9)
         ax.text(-0.02, row - 0.17, finding.name, transform=ax.get_yaxis_transform(), ha="right", va="center",
                 fontsize=10, color=ink if finding.holds else red)
         ax.text(-0.02, row + 0.24, finding.measure, transform=ax.get_yaxis_transform(), ha="right", va="center",
                 fontsize=8, color=faint)
     ax.set_xscale("log")
-    ax.set_xlim(zero / 2.5, max(10, *(4 * finding.without for finding in findings)))
+    ax.set_xlim(zero / 4, max(10, *(8 * finding.without for finding in findings)))
     ticks = [zero, *(10.0**power for power in range(-4, 6))]
     ax.set_xticks(ticks, ["0", *(f"{tick:,g}" if tick < 1e4 else f"{tick:,.0f}" for tick in ticks[1:])], fontsize=8)
     ax.minorticks_off()

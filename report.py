@@ -472,7 +472,11 @@ def report_failures(path):
 
     findings = [experiment() for experiment in failures.EXPERIMENTS]
     print(failures.table(findings))
-    failures.draw(findings, path)
+    try:
+        failures.draw(findings, path)
+    except OSError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
     print(f"picture: {path}")
     return int(not all(finding.holds for finding in findings))
 
