@@ -180,7 +180,7 @@ def _read_matrix(path, rows):
 def _read_image(path, image_size, mode, resampling, decode=True):
     """An image as an array of image_size (None without decode), and the (W, H) of the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS of any name would start Ghostscript
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
