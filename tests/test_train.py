@@ -431,7 +431,7 @@ def test_scenes_whose_poses_are_lost_train_without_images_and_warn_once_each(run
     for path in [*lost.glob("pose/*.txt"), *sorted(partly.glob("pose/*.txt"))[:3]]:
         np.savetxt(path, np.full((4, 4), -np.inf))
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")  # as Python starts
+        warnings.simplefilter("always")
         log = run_train(tmp_path / "run", *SHORT, "--data", root)
     said = [str(warning.message) for warning in caught if "finite, rigid" in str(warning.message)]
     assert len(said) == 1 and lost.name in said[0] and "used 3D-only" in said[0]
