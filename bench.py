@@ -262,7 +262,7 @@ def sens_by_struct(path):
         frames = []
         for _ in range(number("Q")):
             pose, _, _, color_bytes, depth_bytes = matrix(), number("Q"), number("Q"), number("Q"), number("Q")
-            color = np.asarray(Image.open(io.BytesIO(file.read(color_bytes))))
+            color = np.asarray(Image.open(io.BytesIO(file.read(color_bytes)), formats=["JPEG"]))
             depth = np.frombuffer(zlib.decompress(file.read(depth_bytes)), "<u2").reshape(height, width)
             frames.append((pose, color, depth))
     return frames

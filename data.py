@@ -44,6 +44,7 @@ CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its 
 MAX_WARP_CELLS = 20_000_000  # of the elastic warp's noise grid, 12 bytes each: 160 000 cubic metres
 MAX_PIXELS = 2**24  # of an image: a damaged header must not ask for gigabytes
 CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
+WARNED = set()  # folders without a usable frame of which this process has warned: Python itself forgets within a run
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -180,7 +181,7 @@ def _read_matrix(path, rows):
 def _read_image(path, image_size, mode, resampling, decode=True):
     """An image as an array of image_size (None without decode), and the (W, H) of the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS of any name would start Ghostscript
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
@@ -208,7 +209,8 @@ def usable_frames(folder):
     ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
     usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
     images = sum(1 for _ in (folder / "color").glob("*.*"))
-    if images and not usable:
+    if images and not usable and folder.resolve() not in WARNED:
+        WARNED.add(folder.resolve())
         warnings.warn(f"scene {folder.name}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
                       "pose/{i}.txt of its number, without leading zeros; used 3D-only", stacklevel=3)
     return usable, len(ids) - len(usable)

@@ -121,7 +121,8 @@ def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLER
         view = view.index_select(0, pair)
         reading = depth.reshape(-1).index_select(0, (view * height + line) * width + column)
         keep = (((reading - z).abs_() <= tolerance) & (reading > 0)).nonzero().squeeze(1)
-        found.append([value.index_select(0, keep) for value in (point, view, u, v)])
+        if len(keep):  # else what is kept, though empty, would scatter over the heap and hold it open
+            found.append([value.index_select(0, keep) for value in (point, view, u, v)])
     point, view, u, v = (torch.cat(values) for values in zip(*found)) if found else [points.new_zeros(0)] * 4
     order = (point.long() * num_views + view.long()).argsort()  # by point, then by view
     uv = torch.stack([u.index_select(0, order), v.index_select(0, order)], 1)

@@ -82,6 +82,7 @@ def read_scan(path):
         for key, what in (("normal", "normals"), ("superpoint", "superpoints")):
             if not (path / f"{key}.npy").is_file():
                 notes.append(f"no {what}: computed")
+        notes += _skipped(scene["frames_skipped"])
         return scene | {"origin": np.zeros(3)}, notes
     file = path
     if path.is_dir():
@@ -131,11 +132,17 @@ def read_scan(path):
     notes.append("no superpoints: computed")
     folder = path if path.is_dir() else None
     ids, skipped = usable_frames(folder) if folder else ([], 0)
+    notes += _skipped(skipped)
     if not ids:
         notes.append("no frames: 3D only")
     return {"name": path.stem, "coord": coord, "color": color, "normal": normal, "segment": None, "instance": None,
             "superpoint": superpoint if point_to_cell is None else superpoint[point_to_cell], "frame_ids": ids,
             "frames_skipped": skipped, "origin": origin}, notes
+
+
+def _skipped(frames):
+    """A note on frames that were left out, if any."""
+    return [f"{frames} frames skipped: their pose is not finite or not rigid"] if frames else []
 
 
 def _read_arrays(path):

@@ -3,6 +3,7 @@
     python report.py runs/fused --against runs/baseline                 # exit code 1 if a criterion fails
     python report.py runs/fused_s{0,1,2} --against runs/base_s{0,1,2}   # paired by seed, mean and standard deviation
     python report.py runs/fused --classes                               # IoU of every class too
+    python report.py --failures --out failures.png                      # each failure mode without and with its cure
 
 Reads config.json and log.jsonl of each run folder and writes curves.png beside the log. `train.py` calls `draw_curves`
 while it trains. Exit code: 0 no criterion failed, 1 one failed, 2 a run could not be read.
@@ -465,14 +466,36 @@ def _label_ends(ax, gap=0.05):
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def report_failures(path):
+    """Run the experiments of failures.py: table, picture at path, exit code."""
+    import failures  # spconv, open_clip and training: only for those who ask for this table
+
+    findings = [experiment() for experiment in failures.EXPERIMENTS]
+    print(failures.table(findings))
+    try:
+        failures.draw(findings, path)
+    except OSError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print(f"picture: {path}")
+    return int(not all(finding.holds for finding in findings))
+
+
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Judge runs by the three success criteria; exits 1 if one fails.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/fused")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/fused")
     parser.add_argument("--against", nargs="+", default=[], metavar="BASELINE",
                         help="baseline run folder; several are paired with the runs by seed")
     parser.add_argument("--classes", action="store_true", help="print the IoU of every class too")
+    parser.add_argument("--failures", action="store_true", help="instead of runs: reproduce the failure modes, each "
+                        "without its cure and with it; exits 1 if one is not as promised")
+    parser.add_argument("--out", default="failures.png", help="picture of --failures (default failures.png)")
     args = parser.parse_args(argv)
+    if args.failures and not args.runs:
+        return report_failures(args.out)
+    if args.failures or not args.runs:
+        parser.error("give run folders, such as runs/fused, or --failures alone")
     try:
         runs = [read_run(folder) for folder in args.runs]
         baselines = [read_run(folder) for folder in args.against]

@@ -584,7 +584,7 @@ def write_scan(folder, scene_folder, seed):
     for i in range(FRAMES):
         pose = to_scan @ np.loadtxt(scene_folder / "pose" / f"{i}.txt")
         np.savetxt(folder / "pose" / f"{i}.txt", pose, fmt="%.6f")
-        with Image.open(folder / "depth" / f"{i}.png") as image:
+        with Image.open(folder / "depth" / f"{i}.png", formats=["PNG"]) as image:
             frames.append((pose, (folder / "color" / f"{i}.jpg").read_bytes(), np.asarray(image)))
     height, width = frames[0][2].shape
     _write_sens(folder / f"{folder.name}.sens", np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt"), frames,
@@ -637,6 +637,21 @@ def _write_whole(root, split, index, seed, image_size, as_scannet):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def read_spec(root):
+    """What the rooms of a folder were made with: the dict of its rooms.json, {} where it has none.
+
+    Raises ValueError where that file is broken.
+    """
+    spec = Path(root, "rooms.json")
+    try:
+        found = json.loads(spec.read_text()) if spec.exists() else {}
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(f"{spec}: expected a JSON object, found {found}; delete {root} and generate the rooms anew")
+    return found
+
+
 def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120), as_scannet=False):
     """Make the rooms of <root>/train and <root>/val that are not there yet, or of <root>/scans as ScanNet has them.
 
@@ -665,7 +680,7 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
         flag, own = "--as-scannet", ("scans/*", "scannetv2_*")
     spec = root / "rooms.json"
     if spec.exists():
-        found = json.loads(spec.read_text())
+        found = read_spec(root)
         if found != asked:
             raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "
                              f"choose another folder with {flag} or delete {root}")

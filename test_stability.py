@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import failures
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats
 from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, gate_prior, weighted_sum
@@ -32,6 +33,16 @@ def logits_at(model, setting, batch, training):
     model.train(training)
     with torch.no_grad():
         return model(batch)["logits"]
+
+
+# ---- failure modes
+
+@pytest.mark.parametrize("experiment", failures.EXPERIMENTS, ids=lambda experiment: experiment.__name__)
+def test_the_disease_shows_without_the_cure_and_not_with_it(experiment):
+    finding = experiment()
+    assert finding.without >= finding.sick, f"{finding.measure}: the experiment no longer shows the disease"
+    assert finding.with_cure <= finding.well, finding.measure
+    assert finding.sick > finding.well
 
 
 # ---- range

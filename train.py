@@ -107,7 +107,10 @@ def parse_config(argv=None):
         if not saved.exists():
             sys.exit(f"{saved} not found: there is no run to go on from. Start it with: "
                      f"python train.py --stage 1 --model {config.model} --out {config.out}")
-        known = json.loads(saved.read_text())
+        try:
+            known = json.loads(saved.read_text())
+        except ValueError as error:
+            sys.exit(f"{saved} is not valid JSON: {error}; {config.out}/last.pt holds the settings too")
         for name, value in known.items():
             anew = name in OF_THE_CALL or (name in HOW_NOT_WHAT and name in given)
             if anew or name not in Config.__dataclass_fields__:
@@ -381,8 +384,7 @@ def train(config, stop):
     if config.data == ROOMS:
         import rooms
 
-        known = Path(ROOMS, "rooms.json")  # rooms made with another seed are completed with theirs
-        spec = json.loads(known.read_text()) if known.exists() else {}
+        spec = rooms.read_spec(ROOMS)  # rooms made with another seed are completed with theirs
         if spec or not Path(ROOMS, "train").exists():
             rooms.generate(ROOMS, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
     use_images = config.model == "bifusion" and config.plan != "A"

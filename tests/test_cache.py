@@ -273,6 +273,26 @@ def test_a_damaged_entry_is_not_used_and_is_made_anew(scene, tower, views, damag
     assert dataset[0]["level_0"].shape[0] == 5
 
 
+class Payload:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_an_entry_that_is_a_pickle_is_not_run_and_not_used(scene, tower, views, tmp_path):
+    cache, touched = make_cache(scene, tower), tmp_path / "touched"
+    cache.fill(views, "cpu")
+    path = cache.path(scene, 2)
+    content = pickle.dumps(Payload(touched))
+    path.write_bytes(content + bytes(cache.entry_bytes - len(content)))
+    assert cache.read(scene, 2) is None
+    assert not path.exists() and not touched.exists()
+
+
 def test_a_fill_looks_into_no_entry_and_replaces_one_of_another_size(scene, tower, views, monkeypatch):
     cache = make_cache(scene, tower)
     cache.fill(views, "cpu")

@@ -1,6 +1,9 @@
 """Tests of data.py: scene folders good and bad, voxels, the camera under augmentation, superpoints, batches."""
+import io
 import pickle
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +319,7 @@ def holed(shape, rows, value):
 
 @pytest.mark.parametrize("spoil, match", [
     *[cut(f"{name}.npy", keep, rf"{name}\.npy: expected.*cannot be read")
-      for name in ("coord", "color", "normal", "segment20", "instance") for keep in (0, 30, 0.8)],
+      for name in ("coord", "color", "normal", "segment20", "instance", "superpoint") for keep in (0, 30, 0.8)],
     npy("coord", np.zeros((200, 4)), r"coord\.npy: expected shape \(N, 3\), found \(200, 4\)"),
     npy("coord", np.zeros(600), r"coord\.npy: expected shape \(N, 3\), found \(600,\)"),
     npy("coord", np.zeros((0, 3)), r"coord\.npy: expected at least one point"),
@@ -325,12 +328,15 @@ def holed(shape, rows, value):
     npy("normal", np.zeros((201, 3)), r"normal\.npy: expected shape \(200, 3\), found \(201, 3\)"),
     npy("segment20", np.zeros(100, int), r"segment20\.npy: expected shape \(200,\), found \(100,\)"),
     npy("instance", np.zeros((200, 2), int), r"instance\.npy: expected shape \(200,\), found \(200, 2\)"),
+    npy("superpoint", np.zeros(7, int), r"superpoint\.npy: expected shape \(200,\), found \(7,\)"),
     npy("segment20", np.array([None] * 200), r"segment20\.npy: .*cannot be read: .*bject"),
     npy("segment20", np.full(200, 20), r"segment20\.npy: expected labels -1\.\.19, found 20\.\.20"),
     npy("segment20", np.full(200, -2), r"segment20\.npy: expected labels -1\.\.19, found -2\.\.-2"),
     npy("segment20", np.full(200, 255, np.uint8), r"expected labels -1\.\.19, found 255"),
     npy("coord", holed((200, 3), [3, 7], np.nan), "scene scene: 2 of 200 points have coordinates"),
+    npy("coord", holed((200, 3), range(9), -np.inf), "scene scene: 9 of 200 points have coordinates that are not fin"),
     npy("color", holed((200, 3), [5], np.inf), "scene scene: 1 of 200 points have colours"),
+    npy("color", holed((200, 3), [1, 2, 3], np.nan), "scene scene: 3 of 200 points have colours that are not finite"),
     npy("color", holed((200, 3), [5], 256), r"color\.npy: expected colours in 0\.\.255, found 1.*256"),
     npy("color", holed((200, 3), [5], -1), r"color\.npy: expected colours in 0\.\.255, found -1"),
     text("pose/1.txt", "1 0 0\n0 1 0\n0 0 1\n", r"1\.txt: expected 4x4 numbers, found \(3, 3\)"),
@@ -338,6 +344,7 @@ def holed(shape, rows, value):
     text("pose/1.txt", "no pose", r"1\.txt: expected a matrix as text"),
 ])
 def test_a_bad_file_of_points_or_poses_is_named_with_what_is_wrong(spoil, match, scene_folder):
+    np.save(scene_folder / "superpoint.npy", np.arange(200) // 10)
     spoil(scene_folder)
     with np.errstate(all="ignore"), pytest.raises(ValueError, match=match):
         load_scene(scene_folder)
@@ -360,6 +367,32 @@ def test_a_bad_file_of_a_frame_is_named_with_what_is_wrong(spoil, match, size, s
     spoil(scene_folder)
     with pytest.raises(ValueError, match=match):
         load_frames(scene_folder, [0, 1], size)
+
+
+@pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png"])
+def test_an_image_of_absurd_size_is_refused_before_it_is_unpacked(name, scene_folder):
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(out, "PNG")
+    content = bytearray(out.getvalue())
+    content[16:24] = struct.pack(">II", 9000, 9000)  # Pillow itself allows that
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (scene_folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: expected an image, .* 9000x9000 pixels, more than"):
+        load_frames(scene_folder, [0], (64, 48))
+
+
+@pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png"])
+def test_a_postscript_file_in_place_of_an_image_is_refused_and_starts_no_ghostscript(name, scene_folder, monkeypatch):
+    started = []
+    real = Image.new("RGB", (64, 48))
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: started.append(args) or real.im)
+    real.save(scene_folder / name, "EPS")
+    with pytest.raises(ValueError, match=f"{name}: expected an image"):
+        load_frames(scene_folder, [0], (64, 48))
+    assert not started
+    with Image.open(scene_folder / name) as image:
+        image.load()
+    assert started  # the test can fail: this is what happens otherwise
 
 
 class Payload:

@@ -1,6 +1,9 @@
 """Tests of fusion.py: cameras, visibility, sampling, standardisation, gates, FiLM."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +164,27 @@ def test_links_are_sorted_by_point_then_view_whatever_the_block(monkeypatch):
         assert torch.equal(parts.point, whole.point)
         assert torch.equal(parts.view, whole.view)
         assert torch.allclose(parts.uv, whole.uv, atol=1e-4)
+
+
+def test_linking_many_points_to_many_views_takes_little_memory():
+    code = """if True:
+        import resource, torch
+        from fusion import link_views
+        torch.set_num_threads(1)
+        points = torch.rand(300_000, 3)[torch.rand(300_000).argsort()]  # in no order: no chunk can be left out
+        pose = torch.eye(4).repeat(200, 1, 1)
+        pose[:, 2, 3] = 1
+        intrinsics = torch.tensor([[4., 0, 31.5], [0, 4., 23.5], [0, 0, 1]]).repeat(200, 1, 1)
+        depth = torch.full((200, 48, 64), 9.0)  # every point projects into every view, and none agrees with the depth
+        link_views(points[:100], pose[:2], intrinsics[:2], depth[:2])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert len(link_views(points, pose, intrinsics, depth).point) == 0
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    dense = 300_000 * 200 * 4 / 2**20  # MB of one (N, V) matrix of floats: 229
+    assert float(done.stdout) < dense / 2
 
 
 def test_far_from_the_origin_a_point_still_meets_its_pixel():

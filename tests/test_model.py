@@ -224,22 +224,29 @@ def test_views_of_another_scene_are_not_looked_into(make_model, make_batch):
 # ---- edges
 
 @pytest.mark.parametrize("epoch", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("case", ["one voxel", "no view", "no seen voxel", "all ignored", "no depth reading"])
+@pytest.mark.parametrize("case", ["one voxel", "no view", "no seen voxel", "all ignored", "no depth reading",
+                                  "no instance", "instances not annotated", "all of these"])
 def test_a_poor_scene_trains_on_with_finite_loss_and_gradients(make_model, make_batch, epoch, case):
-    batch = make_batch(voxels=(1,), views=(2,)) if case == "one voxel" else make_batch(
+    batch = make_batch(voxels=(1,), views=(2,)) if case in ("one voxel", "all of these") else make_batch(
         views=(0, 0) if case == "no view" else (2, 2))
+    if case in ("no instance", "all of these"):
+        batch["superpoint_instance"][:] = -1
+        batch["instance_label"], batch["instance_batch"] = batch["instance_label"][:0], batch["instance_batch"][:0]
+    if case == "instances not annotated":
+        batch["has_instances"][:] = False
     if case == "one voxel":
         batch["segment"][:] = 1
     if case == "no seen voxel":
         batch["world_coord"] += 100
-    if case == "all ignored":
+    if case in ("all ignored", "all of these"):
         batch["segment"][:] = -1
-    if case == "no depth reading":
+    if case in ("no depth reading", "all of these"):
         batch["depth"][:] = 0
     for name in ("baseline", "bifusion"):
         model = set_up(make_model(name), epoch)
         assert_finite_step(model, batch)
-        if name == "bifusion" and epoch > 21 and case in ("no view", "no seen voxel", "no depth reading"):
+        if name == "bifusion" and epoch > 21 and case in ("no view", "no seen voxel", "no depth reading",
+                                                           "all of these"):
             out = model(batch)
             assert not out["seen"].any()
             assert not out["alpha"].any()

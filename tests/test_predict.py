@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -384,6 +385,79 @@ def test_a_file_that_holds_no_scan_ends_in_one_line(checkpoints, tmp_path, name,
         np.save(path, content)
     message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
     assert name in message and reason in message
+
+
+@pytest.mark.parametrize(("encoding", "spoil", "reason"), [
+    ("<", lambda content: content[: len(content) // 2], "rows of vertex, at least"),
+    ("<", lambda content: content[:-1], "lists with their length"),
+    ("ascii", lambda content: content[: len(content) // 2], "expected"),
+    ("<", lambda content: content[:40], "expected")], ids=["half", "a byte short", "half a text", "half a header"])
+def test_a_truncated_ply_ends_in_one_line_with_expected_and_found(checkpoints, points, tmp_path, encoding, spoil,
+                                                                  reason):
+    coord, color, normal, faces = points
+    path = write_with_plyfile(tmp_path / "cut.ply", coord, color, normal, faces, text=encoding == "ascii")
+    path.write_bytes(spoil(path.read_bytes()))
+    before, message = path.read_bytes(), failure(checkpoints["baseline"], path, out=tmp_path / "out")
+    assert str(path) in message and reason in message and "expected" in message and "found" in message
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["ply", "npy", "npz", "folder"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_coordinates_that_are_not_finite_are_counted_whatever_the_form(checkpoints, points, tmp_path, kind, value):
+    coord, color, *_ = points
+    coord[[5, 9], 1] = value
+    path = tmp_path / f"scan.{kind}"
+    if kind == "ply":
+        write_with_plyfile(path, coord, color)
+    elif kind == "npy":
+        np.save(path, coord)
+    elif kind == "npz":
+        np.savez(path, coord=coord, color=color)
+    else:
+        path = tmp_path / "scan"
+        path.mkdir()
+        np.save(path / "coord.npy", coord)
+        np.save(path / "color.npy", color)
+    message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
+    assert "scan" in message and "2 of 3200" in message and "finite" in message
+
+
+def test_colours_that_are_not_finite_end_in_one_line(checkpoints, points, tmp_path):
+    coord, color = points[0], points[1].astype(float)
+    color[7] = np.nan
+    np.savez(tmp_path / "scan.npz", coord=coord, color=color)
+    message = failure(checkpoints["baseline"], tmp_path / "scan.npz", out=tmp_path / "out")
+    assert "scan.npz: expected colours in 0..255 or 0..1" in message
+
+
+@pytest.mark.parametrize(("name", "said"), [("segment20.npy", "expected labels -1..19, found 77..77"),
+                                           ("color/*.jpg", "expected an image, found a file that cannot be read"),
+                                           ("depth/*.png", "expected an image, found a file that cannot be read")])
+def test_a_scene_folder_with_a_bad_file_ends_in_one_line(checkpoints, room, tmp_path, name, said):
+    scene = shutil.copytree(room, tmp_path / "scene")
+    for path in scene.glob(name):
+        if path.suffix == ".npy":
+            np.save(path, np.full(len(np.load(path)), 77))
+        else:
+            path.write_bytes(path.read_bytes()[:60])
+    message = failure(checkpoints["bifusion"], scene, out=tmp_path / "out")
+    assert said in message and str(scene) in message
+
+
+def test_frames_whose_pose_is_lost_are_counted_on_the_screen_and_without_any_the_scan_is_3d_only(
+        checkpoints, room, tmp_path, capsys):
+    scene = shutil.copytree(room, tmp_path / "scene")
+    poses = sorted(scene.glob("pose/*.txt"))
+    for lost in (poses[:2], poses):
+        for path in lost:
+            np.savetxt(path, np.full((4, 4), -np.inf))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(checkpoints["bifusion"], scene, out=tmp_path / "out")
+        assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in capsys.readouterr().out
+        assert [str(w.message) for w in caught if "used 3D-only" in str(w.message)] == (
+            [] if len(lost) == 2 else [str(caught[-1].message)])
 
 
 class Payload:

@@ -262,3 +262,30 @@ def test_importing_report_loads_neither_matplotlib_nor_torch():
     code = "import sys, report; print([m for m in ('matplotlib', 'torch', 'data') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPORT.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- failure modes
+
+def test_failures_prints_a_row_an_experiment_draws_them_and_exits_1_where_one_does_not_hold(tmp_path, capsys,
+                                                                                            monkeypatch):
+    import failures
+
+    good = failures.Finding("jolt", "jump of the logits", 1.5, 0.0, 0.1, 1e-5)
+    cured = good._replace(name="no disease", without=0.0)
+    ill = good._replace(name="no cure", with_cure=0.2)
+    for findings, code in (([good], 0), ([good, cured], 1), ([ill, good], 1)):
+        monkeypatch.setattr(failures, "EXPERIMENTS", [lambda f=f: f for f in findings])
+        assert report.main(["--failures", "--out", str(tmp_path / "modes.png")]) == code
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in said[2:-1]] == ["yes" if f is good else "NO" for f in findings]
+        assert said[2].startswith(findings[0].name)
+        assert f"{findings[0].without:.3g}" in said[2].split()
+        assert picture_size(tmp_path / "modes.png")[0] == 1265
+
+
+@pytest.mark.parametrize("flags", [[], ["--failures", "runs/x"]])
+def test_neither_runs_nor_failures_and_both_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main(flags)
+    assert stop.value.code == 2
+    assert "give run folders, such as runs/fused, or --failures alone" in capsys.readouterr().err

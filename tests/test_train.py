@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 from metrics import criteria
@@ -144,9 +147,51 @@ def test_another_tower_needs_its_weights_said(tmp_path):
     assert parse_config(["--plan", "A", "--preset", "base", *out]).clip_weights == "scratch"
 
 
-def test_missing_data_stops_with_a_message(tmp_path):
-    said = message_of(main, ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")])
-    assert "nowhere" in said
+@pytest.mark.parametrize("case", ["no folder", "empty", "no train split", "no val split", "val without a scene"])
+def test_missing_data_stops_with_the_command_that_makes_it(case, tiny_rooms, tmp_path):
+    root, lacks = tmp_path / "data", "val" if "val" in case else "train"
+    if case != "no folder":
+        root.mkdir()
+    if "split" in case or "without" in case:
+        other = "train" if lacks == "val" else "val"
+        shutil.copytree(tiny_rooms / other, root / other)
+    if case == "val without a scene":
+        (root / "val" / "scene").mkdir(parents=True)
+    said = message_of(main, ["--data", str(root), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert said.startswith(f"error: no scene in {root / lacks}; generate rooms with: python rooms.py --out {root}")
+    assert "--data a folder with train/ and val/ scene folders" in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("weights", "parts"), [
+    ("nowhere.pt", ["'nowhere.pt'", "neither a file nor a pretrained tag of clip_small", "--clip-weights scratch"]),
+    ("page.pt", ["page.pt", "expected a file of tensors", "cannot be read"]),
+    ("other.pt", ["other.pt", "not those of clip_small", "missing", "--clip NAME"])])
+def test_a_file_of_clip_weights_that_will_not_do_stops_the_run_before_it_begins(weights, parts, tiny_rooms, tmp_path,
+                                                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("page.pt").write_text("<html>404</html>")
+    torch.save({"visual.conv1.weight": torch.zeros(1)}, "other.pt")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    said = message_of(main, ["--clip-weights", weights, "--data", str(tiny_rooms), "--out", "run", "--device", "cpu"])
+    assert said.startswith("error: CLIP weights")
+    assert all(part in said for part in parts)
+    assert "\n" not in said
+    assert not Path("run").exists()
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+
+def test_broken_json_of_a_run_or_of_the_rooms_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("run/config.json"), Path("data/rooms/rooms.json")):
+        path.parent.mkdir(parents=True)
+        path.write_text('{"seed": ')
+    said = message_of(main, ["--resume", "--out", "run"])
+    assert said.startswith("run/config.json is not valid JSON")
+    said = message_of(main, ["--out", "new", "--device", "cpu"])
+    assert said.startswith("error: data/rooms/rooms.json: expected a JSON object, found ")
+    assert "delete data/rooms" in said
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -300,6 +345,98 @@ def test_a_broken_file_met_by_a_worker_process_ends_in_one_line(tiny_rooms, tmp_
     assert said.startswith("error: ")
     assert str(broken) in said
     assert "\n" not in said
+
+
+def spoil_array(name, change):
+    """A function of a scene folder: load an array, change it, save it."""
+    def spoil(folder):
+        path = folder / f"{name}.npy"
+        array = np.array(np.load(path), np.float32 if name in ("coord", "color") else None)
+        changed = change(array)
+        np.save(path, array if changed is None else changed)
+    return spoil
+
+
+def cut_file(name):
+    """A function of a scene folder: keep the first half of a file."""
+    def spoil(folder):
+        path = next(folder.glob(name))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return spoil
+
+
+@pytest.mark.parametrize(("spoil", "parts"), [
+    (cut_file("coord.npy"), ["coord.npy: expected an array of numbers, found a file that cannot be read"]),
+    (cut_file("superpoint.npy"), ["superpoint.npy: expected an array of numbers, found a file that cannot be read"]),
+    (spoil_array("color", lambda a: a[:-1]), ["color.npy: expected shape (", ", 3), found ("]),
+    (spoil_array("segment20", lambda a: a[:-1]), ["segment20.npy: expected shape (", ",), found ("]),
+    (spoil_array("segment20", lambda a: a + 20), ["segment20.npy: expected labels -1..19, found ", ".."]),
+    (spoil_array("coord", lambda a: a.__setitem__((slice(3), 0), math.nan)), [
+        "scene ", ": 3 of ", " points have coordinates that are not finite; remove these points"]),
+    (spoil_array("color", lambda a: a.__setitem__((0, 0), math.inf)), [
+        "scene ", ": 1 of ", " points have colours that are not finite; remove these points"]),
+    (cut_file("pose/*.txt"), ["pose/", ".txt: expected ", ", found "]),
+], ids=["truncated points", "truncated superpoints", "a colour too few", "a label too few", "labels out of range",
+        "NaN coordinates", "infinite colours", "truncated pose"])
+def test_a_bad_scene_stops_the_training_in_one_line_and_no_file_of_it_is_touched(spoil, parts, run_train, tiny_rooms,
+                                                                                tmp_path):
+    root = shutil.copytree(tiny_rooms, tmp_path / "data")
+    scene = sorted((root / "train").iterdir())[0]
+    spoil(scene)
+    before = {path: path.read_bytes() for path in scene.rglob("*.*")}
+    said = message_of(run_train, tmp_path / "run", "--model", "baseline", "--data", root)
+    assert said.startswith("error: ")
+    assert all(part in said for part in parts)
+    assert scene.name in said
+    assert "\n" not in said
+    assert before == {path: path.read_bytes() for path in scene.rglob("*.*")}
+
+
+@pytest.mark.parametrize("name", ["color/*.jpg", "depth/*.png"])
+def test_a_truncated_image_stops_the_training_where_images_join(name, run_train, tiny_rooms, tmp_path):
+    root = shutil.copytree(tiny_rooms, tmp_path / "data")
+    for scene in (root / "train").iterdir():
+        for path in scene.glob(name):
+            path.write_bytes(path.read_bytes()[:100])
+    said = message_of(run_train, tmp_path / "run", *SHORT, "--data", root)
+    assert said.startswith("error: ")
+    assert f"{name.partition('/')[0]}/" in said
+    assert "expected an image, found a file that cannot be read" in said
+    assert "\n" not in said
+
+
+def test_poor_scenes_train_on_through_all_stages_with_finite_losses_and_gradients(run_train, tiny_rooms, tmp_path):
+    root = shutil.copytree(tiny_rooms, tmp_path / "data")
+    point, ignored, alone, unseen = sorted((root / "train").iterdir())
+    for path in point.glob("*.npy"):
+        np.save(path, np.load(path)[:1])
+    np.save(ignored / "segment20.npy", np.full(len(np.load(ignored / "coord.npy")), -1))
+    np.save(alone / "instance.npy", np.full(len(np.load(alone / "coord.npy")), -1))
+    for path in unseen.glob("depth/*.png"):
+        Image.fromarray(np.zeros((48, 64), np.uint16)).save(path)
+    log = run_train(tmp_path / "run", *SHORT, "--data", root, "--batch-size", 1)
+    assert [line["stage"] for line in log] == [1, 2, 3, 3]
+    for line in log:
+        numbers = [line["loss"], *line["losses"].values(), *line["grad_norm"].values()]
+        assert all(number is not None and math.isfinite(number) for number in numbers)
+        assert line["skipped_steps"] == 0
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_scenes_whose_poses_are_lost_train_without_images_and_warn_once_each(run_train, tiny_rooms, tmp_path):
+    root = shutil.copytree(tiny_rooms, tmp_path / "data")
+    lost, partly, *_ = sorted((root / "train").iterdir())
+    for path in [*lost.glob("pose/*.txt"), *sorted(partly.glob("pose/*.txt"))[:3]]:
+        np.savetxt(path, np.full((4, 4), -np.inf))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = run_train(tmp_path / "run", *SHORT, "--data", root)
+    said = [str(warning.message) for warning in caught if "finite, rigid" in str(warning.message)]
+    assert len(said) == 1 and lost.name in said[0] and "used 3D-only" in said[0]
+    assert all(line["skipped_steps"] == 0 and math.isfinite(line["loss"]) for line in log)
+    assert 0 < log[-1]["seen_share"] < 1
 
 
 def test_default_rooms_that_are_half_generated_are_completed(monkeypatch, tmp_path):
