@@ -210,6 +210,7 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "blanks": ("plain + inputs blanked in stage 3", with_blanks, None),
     "kept": ("the curriculum: after fixed, classifiers, prior, FiLM from geometry, inputs blanked", as_it_is, None),
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
+    "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
     "shared": ("shared head", as_it_is, shared_head),
     "naive": ("naive: all at once, base rate, no clip, no standardisation, plain gate", all_at_once,
