@@ -72,7 +72,8 @@ class Guard:
         Args:
             batch:   dict; its tensors are looked at first.
             forward: function of the batch -> dict of loss terms, as in the step.
-            weigh:   function of these terms -> loss, where the loss was finite and its gradient was not; else None.
+            weigh:   function of these terms -> loss, to look at it and its gradient too; None where the loss of the step
+                     was not finite by itself.
 
         Returns:
             str: "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold
@@ -101,10 +102,13 @@ class Guard:
                     look(f"loss term {name}", term)
                 if weigh is None or found:
                     return found[0] if found else "weighted loss"
+                loss = weigh(terms)
+                if not _is_finite(loss):
+                    return "weighted loss"
                 hooks += [p.register_hook(lambda grad, name=name: look(f"gradient of {name}", grad))
                           for name, p in trained]
                 # not .backward(): it would add to .grad
-                gradients = torch.autograd.grad(weigh(terms), [p for _, p in trained], allow_unused=True)
+                gradients = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
                 for (name, _), gradient in zip(trained, gradients):
                     if gradient is not None:
                         look(f"norm of the gradient of {name}", gradient.norm())
@@ -224,9 +228,10 @@ class StopSignals:
 
     def _ask(self, number, frame):
         self.asked = number
-        # SIGCHLD: a DataLoader would raise in the middle of a step where its workers were told to end as well
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        # a DataLoader would raise in the middle of a step where its workers were told to end as well
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         if not self.quiet:  # print may be what was interrupted
             os.write(2, b"\nstopping after this step; once more to end at once\n")
 

@@ -578,10 +578,11 @@ def train(config, stop):
                 guard.restore()
                 part["skipped"] += 1
                 skipped_in_a_row += 1
+                look_on = math.isfinite(own[0]) or ranks.world() > 1  # another's NaN comes over by the batch norms
                 with ranks.alone():  # each looks in its own scenes, as far as it comes
                     culprit = guard.first_not_finite(
                         batch, lambda batch, setting=setting: loss_terms(model(batch), batch, setting),
-                        (lambda terms: weighted_sum(terms, weights)) if math.isfinite(own[0]) else None)
+                        (lambda terms: weighted_sum(terms, weights)) if look_on else None)
                 found = blame(ranks.gather({"scenes": batch["names"], "first_not_finite": culprit}))
                 record = guard.record(epoch=epoch, step=step, stage=setting.stage, **found, loss=numbers[0],
                                       losses=values, grad_norm=norm)
