@@ -72,8 +72,8 @@ class Guard:
         Args:
             batch:   dict; its tensors are looked at first.
             forward: function of the batch -> dict of loss terms, as in the step.
-            weigh:   function of these terms -> loss, to look at it and its gradient too; None where the loss of the step
-                     was not finite by itself.
+            weigh:   function of these terms -> loss, to look at it and its gradient too; None where the step's loss was
+                     not finite.
 
         Returns:
             str: "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold
@@ -126,6 +126,22 @@ class Guard:
         if self.path is not None:
             append_line(self.path, line)
         return line
+
+
+def blame(found):
+    """Of what several processes found in one failed step, a dict each, the fields of its record.
+
+    Args:
+        found: list of {"scenes": list of str, "first_not_finite": what Guard.first_not_finite gave}, one a process.
+
+    Returns:
+        dict of all scenes and the first_not_finite of a process that found something; of several processes also
+        processes, found itself.
+    """
+    culprit = next((one for one in found if not one["first_not_finite"].startswith("not found")), found[0])
+    fields = {"scenes": [name for one in found for name in one["scenes"]],
+              "first_not_finite": culprit["first_not_finite"]}
+    return fields | ({"processes": found} if len(found) > 1 else {})
 
 
 def _tensors(value):

@@ -44,6 +44,11 @@ def world():
     return _here["world"]
 
 
+def launcher():
+    """How as many processes are started again: "python", or torchrun with their number."""
+    return "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+
+
 # --------------------------------------------------------------------------------------------------- beginning and end
 
 
@@ -80,6 +85,7 @@ def joined():
     finally:
         sys.stdout, sys.stderr = spoken
         nothing.close()
+        _here.clear()
         _here.update(rank=0, world=1)
 
 
@@ -205,7 +211,11 @@ def wrap(module):
 
 
 def share_buffers(module):
-    """Rank 0's buffers in every process, as `wrap` does before each forward: the same statistics to evaluate with."""
+    """Rank 0's buffers in every process, as `wrap` does before each forward: the same statistics to evaluate with.
+
+    Those of `batch_norm` are equal anyway. Batch norms of an image tower that trains from scratch are not among them: a
+    process may have more views than another, or none, and would wait for a reduction that never comes.
+    """
     if world() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0, group=_here["gradients"])

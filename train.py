@@ -29,7 +29,7 @@ from tqdm import tqdm
 import ranks
 from cache import FeatureCache
 from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
-from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, cut_half_line,
+from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, blame, cut_half_line,
                    whole_file)
 from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
                     weighted_sum)
@@ -388,20 +388,7 @@ def resume_command(config):
     """The command that goes on with a run as it was going."""
     flags = [f" --{name} {getattr(config, name)}" for name in ("stage", "device", "workers")
              if getattr(config, name) != Config.__dataclass_fields__[name].default]
-    return f"{launcher()} train.py --resume --out {config.out}{''.join(flags)}"
-
-
-def launcher():
-    """How this run was started: "python", or torchrun with its number of processes."""
-    return "python" if ranks.world() == 1 else f"torchrun --nproc_per_node={ranks.world()}"
-
-
-def blame(found):
-    """Of what the processes found in a failed step, dicts of scenes and first_not_finite, the fields of its record."""
-    culprit = next((one for one in found if not one["first_not_finite"].startswith("not found")), found[0])
-    fields = {"scenes": [name for one in found for name in one["scenes"]],
-              "first_not_finite": culprit["first_not_finite"]}
-    return fields | ({"processes": found} if len(found) > 1 else {})
+    return f"{ranks.launcher()} train.py --resume --out {config.out}{''.join(flags)}"
 
 
 def finite(value):
@@ -414,16 +401,6 @@ def mean_of(values):
     return finite(sum(values) / len(values)) if values else None
 
 
-def complete_rooms():
-    """Generate the default rooms that are not there yet."""
-    import rooms
-
-    known = Path(ROOMS, "rooms.json")  # rooms made with another seed are completed with theirs
-    spec = json.loads(known.read_text()) if known.exists() else {}
-    if spec or not Path(ROOMS, "train").exists():
-        rooms.generate(ROOMS, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
-
-
 def train(config, stop):
     # ---- seed, device, output folder
     torch.manual_seed(config.seed)
@@ -434,8 +411,14 @@ def train(config, stop):
 
     # ---- data
     recipe = RECIPES[config.preset]
-    if config.data == ROOMS:
-        ranks.from_first(complete_rooms)
+    if config.data == ROOMS and first:
+        import rooms
+
+        known = Path(ROOMS, "rooms.json")  # rooms made with another seed are completed with theirs
+        spec = json.loads(known.read_text()) if known.exists() else {}
+        if spec or not Path(ROOMS, "train").exists():
+            rooms.generate(ROOMS, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
+    ranks.wait()
     use_images = config.model == "bifusion" and config.plan != "A"
     common = {"voxel_size": config.voxel_size, "image_size": recipe["image_size"], "seed": config.seed}
     train_set = SceneDataset(config.data, "train", augment=True, **common)
@@ -677,7 +660,7 @@ def main(argv=None):
                  f"{resume_command(config)}")
     finally:
         stop.release()
-    print(f"next: {launcher()} train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
+    print(f"next: {ranks.launcher()} train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
           else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
 
 
