@@ -59,7 +59,7 @@ def joined():
     Within it rank 0 alone has a stdout and a stderr. Where one ends early the others do too, as soon as they wait for
     it (`lost`), and what the first says in its SystemExit, or its traceback, is printed once.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     store, number, count = next(iter(dist.rendezvous("env://")))
@@ -75,13 +75,9 @@ def joined():
     except SystemExit as stop:
         if not isinstance(stop.code, str):
             raise
-        if _first_to_end():
-            print(stop.code, file=spoken[1], flush=True)
-        raise SystemExit(1) from None
-    except Exception:
-        if _first_to_end():
-            traceback.print_exc(file=spoken[1])
-        raise SystemExit(1) from None
+        _end_early(stop.code, spoken)
+    except Exception as error:
+        _end_early(lost(error) or traceback.format_exc(), spoken)
     finally:
         sys.stdout, sys.stderr = spoken
         nothing.close()
@@ -89,12 +85,16 @@ def joined():
         _here.update(rank=0, world=1)
 
 
-def _first_to_end():
-    """True in the first process that asks: it says why, the others end because of it."""
+def _end_early(said, spoken):
+    """End this process; the first that does says why, the others end because of it."""
     try:
-        return _here["store"].add("ended", 1) == 1
+        first = _here["store"].add("ended", 1) == 1
     except RuntimeError:  # the process that kept the store is gone
-        return True
+        first = True
+    spoken[0].flush()
+    if first:
+        print(f"\n{said}", file=spoken[1], flush=True)
+    os._exit(1)  # not by way of loaders and connections, which would wait for what is gone
 
 
 def lost(error):
@@ -203,10 +203,12 @@ def wrap(module):
     """The module, of which .backward() leaves the mean gradient over the processes in every one.
 
     Wrap anew whenever requires_grad has changed. A parameter may be without use in some processes or in all: where no
-    process used it, its gradient stays None.
+    process used it, its gradient stays None. The module gets one such parameter more.
     """
     if world() == 1:
         return module
+    # without a parameter that no process uses, torch warns at length that looking for one is in vain
+    module.unused = torch.nn.Parameter(next(module.parameters()).new_zeros(1))
     return DistributedDataParallel(module, process_group=_here["gradients"], find_unused_parameters=True)
 
 
