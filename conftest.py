@@ -167,6 +167,21 @@ def tiny_rooms(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pairs_of_scenes(tiny_rooms):
+    """{case: two scenes}; of the second something may be missing."""
+    from data import IGNORE, SceneDataset
+
+    frames, bare = (SceneDataset(tiny_rooms, "train", voxel_size=0.25, views=views, image_size=SMALL_IMAGE)
+                    for views in (2, 0))
+    first, second, blind = frames[0], frames[1], bare[1]
+    unlabelled = {"segment": np.full_like(second["segment"], IGNORE)}
+    unknown = {"has_instances": np.array([False]), "instance_label": second["instance_label"][:0],
+               "superpoint_instance": np.full_like(second["superpoint_instance"], IGNORE)}
+    return {"whole": [first, second], "no frames": [first, blind], "no labels": [first, second | unlabelled],
+            "no instances": [first, second | unknown], "nothing to learn": [first, blind | unlabelled | unknown]}
+
+
+@pytest.fixture(scope="session")
 def run_train(tiny_rooms):
     """Function: run train.main on the tiny rooms with big voxels and small frames, and return the lines of its log.
 

@@ -632,10 +632,15 @@ def collate(items):
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) pairs, so order and augmentation follow from (seed, epoch) in any worker process."""
+    """Batches of (epoch, index) pairs, so order and augmentation follow from (seed, epoch) in any worker process.
 
-    def __init__(self, length, batch_size, shuffle, seed):
-        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+    share: (rank, world); of every batch process `rank` of `world` gets each world-th scene from its rank-th on. In
+    training (shuffle) all get equally many: a batch that does not divide, as the last may, is completed from the start
+    of the epoch's order. In evaluation no scene comes twice.
+    """
+
+    def __init__(self, length, batch_size, shuffle, seed, share=(0, 1)):
+        self.length, self.batch_size, self.shuffle, self.seed, self.share = length, batch_size, shuffle, seed, share
         self.epoch, self.first = 0, 0
 
     def set_epoch(self, epoch, first=0):
@@ -643,14 +648,20 @@ class EpochBatches(torch.utils.data.Sampler):
         self.epoch, self.first = epoch, first
 
     def __len__(self):
-        return -(-self.length // self.batch_size) - self.first
+        length = self.length if self.shuffle else self.length - self.share[0]
+        return -(-length // self.batch_size) - self.first
 
     def __iter__(self):
-        order = np.arange(self.length)
+        order, (rank, world) = np.arange(self.length), self.share
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         for start in range(self.first * self.batch_size, self.length, self.batch_size):
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+            end = min(start + self.batch_size, self.length)
+            if self.shuffle:
+                end += (start - end) % world
+            batch = order.take(np.arange(start + rank, end, world), mode="wrap")
+            if len(batch):
+                yield [(self.epoch, int(i)) for i in batch]
 
 
 def start_worker(_):
@@ -660,15 +671,16 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))  # all are told to end? main is to hear it first
 
 
-def loader(dataset, batch_size, workers, shuffle, seed, pin=False):
+def loader(dataset, batch_size, workers, shuffle, seed, pin=False, share=(0, 1)):
     """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass.
 
     pin: batches in page-locked memory, from where a copy to a GPU need not be waited for.
+    share: which part of each batch (`EpochBatches`).
 
     It has a generator of its own: it draws a number for its workers, which would move the random state of the training,
     and differently with and without workers and in a run that was resumed.
     """
-    batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
+    batches = EpochBatches(len(dataset), batch_size, shuffle, seed, share)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        persistent_workers=workers > 0, worker_init_fn=start_worker, pin_memory=pin,
                                        generator=torch.Generator())

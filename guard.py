@@ -29,8 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 def all_finite(numbers):
     """True where a step may be taken: every one of these floats is finite.
 
-    The one place where that is decided. Training in several processes, reduce the answer over them here (all_reduce,
-    minimum), so that all skip alike; every process has then run its backward.
+    The one place where that is decided. Training in several processes, give it the means over them (ranks.mean): one
+    number that is not finite in one process makes its mean so in all, and all skip alike.
     """
     return all(map(math.isfinite, numbers))
 
@@ -39,11 +39,12 @@ class Guard:
     """Leaves a model as it was before a failed step, finds what failed and writes it down.
 
     Args:
-        model: any nn.Module.  path: of the records, one JSON object a line; made with the first.
+        model: any nn.Module.
+        path:  of the records, one JSON object a line; made with the first. None: nothing is written.
     """
 
     def __init__(self, model, path):
-        self.model, self.path = model, Path(path)
+        self.model, self.path = model, path
         # where each module keeps its buffers: model.buffers() would look for them again in every step
         self.places = [module._buffers for module in model.modules() if module._buffers]
         self.buffers, self.saved = [], []  # statistics of the batch norms, above all; the forward changes them
@@ -71,7 +72,8 @@ class Guard:
         Args:
             batch:   dict; its tensors are looked at first.
             forward: function of the batch -> dict of loss terms, as in the step.
-            weigh:   function of these terms -> loss, where the loss was finite and its gradient was not; else None.
+            weigh:   function of these terms -> loss, to look at it and its gradient too; None where the step's loss was
+                     not finite.
 
         Returns:
             str: "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold
@@ -100,10 +102,13 @@ class Guard:
                     look(f"loss term {name}", term)
                 if weigh is None or found:
                     return found[0] if found else "weighted loss"
+                loss = weigh(terms)
+                if not _is_finite(loss):
+                    return "weighted loss"
                 hooks += [p.register_hook(lambda grad, name=name: look(f"gradient of {name}", grad))
                           for name, p in trained]
                 # not .backward(): it would add to .grad
-                gradients = torch.autograd.grad(weigh(terms), [p for _, p in trained], allow_unused=True)
+                gradients = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
                 for (name, _), gradient in zip(trained, gradients):
                     if gradient is not None:
                         look(f"norm of the gradient of {name}", gradient.norm())
@@ -118,8 +123,25 @@ class Guard:
     def record(self, **fields):
         """Add a line to the records: valid JSON, numbers that are not finite as "nan", "inf", "-inf". Returns it."""
         line = json.dumps(_writable(fields), allow_nan=False)
-        append_line(self.path, line)
+        if self.path is not None:
+            append_line(self.path, line)
         return line
+
+
+def blame(found):
+    """Of what several processes found in one failed step, a dict each, the fields of its record.
+
+    Args:
+        found: list of {"scenes": list of str, "first_not_finite": what Guard.first_not_finite gave}, one a process.
+
+    Returns:
+        dict of all scenes and the first_not_finite of a process that found something; of several processes also
+        processes, found itself.
+    """
+    culprit = next((one for one in found if not one["first_not_finite"].startswith("not found")), found[0])
+    fields = {"scenes": [name for one in found for name in one["scenes"]],
+              "first_not_finite": culprit["first_not_finite"]}
+    return fields | ({"processes": found} if len(found) > 1 else {})
 
 
 def _tensors(value):
@@ -199,12 +221,16 @@ class Stopped(Exception):
 class StopSignals:
     """SIGINT (Ctrl-C) and SIGTERM ask for a stop, which the loop makes at its next whole step; a second one kills.
 
+    Args:
+        agree: of several processes that train together, the largest of the numbers that each gives it (ranks.largest).
+        quiet: say nothing when a signal comes: another process does.
+
     Attributes:
         asked: number of the signal, 0 until one came.
     """
 
-    def __init__(self):
-        self.asked, self.before = 0, {}
+    def __init__(self, agree=int, quiet=False):
+        self.asked, self.before, self.agree, self.quiet = 0, {}, agree, quiet
 
     def listen(self):
         """From here on a signal asks instead of ending the process."""
@@ -218,10 +244,28 @@ class StopSignals:
 
     def _ask(self, number, frame):
         self.asked = number
-        # SIGCHLD: a DataLoader would raise in the middle of a step where its workers were told to end as well
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to end at once\n")  # print may be what was interrupted
+        # a DataLoader would raise in the middle of a step where its workers were told to end as well
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        if not self.quiet:  # print may be what was interrupted
+            os.write(2, b"\nstopping after this step; once more to end at once\n")
+
+    def agreed(self):
+        """Number of a signal that came to any of the processes, 0 for none: the same in all, which must all ask."""
+        number = self.agree(self.asked)
+        if number:  # else one may have come this moment
+            self.asked = number
+        return number
+
+    def until_agreed(self, items):
+        """As `until`, for items of which every process has equally many: all stop before the same one."""
+        items = self.until(items)
+        while True:
+            item = next(items, None)
+            if self.agreed() or item is None:
+                return
+            yield item
 
     def until(self, items):
         """The items, up to a stop; none is fetched after it."""

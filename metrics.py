@@ -60,6 +60,12 @@ def semantic_iou(scenes, class_ids):
         cell = (row * (k + 1) + column)[row < k]
         confusion += np.bincount(cell, minlength=k * (k + 1)).reshape(k, k + 1)
 
+    return iou_of(confusion)
+
+
+def iou_of(confusion):
+    """What `semantic_iou` returns, of a confusion matrix (K, K + 1) as it makes it, or of a sum of such."""
+    k = len(confusion)
     tp = np.diagonal(confusion)  # (K,)
     union = confusion.sum(1) + confusion[:, :k].sum(0) - tp  # TP + FN + FP
     iou = np.where(union > 0, tp / np.maximum(union, 1), np.nan)
@@ -211,6 +217,18 @@ class InstanceAP:
                     self.hits[c][o].append(best)
             self.false_alarms[c][o] += [score[p] for p in range(len(score))
                                         if highest[p] <= threshold and ignored[p] <= threshold]
+
+    def merge(self, other):
+        """Count the scenes of another InstanceAP of the same classes too. Raises ValueError where these differ."""
+        if not np.array_equal(self.class_ids, other.class_ids):
+            raise ValueError(f"cannot merge AP over the classes {self.class_ids.tolist()} with AP over "
+                             f"{other.class_ids.tolist()}")
+        self.num_scenes += other.num_scenes
+        for own, more in ((self.hits, other.hits), (self.false_alarms, other.false_alarms)):
+            for mine, theirs in zip(own, more):
+                for scores, added in zip(mine, theirs):
+                    scores += added
+        self.missed = [[a + b for a, b in zip(*counts)] for counts in zip(self.missed, other.missed)]
 
     def result(self):
         """AP over the scenes added so far; more may follow.

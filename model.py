@@ -23,6 +23,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+import ranks
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
 from tower import SCRATCH, ClipTower, autocast, build_visual
 
@@ -56,12 +57,22 @@ def import_spconv():
 
 
 class VoxelBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics."""
+    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics.
+
+    Training in several processes, it is one over the voxels of all of them, two at the least.
+    """
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-3)
 
     def forward(self, feat):
+        if self.training and ranks.world() > 1:
+            feat, mean, variance, count = ranks.batch_norm(feat, self.weight, self.bias, self.eps)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            return feat
         if self.training and len(feat) < 2:
             return F.batch_norm(feat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(feat)

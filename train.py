@@ -5,6 +5,7 @@
     python train.py --model baseline                  # the 3D baseline, same epochs, data and rates
     python train.py --preset base --data data/scannet # full size, CLIP ViT-B/16, on your own scans
     python train.py --resume --out runs/bifusion      # go on where a run stopped
+    torchrun --nproc_per_node=2 train.py              # two processes that share every batch, a GPU each where there are
 
 A run is a folder: config.json, log.jsonl (one line an epoch), curves.png, stage{1,2,3}.pt, last.pt, best.pt, and
 skipped.jsonl (one line a skipped step) where a step was not finite. Ctrl-C or SIGTERM saves the step reached and ends.
@@ -22,15 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+import ranks
 from cache import FeatureCache
 from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
-from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, cut_half_line,
+from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, blame, cut_half_line,
                    whole_file)
 from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
                     weighted_sum)
-from metrics import InstanceAP, semantic_iou
+from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, select_instances, superpoint_graph, superpoint_sizes
 from report import draw_curves, read_log
 from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
@@ -71,7 +74,7 @@ class Config:
     workers: int = option(2, "worker processes that load scenes; 0 = in the main process")
     voxel_size: float = option(None, "metres")
     views: int = option(None, "frames of a scene in a training step; evaluation takes twice as many")
-    batch_size: int = option(None, "scenes a step")
+    batch_size: int = option(None, "scenes a step, of all processes together")
     lr: float = option(None, "base learning rate")
     weight_decay: float = option(None, "of AdamW")
     clip: str = option(None, "image tower: a model name of open_clip, as ViT-B-16, RN50, convnext_base; or clip_small")
@@ -139,7 +142,9 @@ def parse_config(argv=None):
     except ValueError as error:
         sys.exit(str(error))
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=ranks.use(config.device))
+    except ValueError as error:
+        sys.exit(str(error))
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on the kind of device
         reason = str(error).partition("\n")[0]
         sys.exit(f"--device {config.device} cannot be used here ({reason}); leave the flag out, or give --device cpu")
@@ -149,6 +154,9 @@ def parse_config(argv=None):
     for name in ("voxel_size", "views", "batch_size", "lr"):
         if not 0 < getattr(config, name) < math.inf:
             sys.exit(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(config, name)}")
+    if config.batch_size % ranks.world():
+        sys.exit(f"--batch-size {config.batch_size}, the scenes of a step, cannot be shared evenly by {ranks.world()} "
+                 "processes; give a multiple of their number, or torchrun another --nproc_per_node")
     if not 0 < config.tower_rate <= 0.1:
         sys.exit(f"--tower-rate must be above 0 and at most 0.1, or the pretraining is lost; got {config.tower_rate}")
     return config
@@ -177,6 +185,21 @@ def loss_terms(out, batch, setting):
     return terms
 
 
+class WeightedLoss(nn.Module):
+    """Model and losses as one module, for ranks.wrap: of what it returns the loss alone carries a graph."""
+
+    def __init__(self, model, weights):
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, batch, setting):
+        """-> loss, its terms unweighted (dict of scalars), statistics of the fusion (dict, empty without one)."""
+        out = self.model(batch)
+        terms = loss_terms(out, batch, setting)
+        loss = weighted_sum(terms, self.weights)
+        return loss, {name: term.detach() for name, term in terms.items()}, out.get("stats", {})
+
+
 def cached_maps(model, config, train_set, val_set, val_views, until=iter):
     """The cache of the frozen tower's maps, filled with every view that training and evaluation may take, or None.
 
@@ -186,35 +209,41 @@ def cached_maps(model, config, train_set, val_set, val_views, until=iter):
         return None
     model.eval()
     cache = FeatureCache(config.cache, model.tower, train_set.image_size, config.cache_gb)
-    views = [(folder, frame) for folder in train_set.folders for frame in usable_frames(folder)[0]]
-    views += [(folder, frame) for folder in val_set.folders
-              for frame in evenly_spread(usable_frames(folder)[0], val_views)]
-    return cache if cache.fill(views, next(model.parameters()).device, config.workers, until) else None
+
+    def fill():
+        views = [(folder, frame) for folder in train_set.folders for frame in usable_frames(folder)[0]]
+        views += [(folder, frame) for folder in val_set.folders
+                  for frame in evenly_spread(usable_frames(folder)[0], val_views)]
+        return cache.fill(views, next(model.parameters()).device, config.workers, until)
+
+    return cache if ranks.from_first(fill) else None
 
 
 @torch.no_grad()
 def evaluate(model, scenes, device):
     """Val metrics over points (not voxels): metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's.
 
-    Scenes without labels do not count for mIoU, those without instance annotation not for AP.
+    Scenes without labels do not count for mIoU, those without instance annotation not for AP. Of several processes each
+    brings its own scenes, and all get the metrics over all of them.
     """
     model.eval()
-    average_precision, judged = InstanceAP(THINGS), False
+    average_precision = InstanceAP(THINGS)
 
     def pairs():
-        nonlocal judged
         for batch in scenes:
             batch = to_device(batch, device)
             out = model(batch)
             for i, prediction in enumerate(out.get("instances", ())):
                 if batch["has_instances"][i]:
                     average_precision.add(*instances_of_scene(prediction[-1], batch, i))
-                    judged = True
             predicted = out["logits"].argmax(1)[batch["point_to_voxel"]]  # (N,)
             yield batch["point_segment"].cpu(), predicted.cpu()
 
-    result = semantic_iou(pairs(), range(len(CLASS_NAMES)))
-    return result | (average_precision.result() if judged else {})
+    confusion = semantic_iou(pairs(), range(len(CLASS_NAMES)))["confusion"]
+    confusions, (average_precision, *others) = zip(*ranks.gather((confusion, average_precision)))
+    for other in others:
+        average_precision.merge(other)
+    return iou_of(sum(confusions)) | (average_precision.result() if average_precision.num_scenes else {})
 
 
 def instances_of_scene(prediction, batch, i):
@@ -234,6 +263,8 @@ def to_device(batch, device):
 def save_checkpoint(path, model, optimizer, config, epoch, step=1, steps=1, skipped_in_a_row=0, partial=None):
     """Everything needed to go on from here, bit for bit on a CPU; path is whole at every moment (guard.whole_file).
 
+    All processes call it, rank 0 writes; none goes on before the file is whole.
+
     Args:
         epoch, step, steps: the epoch that the weights come from, its steps done and its steps in all.
         partial:            of an epoch that is not logged yet, what its line will be made of (`train`); else None.
@@ -242,11 +273,13 @@ def save_checkpoint(path, model, optimizer, config, epoch, step=1, steps=1, skip
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
              "steps": steps, "stage": stage, "skipped_in_a_row": skipped_in_a_row, "partial": partial,
              "config": dataclasses.asdict(config), "num_classes": model.semantic_head.out_features,
-             "torch_rng": torch.get_rng_state()}
+             "torch_rng": ranks.gather(torch.get_rng_state())}  # a random state a process
     if config.device.startswith("cuda"):
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
-    with whole_file(path) as file:
-        torch.save(state, file)
+        state["cuda_rng"] = ranks.gather(torch.cuda.get_rng_state(config.device))
+    if ranks.rank() == 0:
+        with whole_file(path) as file:
+            torch.save(state, file)
+    ranks.wait()
 
 
 def load_checkpoint(path, device="cpu"):
@@ -358,7 +391,7 @@ def resume_command(config):
     """The command that goes on with a run as it was going."""
     flags = [f" --{name} {getattr(config, name)}" for name in ("stage", "device", "workers")
              if getattr(config, name) != Config.__dataclass_fields__[name].default]
-    return f"python train.py --resume --out {config.out}{''.join(flags)}"
+    return f"{ranks.launcher()} train.py --resume --out {config.out}{''.join(flags)}"
 
 
 def finite(value):
@@ -374,26 +407,27 @@ def mean_of(values):
 def train(config, stop):
     # ---- seed, device, output folder
     torch.manual_seed(config.seed)
-    device = torch.device(config.device)
-    run = Path(config.out)
+    device = ranks.use(config.device)
+    first, run = ranks.rank() == 0, Path(config.out)
     bounds = stage_epochs(config.compress)
     total_epochs = bounds[3][1] + 1
 
     # ---- data
     recipe = RECIPES[config.preset]
-    if config.data == ROOMS:
+    if config.data == ROOMS and first:
         import rooms
 
         spec = rooms.read_spec(ROOMS)  # rooms made with another seed are completed with theirs
         if spec or not Path(ROOMS, "train").exists():
             rooms.generate(ROOMS, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
+    ranks.wait()
     use_images = config.model == "bifusion" and config.plan != "A"
     common = {"voxel_size": config.voxel_size, "image_size": recipe["image_size"], "seed": config.seed}
     train_set = SceneDataset(config.data, "train", augment=True, **common)
     val_set = SceneDataset(config.data, "val", **common)
 
     # ---- model, optimiser
-    log = logged(run / "log.jsonl")
+    log = ranks.from_first(lambda: logged(run / "log.jsonl"))
     goes_on = config.resume or config.stage > 1
     if config.resume and config.stage < 2 and not (run / "last.pt").exists() and len(log) < 2:
         goes_on, log = False, []  # killed before its first checkpoint: from the beginning, which comes to the same
@@ -407,6 +441,7 @@ def train(config, stop):
                  "leave it out, or give --clip-weights")
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay), fused=True)
     weights = LOSS_WEIGHTS[config.model]
+    ranks.own_random_numbers(config.seed)
 
     def setting_of(moment):
         return setting_at(moment, config.compress, config.plan, pretrained, config.tower_rate)
@@ -421,9 +456,14 @@ def train(config, stop):
         state = load_checkpoint(source, device)
         load_weights(model, state, source)
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        if device.type == "cuda" and len(state.get("cuda_rng", ())) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda_rng"]])
+        random = state["torch_rng"] if isinstance(state["torch_rng"], list) else [state["torch_rng"]]
+        if len(random) != ranks.world():
+            print(f"{source} was made by {len(random)} processes, this is a run of {ranks.world()}: it goes on, but "
+                  "not with the same random numbers")
+        if ranks.rank() < len(random):
+            torch.set_rng_state(random[ranks.rank()].cpu())
+        if device.type == "cuda" and ranks.rank() < len(state.get("cuda_rng", ())):
+            torch.cuda.set_rng_state(state["cuda_rng"][ranks.rank()].cpu(), device)
         partial, skipped_in_a_row = state.get("partial"), state.get("skipped_in_a_row", 0)
         start, first_step = (state["epoch"], state["step"]) if partial else (state["epoch"] + 1, 0)
         held = [line["epoch"] for line in log]
@@ -434,15 +474,18 @@ def train(config, stop):
                      f"Go on with it: python train.py --resume --out {config.out}; or copy {source} and config.json to "
                      "a new folder")
         log = [line for line in log if line["epoch"] < start]
-    run.mkdir(parents=True, exist_ok=True)
-    for unfinished in run.glob("*.tmp"):  # of a run killed while it saved
-        unfinished.unlink()
-    with whole_file(run / "config.json") as file:
-        file.write(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1).encode())
+    ranks.wait()  # all have read what is there
+    if first:
+        run.mkdir(parents=True, exist_ok=True)
+        for unfinished in run.glob("*.tmp"):  # of a run killed while it saved
+            unfinished.unlink()
+        with whole_file(run / "config.json") as file:
+            file.write(json.dumps(dataclasses.asdict(config) | {"epochs": total_epochs}, indent=1).encode())
     end = bounds[config.stage][1] if config.stage else total_epochs - 1
     best = max((line["val_miou"] for line in log if line["val_miou"] is not None), default=-1.0)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters) on {device}; {len(train_set)} train and "
+    print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters) on {device}"
+          f"{f', {ranks.world()} processes' if ranks.world() > 1 else ''}; {len(train_set)} train and "
           f"{len(val_set)} val scenes of {config.data}; epochs {start}-{end} of {total_epochs}; {run}/")
     bare = sum(not (folder / "instance.npy").is_file() for folder in train_set.folders)
     if bare and config.plan != "A":
@@ -451,8 +494,8 @@ def train(config, stop):
         print(f"image tower: {config.clip}, " + (f"weights {config.clip_weights}; frozen until stage 3" if pretrained
                                                  else "FROM SCRATCH, random weights; it trains from stage 2 on"))
 
-    bar = None
-    guard = Guard(model, run / "skipped.jsonl")
+    bar = trained = None
+    guard = Guard(model, run / "skipped.jsonl" if first else None)
     stop.listen()
     steps = -(-len(train_set) // config.batch_size)
     train_loader = None
@@ -473,17 +516,20 @@ def train(config, stop):
             train_set.use(views, cache, vary_images=not frozen)
             val_set.use(2 * views, cache)
             pin = device.type == "cuda"
-            train_loader = loader(train_set, config.batch_size, config.workers, True, config.seed, pin)
-            val_loader = loader(val_set, config.batch_size, config.workers, False, config.seed, pin)
+            share = ranks.rank(), ranks.world()
+            train_loader = loader(train_set, config.batch_size, config.workers, True, config.seed, pin, share)
+            val_loader = loader(val_set, config.batch_size, config.workers, False, config.seed, pin, share)
         apply_setting(model, setting)
         model.train()
+        if setting.parts != trained:
+            weighted_loss, trained = ranks.wrap(WeightedLoss(model, weights)), setting.parts
         train_loader.batch_sampler.set_epoch(epoch, first_step)
         part = partial or {"losses": [], "terms": {}, "norms": {}, "stats": [], "skipped": 0, "seconds": 0.0}
         began -= part["seconds"]
         done, first_step, partial = first_step, 0, None  # steps done; the next epoch begins at its beginning
         if done:  # stopped before its evaluation, it is evaluated as its last step left it
             model.setting = setting_of(epoch + (done - 1) / steps)
-        for step, batch in enumerate(stop.until(train_loader), done):
+        for step, batch in enumerate(stop.until_agreed(train_loader), done):
             # ---- batch
             batch = to_device(batch, device)
             now = epoch + step / steps
@@ -493,49 +539,53 @@ def train(config, stop):
 
             # ---- forward and losses
             guard.remember()
-            out = model(batch)
-            terms = loss_terms(out, batch, setting)
-            loss = weighted_sum(terms, weights)
+            loss, terms, stats = weighted_loss(batch, setting)
 
             # ---- backward -> clip -> finite? -> step
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = clip_by_branch(model, setting.clip)
             scalars = [loss, *terms.values(), *norm.values()]
-            numbers = torch.stack([scalar.detach() for scalar in scalars]).tolist()  # one transfer for them all
+            own = torch.stack([scalar.detach() for scalar in scalars]).tolist()  # one transfer for them all
+            numbers = ranks.mean([*own, *stats.values()])
             values, norm = dict(zip(terms, numbers[1:])), dict(zip(norm, numbers[1 + len(terms):]))
-            if all_finite(numbers):
+            stats = dict(zip(stats, numbers[len(own):]))
+            if all_finite(numbers[:len(own)]):
                 optimizer.step()
                 skipped_in_a_row = 0
                 part["losses"].append(numbers[0])
                 for key, found in (("terms", values), ("norms", norm)):
                     for name, value in found.items():
                         part[key].setdefault(name, []).append(value)
-                if "stats" in out:
-                    part["stats"].append(out["stats"])
+                if stats:
+                    part["stats"].append(stats)
             else:
                 guard.restore()
                 part["skipped"] += 1
                 skipped_in_a_row += 1
-                first = guard.first_not_finite(
-                    batch, lambda batch, setting=setting: loss_terms(model(batch), batch, setting),
-                    (lambda terms: weighted_sum(terms, weights)) if math.isfinite(numbers[0]) else None)
-                record = guard.record(epoch=epoch, step=step, stage=setting.stage, scenes=batch["names"],
-                                      loss=numbers[0], losses=values, grad_norm=norm, first_not_finite=first)
-                bar.write(f"epoch {epoch} step {step}: skipped, not finite: {first}; scenes "
-                          f"{', '.join(batch['names'])}; more in {run / 'skipped.jsonl'}")
+                look_on = math.isfinite(own[0]) or ranks.world() > 1  # another's NaN comes over by the batch norms
+                with ranks.alone():  # each looks in its own scenes, as far as it comes
+                    culprit = guard.first_not_finite(
+                        batch, lambda batch, setting=setting: loss_terms(model(batch), batch, setting),
+                        (lambda terms: weighted_sum(terms, weights)) if look_on else None)
+                found = blame(ranks.gather({"scenes": batch["names"], "first_not_finite": culprit}))
+                record = guard.record(epoch=epoch, step=step, stage=setting.stage, **found, loss=numbers[0],
+                                      losses=values, grad_norm=norm)
+                bar.write(f"epoch {epoch} step {step}: skipped, not finite: {found['first_not_finite']}; scenes "
+                          f"{', '.join(found['scenes'])}; more in {run / 'skipped.jsonl'}")
                 if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     break
             done = step + 1
-            before, ratio = (log[-1] if log else {}), (out["stats"]["fusion_2d_ratio"] if "stats" in out else None)
+            before, ratio = (log[-1] if log else {}), stats.get("fusion_2d_ratio")
             bar.set_postfix_str(f"loss {numbers[0]:.3f}, mIoU {show(before.get('val_miou'))}, "
                                 f"AP {average_precisions(before)}, 2D {show(ratio, '{:.2f}')}", refresh=False)
             bar.update()
 
         # ---- evaluate, log, save
         diverged = skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        ranks.share_buffers(model)
         result = {"miou": None, "iou": ()} if diverged else evaluate(model, stop.until(val_loader), device)
-        if stop.asked and not diverged:  # the epoch goes on from here, or is evaluated anew
+        if stop.agreed() and not diverged:  # the epoch goes on from here, or is evaluated anew
             part["seconds"] = time.time() - began
             save_checkpoint(run / "last.pt", model, optimizer, config, epoch, done, steps, skipped_in_a_row, part)
             bar.close()
@@ -555,7 +605,8 @@ def train(config, stop):
             "seconds": round(time.time() - began, 2), "peak_memory_mb": round(peak_memory_mb(device)),
         }
         log.append(line)
-        append_line(run / "log.jsonl", json.dumps(line))
+        if first:
+            append_line(run / "log.jsonl", json.dumps(line))
         if diverged:
             bar.close()
             sys.exit(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last of them {record}. "
@@ -567,12 +618,12 @@ def train(config, stop):
         if epoch == bounds[setting.stage][1]:
             save_checkpoint(run / f"stage{setting.stage}.pt", model, optimizer, config, epoch, **place)
         save_checkpoint(run / "last.pt", model, optimizer, config, epoch, **place)  # a kill before repeats the epoch
-        if epoch % 5 == 0 or epoch == bounds[setting.stage][1]:
+        if first and (epoch % 5 == 0 or epoch == bounds[setting.stage][1]):
             draw_curves(log, run / "curves.png")
         if epoch == bounds[setting.stage][1]:
             bar.close()
             print(summary(log, bounds, setting.stage), flush=True)
-        if stop.asked and epoch < end:  # while it was saved
+        if stop.agreed() and epoch < end:  # while it was saved
             bar.close()
             raise Stopped(f"stopped after epoch {epoch}")
     return log
@@ -585,12 +636,18 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+@ranks.joined()
 def main(argv=None):
-    config, stop = parse_config(argv), StopSignals()
+    config, stop = parse_config(argv), StopSignals(ranks.largest, quiet=ranks.rank() > 0)
     try:
         train(config, stop)
     except (FileNotFoundError, ValueError) as error:  # bad input: the message says what to do, a traceback hides it
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # the last line of a worker's traceback
+    except RuntimeError as error:
+        lost = ranks.lost(error)
+        if not lost:
+            raise
+        sys.exit(f"{lost}. What was saved before in {config.out} is whole; go on with: {resume_command(config)}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -598,13 +655,14 @@ def main(argv=None):
                  f"{resume_command(config)}")
     except Stopped as where:
         print(f"{where}; all of it is in {config.out}/last.pt. Go on with: {resume_command(config)}", file=sys.stderr)
+        ranks.wait()  # or torchrun would end this one with the first that has ended
         sys.exit(128 + stop.asked)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; what was finished up to the last epoch is in {config.out}. Go on with: "
                  f"{resume_command(config)}")
     finally:
         stop.release()
-    print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
+    print(f"next: {ranks.launcher()} train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
           else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
 
 

@@ -1,5 +1,5 @@
-"""fusion.py, losses.py, stages.py, metrics.py and guard.py work when copied alone into an empty folder; tower.py does
-beside clip_small.json, and needs open_clip."""
+"""fusion.py, losses.py, stages.py, metrics.py, guard.py and ranks.py work when copied alone into an empty folder;
+tower.py does beside clip_small.json, and needs open_clip."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
-OTHERS = ("spconv", "open_clip", "torchvision", "matplotlib")  # none of the five may need these
+OTHERS = ("spconv", "open_clip", "torchvision", "matplotlib")  # none of the six may need these
 
 CALLS = {
     "fusion": """
@@ -45,6 +45,13 @@ assert stages.clip_by_branch(model, setting.clip)["3d"] > 0
     "metrics": """
 result = metrics.semantic_iou([(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))], [0, 1])
 assert abs(result["miou"] - 0.5) < 1e-12
+""",
+    "ranks": """
+@ranks.joined()
+def main():
+    loss = ranks.wrap(torch.nn.Linear(2, 1))(torch.ones(1, 2)).sum()
+    return ranks.mean([loss.item()]), ranks.gather(ranks.rank())
+assert ranks.use("cpu").type == "cpu" and main()[1] == [0]
 """,
     "guard": """
 model = torch.nn.BatchNorm1d(2)

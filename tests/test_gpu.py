@@ -3,9 +3,12 @@
     pytest -m gpu            # with those of the other files; skipped where there is no CUDA device
 """
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from test_ranks import assert_close, gradients, torchrun, torchrun_trains_all_stages
 
 from data import SceneDataset, collate
 from openvocab import load_clip, search
@@ -13,6 +16,7 @@ from predict import open_checkpoint, predict_scene
 from train import RECIPES, load_model, to_device
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
 
 
@@ -66,3 +70,34 @@ def test_scans_and_texts_are_predicted_on_cuda_as_on_the_cpu(runs, tiny_rooms, m
     here = search(clip, tokenizer, ["a chair"], batch["world_coord"], frames)
     there = search(clip.cuda(), tokenizer, ["a chair"], batch["world_coord"].cuda(), to_device(frames, "cuda"))
     assert torch.allclose(here[0], there[0].cpu(), atol=1e-2)
+
+
+@two_gpus
+@pytest.mark.parametrize("fixed", [True, False], ids=["batch norms held", "batch norms over both processes"])
+def test_two_gpus_with_half_the_batch_give_the_gradients_of_one_with_all_of_it(make_model, pairs_of_scenes, tmp_path,
+                                                                               fixed):
+    pairs = {case: pairs_of_scenes[case] for case in ("whole", "no frames")}
+    made = make_model(pretrained=True, num_classes=20)
+    (tmp_path / "pairs").write_bytes(pickle.dumps(pairs))
+    torch.save(made.state_dict(), tmp_path / "weights")
+    torchrun(f"""
+import pickle, torch, ranks
+from conftest import _make_model
+from test_ranks import gradients
+@ranks.joined()
+def main():
+    device, made = ranks.use("cuda"), _make_model(pretrained=True, num_classes=20)
+    made.load_state_dict(torch.load({str(tmp_path / "weights")!r}))
+    with open({str(tmp_path / "pairs")!r}, "rb") as file:
+        found = gradients(made, pickle.load(file), {fixed}, device)
+    torch.save(found, {str(tmp_path)!r} + f"/found_{{ranks.rank()}}")
+main()
+""", tmp_path)
+    whole = gradients(made, pairs, fixed, "cuda")
+    for rank in (0, 1):
+        assert_close(torch.load(tmp_path / f"found_{rank}"), whole)
+
+
+@two_gpus
+def test_torchrun_trains_all_stages_on_two_gpus(tiny_rooms, tmp_path):
+    torchrun_trains_all_stages("cuda", tiny_rooms, tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import metrics
-from metrics import MIN_REGION, InstanceAP, criteria, instance_ap, semantic_iou
+from metrics import MIN_REGION, InstanceAP, criteria, instance_ap, iou_of, semantic_iou
 
 VECTORS = Path(__file__).parent / "metric_vectors"
 CASES = sorted(path.stem for path in VECTORS.glob("p*.json"))
@@ -109,6 +109,13 @@ def test_the_order_of_points_and_scenes_does_not_matter():
     gt, pred = (np.concatenate(part)[::-1] for part in zip(*scenes))
     np.testing.assert_array_equal(semantic_iou(scenes, range(4))["confusion"],
                                   semantic_iou([(gt, pred)], range(4))["confusion"])
+
+
+def test_a_sum_of_confusion_matrices_gives_the_iou_over_all_scenes():
+    scenes = list(random_scenes(0, range(4)))
+    parts = [semantic_iou(part, range(4))["confusion"] for part in (scenes[:1], scenes[1:], [])]
+    for key, value in iou_of(sum(parts)).items():
+        np.testing.assert_array_equal(value, semantic_iou(scenes, range(4))[key])
 
 
 def test_a_prediction_outside_the_classes_is_a_false_negative_and_no_false_positive():
@@ -425,6 +432,24 @@ def test_a_wrong_instance_scene_is_named_and_not_counted(change, message):
         evaluator.add(**{**good, **change})
     evaluator.add(**good)
     assert evaluator.num_scenes == 1
+
+
+def test_shares_of_the_scenes_merge_into_the_ap_over_all_of_them(monkeypatch):
+    monkeypatch.setattr(metrics, "MIN_REGION", 6)
+    scenes = list(instance_scenes(1, [5, 3, 40], count=30))
+    whole = instance_ap(scenes, [5, 3, 40])
+    assert 0 < whole["AP"] < 1
+    shares = [InstanceAP([5, 3, 40]) for _ in range(3)]  # the last stays empty
+    for i, scene in enumerate(scenes):
+        shares[i % 2].add(**scene)
+    first, *others = map(pickle.loads, map(pickle.dumps, shares))
+    for other in others:
+        first.merge(other)
+    assert first.num_scenes == 30
+    for key, value in first.result().items():
+        np.testing.assert_array_equal(value, whole[key])
+    with pytest.raises(ValueError, match="cannot merge AP over the classes"):
+        first.merge(InstanceAP([5, 3]))
 
 
 def test_instance_classes_must_be_distinct_and_above_zero():
