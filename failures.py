@@ -37,7 +37,7 @@ from tower import SCRATCH
 from train import loss_terms
 
 BEFORE = 1e-6  # of an epoch: the last moment of the stage before
-STAGE_3 = setting_at(70)  # everything is on
+STAGE_3 = replace(setting_at(70), blank=0.0)  # everything is on, and nothing is left to chance
 
 
 class Finding(NamedTuple):

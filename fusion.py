@@ -281,7 +281,7 @@ def blend(feat_2d, feat_3d, alpha):
 
 @torch.no_grad()
 def fusion_stats(feat_2d, feat_3d, alpha, seen):
-    """What to watch in a fusion: plain floats, over the voxels that a view sees; None where there is none.
+    """What to watch in a fusion: plain floats, over the voxels that a view sees; None where there is none, or no voxel.
 
     Returns a dict: fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean over voxels between the branches), and
     seen_share (of all voxels).
@@ -293,4 +293,4 @@ def fusion_stats(feat_2d, feat_3d, alpha, seen):
     share, ratio, square_2d, square_3d, cosine = [seen.float().mean().item(), *rows.mean(1).tolist()]
     stats = {"fusion_2d_ratio": ratio, "rms_2d": (square_2d / feat_2d.shape[1]) ** 0.5,
              "rms_3d": (square_3d / feat_3d.shape[1]) ** 0.5, "cosine": cosine}
-    return {"seen_share": share} | (stats if share else dict.fromkeys(stats))
+    return {"seen_share": share if len(seen) else None} | (stats if share > 0 else dict.fromkeys(stats))

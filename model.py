@@ -414,12 +414,10 @@ class BiFusion(Baseline3D):
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
         out["alpha"] = alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
-        if whole is None:
-            out["stats"] = fusion_stats(feat_2d, feat_3d, alpha, seen)
-        else:
+        rows = slice(None) if whole is None else whole
+        out["stats"] = fusion_stats(feat_2d[rows], feat_3d[rows], alpha[rows], seen[rows])
+        if whole is not None:
             out["seen"] = seen & whole
-            if whole.any():
-                out["stats"] = fusion_stats(feat_2d[whole], feat_3d[whole], alpha[whole], seen[whole])
         return out | self.segment(fused, batch)
 
     def blank(self, batch):
