@@ -27,9 +27,9 @@ BAND = (0.3, 0.7)
 
 
 def logits_at(model, setting, batch, training):
-    """Logits of a batch in a setting, without a trace in the model; no scene is blanked, which is augmentation."""
+    """Logits of a batch in a setting, without a trace in the model."""
     model = copy.deepcopy(model)
-    apply_setting(model, replace(setting, blank=0.0))
+    apply_setting(model, setting)
     model.train(training)
     with torch.no_grad():
         return model(batch)["logits"]

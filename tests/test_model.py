@@ -494,6 +494,7 @@ def blanked(model, batch, kind, grey=0.5):
 @pytest.mark.parametrize("kind", ["images", "points", "nothing"])
 def test_blank_empties_one_branch_of_the_scene_drawn_and_touches_nothing_else(make_model, make_batch, kind):
     model, batch = make_model(), make_batch()
+    del model.blank
     before = {key: value.clone() for key, value in batch.items() if torch.is_tensor(value)}
     apply_setting(model.train(), setting_at(70))
     found, whole = blanked(model, batch, kind)
@@ -526,6 +527,7 @@ def test_a_blanked_scene_counts_as_unseen_and_not_in_the_stats(make_model, make_
 
 def test_scenes_are_blanked_in_training_in_stage_three_alone_as_often_as_it_says(make_model, make_batch):
     model, batch = make_model(), make_batch()
+    del model.blank
     for epoch, training, expected in ((10, True, 0), (50, True, 0), (70, False, 0), (70, True, 0.2)):
         apply_setting(model, setting_at(epoch))
         model.train(training)

@@ -164,7 +164,7 @@ def gradients(made, pairs, fixed, device="cpu"):
         batch = to_device(collate([scenes[ranks.rank()]] if ranks.world() > 1 else scenes), device)
         for name, epoch in MOMENTS.items():
             model, setting = copy.deepcopy(made).to(device), setting_at(epoch, pretrained=made.tower.pretrained)
-            model.decoder.choose_queries, model.blank = torch.arange, lambda batch: (batch, None)  # not at random
+            model.decoder.choose_queries = torch.arange  # not at random
             apply_setting(model, setting)
             model.train()
             for module in model.modules():
