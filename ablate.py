@@ -219,29 +219,26 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
 }
 
 
-def blanked(path, device="cpu"):
-    """Val mIoU of a checkpoint as it is, and with one of its inputs blanked: dict."""
-    model, config, _ = train.load_model(path, device)
-    val_set = SceneDataset(config.data, "val", voxel_size=config.voxel_size, seed=config.seed,
-                           image_size=train.RECIPES[config.preset]["image_size"],
-                           views=2 * config.views if config.model == "bifusion" else 0)
+BLANKED = {  # what is done to every batch of the val rooms
+    "as they are": dict,
+    "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
+    "no images": dict,
+    "points black": lambda batch: batch | {"color": torch.full_like(batch["color"], -1),
+                                           "normal": torch.zeros_like(batch["normal"])},
+}
 
-    def images(batch):
-        return batch | {"image": torch.zeros_like(batch["image"])}
 
-    def points(batch):
-        return batch | {"color": torch.full_like(batch["color"], -1), "normal": torch.zeros_like(batch["normal"])}
-
+def blanked(path, names=tuple(BLANKED)):
+    """Val mIoU of a checkpoint with its inputs blanked in each of these ways, keys of BLANKED: dict."""
+    model, config, _ = train.load_model(path)
     result = {}
-    for name, change in {"as they are": dict, "images black": images, "points black, no normals": points}.items():
-        if name != "images black" or val_set.views:
-            scenes = map(change, loader(val_set, config.batch_size, 0, False, config.seed))
-            result[name] = train.evaluate(model, scenes, torch.device(device))["miou"]
-    if val_set.views:
-        val_set.use(0)
-        result["no images"] = train.evaluate(model, loader(val_set, config.batch_size, 0, False, config.seed),
-                                             torch.device(device))["miou"]
-    return {name: round(value, 4) for name, value in result.items()}
+    for name in names:
+        views = 2 * config.views if config.model == "bifusion" and name != "no images" else 0
+        val_set = SceneDataset(config.data, "val", voxel_size=config.voxel_size, seed=config.seed, views=views,
+                               image_size=train.RECIPES[config.preset]["image_size"])
+        scenes = map(BLANKED[name], loader(val_set, config.batch_size, 0, False, config.seed))
+        result[name] = round(train.evaluate(model, scenes, torch.device("cpu"))["miou"], 4)
+    return result
 
 
 def run(name, argv):
@@ -259,7 +256,9 @@ def run(name, argv):
     stop = StopSignals()
     train.train(config, stop)
     stop.release()
-    result = {"variant": name, "seed": config.seed} | blanked(Path(config.out, "stage3.pt"))
+    log = read_log(Path(config.out, "log.jsonl"))[0]
+    result = {"variant": name, "seed": config.seed, "as they are": log[-1]["val_miou"]}
+    result |= blanked(Path(config.out, "stage3.pt"), ("points black", "images black")[: 1 + (name != "baseline")])
     if name == "faults":
         result["faults"] = inject_faults.counts
     with whole_file(Path(config.out, "blanked.json")) as file:
@@ -276,14 +275,13 @@ def table(folder):
         ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
         found.setdefault(result["variant"], []).append(
             result | {"ratios": ratios, "skipped": sum(line["skipped_steps"] for line in log)})
-    rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | no images | points black | skipped |",
-            "|---|---|---|---|---|---|---|---|"]
+    rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped |", "|---" * 7 + "|"]
     for name in VARIANTS:
         if name in found:
             runs = found[name]
             ratios = [ratio for run in runs for ratio in run["ratios"]]
             figures = [[run[key] for run in runs if key in run] for key in
-                       ("as they are", "images black", "no images", "points black, no normals")]
+                       ("as they are", "images black", "points black")]
             cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}" if values else "-"
                      for values in figures]
             cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
