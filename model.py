@@ -427,6 +427,9 @@ class BiFusion(Baseline3D):
 
         Returns:
             batch; (M,) bool, False in the scenes that were blanked, or None where none was.
+
+        Raises:
+            ValueError: the batch holds a cache's maps in place of its images.
         """
         share = self.setting.blank
         if not (self.training and share) or self.setting.fusion == "identity":
@@ -435,6 +438,9 @@ class BiFusion(Baseline3D):
         images, points = draw < share, draw > 1 - share
         if not (images | points).any():
             return batch, None
+        if not batch["image"].shape[-1]:
+            raise ValueError("the images of a scene cannot be blanked where a cache has their maps: blank belongs to "
+                             "stages in which the tower trains")
         images, points, grey = (value.to(batch["color"].device) for value in (images, points, grey))
         scene, view = batch["batch_index"], batch["view_batch"]
         image = torch.where(images[view].view(-1, 1, 1, 1), (255 * grey[view]).view(-1, 1, 1, 1).byte(), batch["image"])

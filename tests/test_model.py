@@ -509,6 +509,10 @@ def test_blank_empties_one_branch_of_the_scene_drawn_and_touches_nothing_else(ma
     assert all(torch.equal(found[key], expected[key]) and found[key].dtype == before[key].dtype for key in before)
     assert all(torch.equal(batch[key], before[key]) for key in before)  # the caller's own
     assert whole is None if kind == "nothing" else torch.equal(whole, ~first)
+    batch["image"] = batch["image"][..., :0]  # as with a cache
+    if kind != "nothing":
+        with pytest.raises(ValueError, match="cannot be blanked where a cache has their maps"):
+            blanked(model, batch, kind)
 
 
 def test_a_blanked_scene_counts_as_unseen_and_not_in_the_stats(make_model, make_batch, monkeypatch):
