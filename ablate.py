@@ -250,12 +250,18 @@ def run(name, argv):
         setting = at(*args, **kwargs)
         return change(setting) if setting.fusion != "identity" or name == "naive" else setting
 
-    train.setting_at = setting_at
+    whole, epochs = train.evaluate, iter(range(stages.stage_epochs(config.compress)[3][1], -1, -1))
+
+    def evaluate(*args):  # after the last epoch alone: that is what is compared
+        return {"miou": None, "iou": ()} if next(epochs) else whole(*args)
+
+    train.setting_at, train.evaluate = setting_at, evaluate
     if patch:
         patch(config.seed)
     stop = StopSignals()
     train.train(config, stop)
     stop.release()
+    train.evaluate = whole
     log = read_log(Path(config.out, "log.jsonl"))[0]
     result = {"variant": name, "seed": config.seed, "as they are": log[-1]["val_miou"]}
     result |= blanked(Path(config.out, "stage3.pt"), ("points black", "images black")[: 1 + (name != "baseline")])
