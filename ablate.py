@@ -1,11 +1,11 @@
 """One thing changed at a time: the gates, the naive recipe and injected faults, each a run of train.py.
 
-    python ablate.py plain 0 --compress 8               # variant and seed: train, then judge it with inputs blanked
+    python ablate.py plain 0 --compress 8               # variant and seed: train, judge it with inputs blanked too
     python ablate.py --table runs/ablate                # mean and deviation over seeds, as a markdown table
-    python ablate.py --blank runs/bifusion/stage3.pt    # any checkpoint with its images or its points' colours blanked
+    python ablate.py --blank runs/bifusion/stage3.pt    # a checkpoint of train.py with images or points blanked
 
 A variant is a function that changes the setting of a moment (stages.Setting), and where that does not reach a patch of
-one name in train.py, model.py or fusion.py. All else, data, seeds, epochs, rates, is train.py's.
+names in train.py, model.py or fusion.py. All else, data, seeds, epochs, rates, is train.py's.
 """
 
 import json
@@ -16,32 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import fusion
 import model as networks
 import stages
 import train
 from data import SceneDataset, loader
+from failures import FiLMOf2D
 from guard import StopSignals, whole_file
 from report import read_log
 
 DROP = 0.1  # share of the scenes of which one branch is dropped
 FAULT_RATE = 0.01  # share of the steps, for each fault
-
-
-class FiLMFrom2D(nn.Module):
-    """The common form of FiLM between branches: gamma and beta of the 3D branch from the 2D branch."""
-
-    def __init__(self, dim, hidden=64):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * dim))
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
-
-    def forward(self, feat_2d, feat_3d, coord, normal):
-        gamma, beta = self.mlp(feat_2d).chunk(2, 1)
-        return feat_2d, (1 + gamma) * feat_3d + beta
 
 
 def plain(setting):
@@ -97,7 +83,7 @@ def all_at_once(setting):
 
 
 def film_from_2d(seed):
-    networks.FiLM = FiLMFrom2D
+    networks.FiLM = FiLMOf2D
 
 
 def no_standardisation(seed):
@@ -106,39 +92,19 @@ def no_standardisation(seed):
 
 def drop_branches(seed):
     """In training alpha is 0 on all of a scene, or 1 where seen, each for DROP of the scenes."""
-    whole = networks.blend
+    plain_forward, plain_blend, now = networks.BiFusion.forward, networks.blend, {}
 
     def forward(self, batch):
-        self.dropping = self.training and batch
+        now["batch"] = batch if self.training else None
         return plain_forward(self, batch)
 
-    plain_forward = networks.BiFusion.forward
-
     def blend(feat_2d, feat_3d, alpha):
-        if blend.model.dropping:
-            index = blend.model.dropping["batch_index"]
-            draw = torch.rand(len(blend.model.dropping["names"]))[index.cpu()].to(alpha.device)
+        if now["batch"]:
+            draw = torch.rand(len(now["batch"]["names"]))[now["batch"]["batch_index"].cpu()].to(alpha.device)
             alpha = torch.where(draw < DROP, 0.0, torch.where(draw > 1 - DROP, (alpha > 0).float(), alpha))
-        return whole(feat_2d, feat_3d, alpha)
+        return plain_blend(feat_2d, feat_3d, alpha)
 
     networks.BiFusion.forward, networks.blend = forward, blend
-    on_new_model(lambda model: setattr(blend, "model", model))
-
-
-def shared_head(seed):
-    """The branch classifiers are the semantic head itself, on what it would read at alpha 1 and 0."""
-    plain_forward = networks.BiFusion.forward
-
-    def forward(self, batch):
-        out = plain_forward(self, batch)
-        if "feat_2d" in out:
-            feat_2d, feat_3d = out["feat_2d"], out["feat_3d"]
-            if self.setting.film:
-                feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
-            out["logits_2d"], out["logits_3d"] = self.semantic_head(feat_2d), self.semantic_head(feat_3d)
-        return out
-
-    networks.BiFusion.forward = forward
 
 
 def on_new_model(do):
@@ -155,8 +121,8 @@ def on_new_model(do):
 
 def inject_faults(seed):
     """Each of four faults in FAULT_RATE of the training steps, drawn from the seed."""
-    rng, now, counts = np.random.default_rng((seed, 4)), {}, dict.fromkeys(("nan", "inf", "burst", "ignored"), 0)
-    state = {}
+    faults, state, now = ("nan", "inf", "burst", "ignored"), {}, {}
+    rng, counts = np.random.default_rng((seed, 4)), {}
 
     def prepare(model):
         state["model"] = model
@@ -178,9 +144,10 @@ def inject_faults(seed):
         batch = to_device(batch, device)
         now.clear()
         if state["model"].training:
-            now.update(zip(counts, (rng.random(len(counts)) < FAULT_RATE).tolist()))
-            for name in counts:
-                counts[name] += now[name]
+            now.update(zip(faults, (rng.random(len(faults)) < FAULT_RATE).tolist()))
+            for name in filter(now.get, faults):
+                key = f"{name}, stage {state['model'].setting.stage}"
+                counts[key] = counts.get(key, 0) + 1
             if now["ignored"]:
                 batch["segment"] = torch.full_like(batch["segment"], -1)
                 batch["superpoint_instance"] = torch.full_like(batch["superpoint_instance"], -1)
@@ -212,9 +179,8 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
-    "shared": ("shared head", as_it_is, shared_head),
-    "naive": ("naive: all at once, base rate, no clip, no standardisation, plain gate", all_at_once,
-              no_standardisation),
+    "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
+              "from geometry; bad steps still skipped", all_at_once, no_standardisation),
     "faults": ("the curriculum with faults injected", as_it_is, inject_faults),
 }
 
@@ -258,13 +224,15 @@ def run(name, argv):
     train.setting_at, train.evaluate = setting_at, evaluate
     if patch:
         patch(config.seed)
-    stop = StopSignals()
-    train.train(config, stop)
-    stop.release()
-    train.evaluate = whole
-    log = read_log(Path(config.out, "log.jsonl"))[0]
-    result = {"variant": name, "seed": config.seed, "as they are": log[-1]["val_miou"]}
-    result |= blanked(Path(config.out, "stage3.pt"), ("points black", "images black")[: 1 + (name != "baseline")])
+    result, stop = {"variant": name, "seed": config.seed}, StopSignals()
+    try:
+        result["as they are"] = train.train(config, stop)[-1]["val_miou"]
+        train.evaluate = whole
+        result |= blanked(Path(config.out, "stage3.pt"), ("points black", "images black")[: 1 + (name != "baseline")])
+    except SystemExit as end:  # it diverged: a row of the table all the same
+        result["diverged"] = str(end.code)
+    finally:
+        stop.release()
     if name == "faults":
         result["faults"] = inject_faults.counts
     with whole_file(Path(config.out, "blanked.json")) as file:
@@ -281,7 +249,7 @@ def table(folder):
         ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
         found.setdefault(result["variant"], []).append(
             result | {"ratios": ratios, "skipped": sum(line["skipped_steps"] for line in log)})
-    rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped |", "|---" * 7 + "|"]
+    rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
     for name in VARIANTS:
         if name in found:
             runs = found[name]
@@ -291,18 +259,25 @@ def table(folder):
             cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}" if values else "-"
                      for values in figures]
             cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
-            seeds, skipped = (", ".join(str(run["seed"]) for run in runs), sum(run["skipped"] for run in runs))
+            seeds = ", ".join(f"{run['seed']}{' (diverged)' * ('diverged' in run)}" for run in runs)
+            skipped = sum(run["skipped"] for run in runs)
             rows.append(" | ".join([f"| {VARIANTS[name][0]}", seeds, *cells, f"{skipped} |"]))
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "--table":
-        print(table(sys.argv[2]))
-    elif sys.argv[1] == "--blank":
-        for path in sys.argv[2:]:
+def main(argv):
+    if len(argv) == 2 and argv[0] == "--table":
+        print(table(argv[1]))
+    elif len(argv) > 1 and argv[0] == "--blank":
+        for path in argv[1:]:
             print(path, json.dumps(blanked(path)), flush=True)
-    else:
-        name, seed, *flags = sys.argv[1:]
+    elif len(argv) > 1 and argv[0] in VARIANTS:
+        name, seed, *flags = argv
         run(name, ["--model", "baseline" if name == "baseline" else "bifusion", "--seed", seed,
                    "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
+    else:
+        sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

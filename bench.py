@@ -20,6 +20,7 @@ import struct
 import tempfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -488,9 +489,10 @@ def training_loads(folder, preset, device):
 def train_step(name, batch, epoch, device, preset="small", precision="fp32", checkpointing=False, guarded=True):
     """A function that does one step of train.py's loop with this model in the setting of this epoch, and the model.
 
-    The image tower is of random weights, but protected as a pretrained one. Every step draws the same queries.
+    The image tower is of random weights, but protected as a pretrained one. Every step draws the same queries and
+    blanks no scene.
     """
-    setting = setting_at(epoch, pretrained=True)
+    setting = replace(setting_at(epoch, pretrained=True), blank=0.0)
     model = build_model(name, preset, 20, clip_weights=SCRATCH).to(device)
     model.precision = precision
     if name == "bifusion":

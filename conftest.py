@@ -1,10 +1,22 @@
 """What the tests share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 SMALL_IMAGE = (64, 48)  # (W, H), instead of 160x120
+
+
+class Payload:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def pytest_configure(config):

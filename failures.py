@@ -322,8 +322,8 @@ def moved(metres):
 
 def voxels_behind_a_surface():
     """The poses are right: what stands behind a table is not on the picture of the table."""
-    off, _ = without_and_with_depth_test(views()["world_to_camera"])
-    return Finding("voxels behind a surface", "share of voxels reading > 0.2 m off", *off, 0.1, 0.002)
+    _, other = without_and_with_depth_test(views()["world_to_camera"])
+    return Finding("voxels behind a surface", "share of voxels reading another class", *other, 0.1, 0.01)
 
 
 def inverted_pose():
@@ -421,7 +421,8 @@ def train_toy(to_width=Standardise, film=FiLM, scale_2d=1.0, steps=300, count=40
 
 
 def branches_a_thousand_apart():
-    # commonly written: a linear layer brings each branch to the common width, and no norm follows
+    # commonly written: a linear layer brings each branch to the common width, and no norm follows. At scale 1 it solves
+    # the toy too (error 0); at 1,000 five times the steps do not help it (0.75)
     without, with_cure = (train_toy(to_width, scale_2d=1000.0)[0] for to_width in (nn.Linear, Standardise))
     return Finding("2D features 1,000 times too large", "error rate (one branch alone: 0.75)", without, with_cure,
                    0.4, 0.02)

@@ -400,7 +400,7 @@ class BiFusion(Baseline3D):
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
             logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats). Scenes that `blank` has blanked
-            count as unseen in seen and are left out of stats, so the losses of the fusion do not look at them.
+            count as unseen in seen and are left out of stats: alignment, gate prior and the 2D classifier pass them by.
         """
         setting = self.setting
         batch, whole = self.blank(batch)

@@ -106,7 +106,9 @@ def lost(error):
         time.sleep(0.05)
         gone = [f"rank {i} (process {pid})" for i, (at, pid) in enumerate(_here["others"])
                 if i != rank() and at == host and _is_gone(pid)]
-    return f"rank {rank()}: lost contact with {', '.join(gone) or 'another process'}, which has ended"
+    if gone:
+        return f"rank {rank()}: lost contact with {', '.join(gone)}, which has ended"
+    return f"rank {rank()}: lost contact with another process ({str(error).partition(chr(10))[0]})"
 
 
 def _is_gone(pid):

@@ -490,12 +490,12 @@ def main(argv=None):
     parser.add_argument("--classes", action="store_true", help="print the IoU of every class too")
     parser.add_argument("--failures", action="store_true", help="instead of runs: reproduce the failure modes, each "
                         "without its cure and with it; exits 1 if one is not as promised")
-    parser.add_argument("--out", default="failures.png", help="picture of --failures (default failures.png)")
+    parser.add_argument("--out", help="picture of --failures (default failures.png)")
     args = parser.parse_args(argv)
     if args.failures and not args.runs:
-        return report_failures(args.out)
-    if args.failures or not args.runs:
-        parser.error("give run folders, such as runs/fused, or --failures alone")
+        return report_failures(args.out or "failures.png")
+    if args.failures or args.out or not args.runs:
+        parser.error("give run folders, such as runs/fused, or --failures alone, with --out")
     try:
         runs = [read_run(folder) for folder in args.runs]
         baselines = [read_run(folder) for folder in args.against]

@@ -458,7 +458,7 @@ def train(config, stop):
         optimizer.load_state_dict(state["optimizer"])
         random = state["torch_rng"] if isinstance(state["torch_rng"], list) else [state["torch_rng"]]
         if len(random) != ranks.world():
-            print(f"{source} was made by {len(random)} processes, this is a run of {ranks.world()}: it goes on, but "
+            print(f"{source} is of a run of {len(random)}, this is one of {ranks.world()} processes: it goes on, but "
                   "not with the same random numbers")
         if ranks.rank() < len(random):
             torch.set_rng_state(random[ranks.rank()].cpu())
@@ -557,7 +557,7 @@ def train(config, stop):
                 for key, found in (("terms", values), ("norms", norm)):
                     for name, value in found.items():
                         part[key].setdefault(name, []).append(value)
-                if stats:
+                if stats.get("seen_share") is not None:  # None where every scene of the step was blanked
                     part["stats"].append(stats)
             else:
                 guard.restore()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import Payload
 import cache as cache_module
 import tower as tower_module
 import train
@@ -271,16 +272,6 @@ def test_a_damaged_entry_is_not_used_and_is_made_anew(scene, tower, views, damag
     assert cache.fill(views, "cpu") is True
     assert is_hit(cache, tower, scene, 2)
     assert dataset[0]["level_0"].shape[0] == 5
-
-
-class Payload:
-    """Unpickled, it touches a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_an_entry_that_is_a_pickle_is_not_run_and_not_used(scene, tower, views, tmp_path):

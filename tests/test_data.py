@@ -4,13 +4,13 @@ import pickle
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from conftest import Payload
 import data
 from data import IGNORE, EpochBatches, SceneDataset, collate, load_frames, load_scene, loader, scene_item, voxelise
 
@@ -393,16 +393,6 @@ def test_a_postscript_file_in_place_of_an_image_is_refused_and_starts_no_ghostsc
     with Image.open(scene_folder / name) as image:
         image.load()
     assert started  # the test can fail: this is what happens otherwise
-
-
-class Payload:
-    """Unpickled, it touches a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["coord", "color", "normal", "segment20", "instance", "superpoint"])

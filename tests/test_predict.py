@@ -5,7 +5,6 @@ import shutil
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
+from conftest import Payload
 import data
 import predict
 from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, collate, load_frames, load_scene, scene_item
@@ -458,16 +458,6 @@ def test_frames_whose_pose_is_lost_are_counted_on_the_screen_and_without_any_the
         assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in capsys.readouterr().out
         assert [str(w.message) for w in caught if "used 3D-only" in str(w.message)] == (
             [] if len(lost) == 2 else [str(caught[-1].message)])
-
-
-class Payload:
-    """Unpickled, it touches a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["scan.npy", "bare.npy", "scan.npz", "color.npz", "member.npz"])

@@ -7,13 +7,13 @@ import shutil
 import struct
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from conftest import Payload
 import scannet
 from data import NYU40_IDS, load_frames, load_scene
 from model import build_model
@@ -392,16 +392,6 @@ def test_a_scan_with_a_truncated_file_is_listed_with_expected_and_found_and_the_
     assert (tmp_path / "out" / "val" / "scene0011_00" / "coord.npy").is_file()
     assert not (tmp_path / "out" / "train" / "scene0000_00").exists()
     assert path.read_bytes() == before
-
-
-class Payload:
-    """Unpickled, it touches a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
