@@ -458,7 +458,7 @@ def train(config, stop):
         optimizer.load_state_dict(state["optimizer"])
         random = state["torch_rng"] if isinstance(state["torch_rng"], list) else [state["torch_rng"]]
         if len(random) != ranks.world():
-            print(f"number of processes: {len(random)} when {source} was made, {ranks.world()} now; the run goes on, but "
+            print(f"number of processes: {len(random)} when {source} was made, {ranks.world()} now; it goes on, but "
                   "not with the same random numbers")
         if ranks.rank() < len(random):
             torch.set_rng_state(random[ranks.rank()].cpu())
