@@ -256,8 +256,8 @@ def table(folder):
             ratios = [ratio for run in runs for ratio in run["ratios"]]
             figures = [[run[key] for run in runs if key in run] for key in
                        ("as they are", "images black", "points black")]
-            cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}" if values else "-"
-                     for values in figures]
+            cells = [" ± ".join([f"{np.mean(v):.3f}"] + [f"{np.std(v, ddof=1):.3f}"] * (len(v) > 1)) if v else "-"
+                     for v in figures]
             cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
             seeds = ", ".join(f"{run['seed']}{' (diverged)' * ('diverged' in run)}" for run in runs)
             skipped = sum(run["skipped"] for run in runs)
