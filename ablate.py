@@ -62,10 +62,6 @@ def with_prior(setting):
     return replace(setting, losses=(*setting.losses, "gate"))
 
 
-def with_blanks(setting):
-    return replace(plain(setting), blank=setting.blank)
-
-
 def without_blanks(setting):
     return replace(setting, blank=0.0)
 
@@ -174,7 +170,6 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "classifiers": ("plain + branch classifiers", with_classifiers, None),
     "dropout": ("plain + branch dropout", plain, drop_branches),
     "prior": ("plain + prior", with_prior, None),
-    "blanks": ("plain + inputs blanked in stage 3", with_blanks, None),
     "kept": ("the curriculum: after fixed, classifiers, prior, FiLM from geometry, inputs blanked", as_it_is, None),
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),

@@ -113,7 +113,8 @@ def parse_config(argv=None):
         try:
             known = json.loads(saved.read_text())
         except ValueError as error:
-            sys.exit(f"{saved} is not valid JSON: {error}; {config.out}/last.pt holds the settings too")
+            sys.exit(f"{saved} is not valid JSON: {error}; write it anew from the config in {config.out}/last.pt, or "
+                     "start a new run with another --out")
         for name, value in known.items():
             anew = name in OF_THE_CALL or (name in HOW_NOT_WHAT and name in given)
             if anew or name not in Config.__dataclass_fields__:
