@@ -48,6 +48,11 @@ def with_film(setting):
     return replace(setting, film=True, parts=(*setting.parts, "film"))
 
 
+def lean(setting):
+    """The curriculum without what holds the gate: learned and with FiLM from the first fused epoch on, scenes blanked."""
+    return replace(with_film(setting), blank=setting.blank)
+
+
 def after_fixed(setting):
     return plain(setting) if setting.fusion == "learned" else fixed(setting)
 
@@ -68,6 +73,17 @@ def without_blanks(setting):
 
 def without_film(setting):
     return replace(setting, film=False, parts=tuple(name for name in setting.parts if name != "film"))
+
+
+def film_early(setting):
+    """FiLM from the first fused epoch on."""
+    return replace(setting, film=True, parts=tuple(dict.fromkeys((*setting.parts, "film"))))
+
+
+def film_early_no_branch(setting):
+    setting = film_early(setting)
+    return replace(setting, losses=tuple(name for name in setting.losses if name != "branch"),
+                   parts=tuple(name for name in setting.parts if name != "branch"))
 
 
 def all_at_once(setting):
@@ -174,6 +190,9 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
+    "film_early": ("the curriculum with FiLM from stage 2 on", film_early, None),
+    "film_early_no_branch": ("the curriculum with FiLM from stage 2 on, no classifiers", film_early_no_branch, None),
+    "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),
     "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
               "from geometry; bad steps still skipped", all_at_once, no_standardisation),
     "faults": ("the curriculum with faults injected", as_it_is, inject_faults),
