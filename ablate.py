@@ -49,7 +49,7 @@ def with_film(setting):
 
 
 def lean(setting):
-    """The curriculum without what holds the gate: learned and with FiLM from the first fused epoch on, scenes blanked."""
+    """The curriculum without what holds the gate: learned and with FiLM from stage 2 on, scenes still blanked."""
     return replace(with_film(setting), blank=setting.blank)
 
 
