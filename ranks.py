@@ -29,9 +29,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=7)  # of a process that waits: rank 0 may be generating rooms or filling a cache
+# All gradients go in one bucket, which is reduced when the last of them is there. That is the one of the U-Net's first
+# convolution, so the reductions of its batch norms have all been before: one order in all processes, as NCCL needs it.
+ONE_BUCKET = 1 << 20  # MB
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")  # in what torch says of a lost process
 
-_here = {"rank": 0, "world": 1}  # and in several processes: store, others, gradients and norms (groups)
+_here = {"rank": 0, "world": 1}  # and in several processes: store, others, group (of gradients and batch norms)
 
 
 def rank():
@@ -120,7 +123,7 @@ def _is_gone(pid):
 
 
 def use(device):
-    """The torch.device of this process, and the connections over which gradients and batch norms are reduced.
+    """The torch.device of this process, and the connection over which gradients and batch norms are reduced.
 
     device: "cpu", or "cuda" (a GPU a process), or any device in a single process. Raises ValueError for another.
     """
@@ -135,9 +138,8 @@ def use(device):
                              "processes, which need one each; give torchrun a lower --nproc_per_node")
         torch.cuda.set_device(number)
         device = f"cuda:{number}"
-    for name in ("gradients", "norms"):  # apart: their order in the backward pass may differ between processes
-        if name not in _here:
-            _here[name] = dist.new_group(backend="gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
+    if "group" not in _here:
+        _here["group"] = dist.new_group(backend="gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
     return torch.device(device)
 
 
@@ -211,7 +213,8 @@ def wrap(module):
         return module
     # without a parameter that no process uses, torch warns at length that looking for one is in vain
     module.unused = torch.nn.Parameter(next(module.parameters()).new_zeros(1))
-    return DistributedDataParallel(module, process_group=_here["gradients"], find_unused_parameters=True)
+    return DistributedDataParallel(module, process_group=_here["group"], find_unused_parameters=True,
+                                   bucket_cap_mb=ONE_BUCKET)
 
 
 def share_buffers(module):
@@ -222,7 +225,7 @@ def share_buffers(module):
     """
     if world() > 1:
         for buffer in module.buffers():
-            dist.broadcast(buffer, 0, group=_here["gradients"])
+            dist.broadcast(buffer, 0, group=_here["group"])
 
 
 def batch_norm(feat, weight, bias, eps):
@@ -245,7 +248,7 @@ class _BatchNorm(torch.autograd.Function):
         variance, middle = torch.var_mean(feat, 0, correction=0)  # (C,) of the own rows
         rows = feat.new_zeros(world(), 2 * len(middle) + 1)
         rows[rank()] = torch.cat([middle, variance, middle.new_tensor([len(feat)])])
-        dist.all_reduce(rows, group=_here["norms"])
+        dist.all_reduce(rows, group=_here["group"])
         middles, variances, counts = rows.split([len(middle), len(middle), 1], 1)  # (R, C), (R, C), (R, 1)
         total = counts.sum()
         share = counts / total
@@ -264,6 +267,6 @@ class _BatchNorm(torch.autograd.Function):
         normal = (feat - middle) * inverse  # (N, C)
         own = torch.stack([grad.sum(0), (grad * normal).sum(0)])  # (2, C) gradients of bias and weight
         every = own.clone()
-        dist.all_reduce(every, group=_here["norms"])
+        dist.all_reduce(every, group=_here["group"])
         every /= total
         return weight * inverse * (grad - every[0] - normal * every[1]), own[1], own[0], None
