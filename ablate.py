@@ -75,15 +75,10 @@ def without_film(setting):
     return replace(setting, film=False, parts=tuple(name for name in setting.parts if name != "film"))
 
 
-def film_early(setting):
-    """FiLM from the first fused epoch on."""
-    return replace(setting, film=True, parts=tuple(dict.fromkeys((*setting.parts, "film"))))
-
-
 def film_early_no_branch(setting):
-    setting = film_early(setting)
-    return replace(setting, losses=tuple(name for name in setting.losses if name != "branch"),
-                   parts=tuple(name for name in setting.parts if name != "branch"))
+    parts = dict.fromkeys((*setting.parts, "film"))  # a set that keeps its order
+    return replace(setting, film=True, parts=tuple(name for name in parts if name != "branch"),
+                   losses=tuple(name for name in setting.losses if name != "branch"))
 
 
 def all_at_once(setting):
@@ -190,7 +185,6 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
-    "film_early": ("the curriculum with FiLM from stage 2 on", film_early, None),
     "film_early_no_branch": ("the curriculum with FiLM from stage 2 on, no classifiers", film_early_no_branch, None),
     "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),
     "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=7)  # of a process that waits: rank 0 may be generating rooms or filling a cache
-# All gradients go in one bucket, which is reduced when the last of them is there. That is the one of the U-Net's first
-# convolution, so the reductions of its batch norms have all been before: one order in all processes, as NCCL needs it.
+# All gradients go in one bucket, which is reduced when the last of them is there. A layer that trains in front of every
+# `batch_norm`, as the U-Net's first convolution, has its gradient after their reductions: one order in all processes,
+# as NCCL needs it.
 ONE_BUCKET = 1 << 20  # MB
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")  # in what torch says of a lost process
 
