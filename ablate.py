@@ -32,10 +32,8 @@ FAULT_RATE = 0.01  # share of the steps, for each fault
 
 def plain(setting):
     """A learned gate from the first fused epoch on, and nothing that holds it."""
-    losses = tuple(name for name in setting.losses if name not in ("branch", "gate"))
-    parts = tuple(name for name in setting.parts if name not in ("branch", "film"))
-    return replace(setting, fusion="learned", losses=losses, parts=tuple(dict.fromkeys((*parts, "gate"))), film=False,
-                   blank=0.0)
+    setting = without_fixed(without_film(setting))
+    return replace(setting, losses=tuple(name for name in setting.losses if name != "gate"), blank=0.0)
 
 
 def fixed(setting):
@@ -57,11 +55,6 @@ def after_fixed(setting):
     return plain(setting) if setting.fusion == "learned" else fixed(setting)
 
 
-def with_classifiers(setting):
-    setting = plain(setting)
-    return replace(setting, losses=(*setting.losses, "branch"), parts=(*setting.parts, "branch"))
-
-
 def with_prior(setting):
     setting = plain(setting)
     return replace(setting, losses=(*setting.losses, "gate"))
@@ -75,10 +68,14 @@ def without_film(setting):
     return replace(setting, film=False, parts=tuple(name for name in setting.parts if name != "film"))
 
 
-def film_early_no_branch(setting):
-    parts = dict.fromkeys((*setting.parts, "film"))  # a set that keeps its order
-    return replace(setting, film=True, parts=tuple(name for name in parts if name != "branch"),
-                   losses=tuple(name for name in setting.losses if name != "branch"))
+def without_prior(setting):
+    return replace(setting, losses=tuple(name for name in setting.losses if name != "gate"))
+
+
+def without_fixed(setting):
+    """The gate is learned from the first fused epoch on, under the prior."""
+    return replace(setting, fusion="learned", parts=tuple(dict.fromkeys((*setting.parts, "gate"))),
+                   losses=tuple(dict.fromkeys((*setting.losses, "gate"))))
 
 
 def all_at_once(setting):
@@ -178,14 +175,14 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "film_geometry": ("plain + FiLM from geometry", with_film, None),
     "film_2d": ("plain + FiLM from 2D onto 3D", with_film, film_from_2d),
     "after_fixed": ("plain, learned after fixed", after_fixed, None),
-    "classifiers": ("plain + branch classifiers", with_classifiers, None),
     "dropout": ("plain + branch dropout", plain, drop_branches),
     "prior": ("plain + prior", with_prior, None),
-    "kept": ("the curriculum: after fixed, classifiers, prior, FiLM from geometry, inputs blanked", as_it_is, None),
+    "kept": ("the curriculum: after fixed, prior, FiLM from geometry, inputs blanked", as_it_is, None),
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
-    "film_early_no_branch": ("the curriculum with FiLM from stage 2 on, no classifiers", film_early_no_branch, None),
+    "kept_no_prior": ("the curriculum without prior", without_prior, None),
+    "kept_no_fixed": ("the curriculum, learned gate from stage 2 on", without_fixed, None),
     "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),
     "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
               "from geometry; bad steps still skipped", all_at_once, no_standardisation),

@@ -430,8 +430,8 @@ def branches_a_thousand_apart():
 
 def learned_gate_collapses():
     # commonly written: FiLM (or attention) from 2D onto 3D beside a learned gate. All of 2D can pass through it, so
-    # the gate closes; semantic loss alone in both runs: neither branch classifiers nor the prior hold it. The toy is
-    # solved either way: what is lost here is the meaning of the gate, not yet accuracy
+    # the gate closes; semantic loss alone in both runs, without the prior. The toy is solved either way: what is lost
+    # here is the meaning of the gate, not yet accuracy
     without, with_cure = (abs(train_toy(film=film)[1] - 0.5) for film in (FiLMOf2D, FiLM))
     return Finding("the learned gate collapses", "distance of fusion_2d_ratio from 0.5", without, with_cure, 0.4, 0.2)
 

@@ -1,4 +1,4 @@
-"""The losses of BiFusion and their weights: semantic, instance with its matcher, branch, alignment, gate prior.
+"""The losses of BiFusion and their weights: semantic, instance with its matcher, alignment, gate prior.
 
 Needs torch and scipy and imports no other file of this project: copy it and it works.
 
@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 IGNORE = -1
 
-# The weights of the document this project began from: 3.1 in all. Alignment, branch and gate stand apart.
+# The weights of the document this project began from: 3.1 in all. Alignment and gate stand apart.
 LOSS_WEIGHTS = {
     "bifusion": {
         "semantic": 0.4,
@@ -26,7 +26,6 @@ LOSS_WEIGHTS = {
         "instance_dice": 0.6,
         "instance_score": 0.3,
         "alignment": 0.1,
-        "branch": 0.3,
         "gate": 0.3,
     },
     "baseline": {  # semantic 1.0 and instance 1.0: its four terms as they are
@@ -52,7 +51,7 @@ def scene_mean(values, mask, batch_index, num_scenes):
     return (total / count).mean()
 
 
-def semantic_loss(logits, labels, batch_index, num_scenes, mask=None):
+def semantic_loss(logits, labels, batch_index, num_scenes):
     """Cross-entropy + soft multi-class dice.
 
     dice of a class = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1) with p the softmax probability of the class and t its
@@ -63,7 +62,6 @@ def semantic_loss(logits, labels, batch_index, num_scenes, mask=None):
         labels:      (M,) int64, IGNORE (-1) = leave out.
         batch_index: (M,) int64, scene of each voxel, below num_scenes.
         num_scenes:  B.
-        mask:        (M,) bool, optional: leave out where False.
 
     Returns:
         scalar; 0 with a gradient of 0 where nothing is labelled.
@@ -76,8 +74,6 @@ def semantic_loss(logits, labels, batch_index, num_scenes, mask=None):
         raise ValueError(f"labels span {labels.min().item()}..{labels.max().item()}, "
                          f"logits have {num_classes} classes; pass labels in 0..{num_classes - 1} or {IGNORE}")
     keep = labels != IGNORE
-    if mask is not None:
-        keep = keep & mask
     logits = logits.float()
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (M,)
     cross_entropy = scene_mean(cross_entropy, keep, batch_index, num_scenes)
@@ -193,16 +189,6 @@ def instance_loss(predictions, superpoint_instance, superpoint_batch, instance_l
             for name, loss in layer_loss(prediction, labels, masks).items():
                 sums[name] = sums[name] + share * loss
     return sums
-
-
-def branch_loss(logits_2d, logits_3d, labels, seen, batch_index, num_scenes):
-    """A small classifier on each branch before the fusion: neither can be idle while the gate looks elsewhere.
-
-    The mean of the two semantic losses, the 2D one over the voxels that a view sees. Arguments as `semantic_loss`.
-    """
-    loss_2d = semantic_loss(logits_2d, labels, batch_index, num_scenes, mask=seen)
-    loss_3d = semantic_loss(logits_3d, labels, batch_index, num_scenes)
-    return 0.5 * (loss_2d + loss_3d)
 
 
 def alignment_loss(feat_3d, feat_2d, seen, batch_index, num_scenes):

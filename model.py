@@ -385,8 +385,6 @@ class BiFusion(Baseline3D):
         self.standardise_2d = Standardise(tower.out_channels, dim)
         self.film = FiLM(dim)
         self.gates = nn.ModuleDict({"simple": SimpleFusion(), "learned": LiteFusionGate(dim)})
-        self.head_2d = nn.Linear(dim, num_classes)
-        self.head_3d = nn.Linear(dim, num_classes)
 
     def forward(self, batch):
         """Segment a batch of scenes from voxels and frames.
@@ -399,8 +397,8 @@ class BiFusion(Baseline3D):
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
-            logits_2d and logits_3d (M, K) of the branches, stats (fusion.fusion_stats). Scenes that `blank` has blanked
-            count as unseen in seen and are left out of stats: alignment, gate prior and the 2D classifier pass them by.
+            stats (fusion.fusion_stats). Scenes that `blank` has blanked count as unseen in seen and are left out of
+            stats: alignment and gate prior pass them by.
         """
         setting = self.setting
         batch, whole = self.blank(batch)
@@ -408,8 +406,7 @@ class BiFusion(Baseline3D):
         if setting.fusion == "identity":
             return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
         feat_2d, seen = self.encode_2d(batch)
-        out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen,
-               "logits_2d": self.head_2d(feat_2d), "logits_3d": self.head_3d(feat_3d)}
+        out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen}
         if setting.film:
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
         out["alpha"] = alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
@@ -476,8 +473,7 @@ class BiFusion(Baseline3D):
         """Parameters by part of stages.PARTS, each in exactly one."""
         parts = super().parts() | self.tower.parts()
         parts["2d"] = [*parts["2d"], *self.standardise_2d.parameters()]
-        return parts | {"branch": [*self.head_2d.parameters(), *self.head_3d.parameters()],
-                        "gate": list(self.gates.parameters()), "film": list(self.film.parameters())}
+        return parts | {"gate": list(self.gates.parameters()), "film": list(self.film.parameters())}
 
     def train(self, mode=True):
         """As nn.Module.train, but the batch norm of a protected tower keeps its pretrained statistics."""

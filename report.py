@@ -238,8 +238,8 @@ def _table(rows):
 
 STAGE_TINTS = {1: "#eef2f7", 2: "#fbf4e6", 3: "#edf5ee"}
 COLORS = {  # of a loss term or branch, the same in every run's picture
-    "semantic": "#1f6fb4", "branch": "#d9731a", "alignment": "#2c8c57", "instance_cls": "#b8397a",
-    "instance_bce": "#7a5bb0", "instance_dice": "#8a6a3b", "instance_score": "#2a9aa8",
+    "semantic": "#1f6fb4", "alignment": "#2c8c57", "instance_cls": "#b8397a", "instance_bce": "#7a5bb0",
+    "instance_dice": "#8a6a3b", "instance_score": "#2a9aa8",
     "3d": "#1f6fb4", "2d": "#d9731a", "fusion": "#2c8c57", "decoder": "#b8397a",
 }
 INK, FAINT, BLUE, RED = "#222222", "#8a8f98", "#1f6fb4", "#c00000"

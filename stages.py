@@ -4,9 +4,9 @@ Needs torch only (nothing else is imported) and imports no other file of this pr
 model with a method `parts()` that returns {part name: list of parameters}; see PARTS.
 
     epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
-            21-60  alignment    instances join, and 2D: SimpleFusion ramped in from 0, then the learned gate
-           61-128  enhancement  FiLM joins; a pretrained tower's ends train at a tenth of the rate or less; now and then
-                                a scene comes without its images or without its points' colours: neither is relied on
+            21-60  alignment    instances join, and 2D with FiLM: SimpleFusion ramped in from 0, then the learned gate
+           61-128  enhancement  a pretrained tower's ends train, at a tenth of the rate or less; now and then a scene
+                                comes without its images or without its points' colours: neither is relied on
 
 No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
 """
@@ -22,7 +22,6 @@ PARTS = {
     "2d": "2d",  # neck of the image tower and the standardisation behind it
     "tower": "2d",  # the image tower but for its ends
     "tower_ends": "2d",  # conv1 (RGB-D) and the last blocks of the image tower
-    "branch": "fusion",  # the small classifier on each branch
     "gate": "fusion",
     "film": "fusion",
 }
@@ -49,10 +48,10 @@ class Stage:
 
 STAGES = {
     1: Stage("stability", 0, 20, ("3d",), ("semantic",), 0.0, use_2d=False),
-    2: Stage("alignment", 21, 60, ("3d", "decoder", "2d", "branch"), ("semantic", *INSTANCE, "branch", "alignment"),
-             0.0),
-    3: Stage("enhancement", 61, 128, ("3d", "decoder", "2d", "branch", "gate", "film", "tower_ends"),
-             ("semantic", *INSTANCE, "branch", "alignment", "gate"), 0.01, film=True, blank=0.1),
+    2: Stage("alignment", 21, 60, ("3d", "decoder", "2d", "film"), ("semantic", *INSTANCE, "alignment"), 0.0,
+             film=True),
+    3: Stage("enhancement", 61, 128, ("3d", "decoder", "2d", "film", "gate", "tower_ends"),
+             ("semantic", *INSTANCE, "alignment", "gate"), 0.01, film=True, blank=0.1),
 }
 PLANS = {
     "full": "the curriculum as it stands",

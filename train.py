@@ -31,8 +31,7 @@ from cache import FeatureCache
 from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
 from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, blame, cut_half_line,
                    whole_file)
-from losses import (LOSS_WEIGHTS, alignment_loss, branch_loss, gate_prior, instance_loss, semantic_loss,
-                    weighted_sum)
+from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, semantic_loss, weighted_sum
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, select_instances, superpoint_graph, superpoint_sizes
 from report import draw_curves, read_log
@@ -177,8 +176,6 @@ def loss_terms(out, batch, setting):
     if "instance_cls" in setting.losses and "instances" in out:
         terms |= instance_loss(out["instances"], batch["superpoint_instance"], batch["superpoint_batch"],
                                batch["instance_label"], batch["instance_batch"], batch["has_instances"])
-    if "branch" in setting.losses and "logits_2d" in out:
-        terms["branch"] = branch_loss(out["logits_2d"], out["logits_3d"], batch["segment"], out["seen"], index, scenes)
     if "alignment" in setting.losses and "feat_2d" in out:
         terms["alignment"] = alignment_loss(out["feat_3d"], out["feat_2d"], out["seen"], index, scenes)
     if "gate" in setting.losses and "alpha" in out:
