@@ -266,14 +266,14 @@ def images_join_at_once():
 
 def gate_and_film_start_at_random():
     bounds = stage_epochs()
-    learned, film = bounds[2][0] + LEARNED_GATE_FROM * (bounds[3][0] - bounds[2][0]), bounds[3][0]
-    switches = [(setting_at(epoch - BEFORE), setting_at(epoch)) for epoch in (learned, film)]
+    film, learned = bounds[2][0], bounds[2][0] + LEARNED_GATE_FROM * (bounds[3][0] - bounds[2][0])
+    switches = [(setting_at(epoch - BEFORE), setting_at(epoch)) for epoch in (film, learned)]
     model = trained(switches[0][0])
     with_cure = max(jump(model, *switch) for switch in switches)
     for module in (model.film, model.gates["learned"]):
         module.mlp[-1].reset_parameters()  # commonly written: nn.Linear's own start
     without = max(jump(model, *switch) for switch in switches)
-    return Finding("gate and FiLM take over (stages 2, 3)", "jump of the logits", without, with_cure, 0.1, 1e-5)
+    return Finding("FiLM joins, the gate is learned (stage 2)", "jump of the logits", without, with_cure, 0.1, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ cameras and points

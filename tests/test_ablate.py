@@ -31,19 +31,18 @@ def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
     after = ablate.VARIANTS[name][1](before)
     assert set(after.parts) <= set(PARTS) and len(set(after.parts)) == len(after.parts)
     assert (after.stage, after.name) == (before.stage, before.name)
-    assert (after == before) == (name in UNCHANGED or (name in ("kept_whole", "kept_no_film") and epoch < 61))
+    first, last = {"kept_whole": (61, 128), "kept_no_prior": (41, 128), "kept_no_fixed": (21, 40)}.get(name, (21, 128))
+    assert (after == before) == (name in UNCHANGED or not first <= epoch <= last)
     if name not in (*UNCHANGED, "naive"):
         assert (after.clip, after.ramp, after.tower_rate) == (before.clip, before.ramp, before.tower_rate)
         assert ("gate" in after.parts) == (after.fusion == "learned") and ("film" in after.parts) == after.film
-    if name in ("lean", "film_early_no_branch"):
-        assert after.film and after.blank == before.blank
-    if name == "film_early_no_branch":
-        assert after.fusion == before.fusion and set(after.losses) == set(before.losses) - {"branch"}
-        assert set(after.parts) == {*before.parts, "film"} - {"branch"}
-    if name in ("plain", "film_geometry", "film_2d", "classifiers", "dropout", "prior", "lean"):
-        assert after.fusion == "learned"
-        assert ("branch" in after.losses) == ("branch" in after.parts) == (name == "classifiers")
+    if name in ("plain", "film_geometry", "film_2d", "dropout", "prior", "lean"):
+        assert after.fusion == "learned" and after.film == (name in ("film_geometry", "film_2d", "lean"))
         assert ("gate" in after.losses) == (name == "prior") and (after.blank == 0 or name == "lean")
+    if name.startswith("kept"):
+        assert after.film == (name != "kept_no_film") and after.blank == before.blank * (name != "kept_whole")
+        assert after.fusion == ("learned" if name == "kept_no_fixed" else before.fusion)
+        assert ("gate" in after.losses) == (after.fusion == "learned" and name != "kept_no_prior")
     if name == "naive":
         assert (after.clip, after.tower_rate, after.ramp) == (math.inf, 1.0, 1.0)
 

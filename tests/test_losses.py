@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from losses import (IGNORE, LOSS_WEIGHTS, NO_OBJECT, OUTSIDE, alignment_loss, branch_loss, gate_prior, instance_loss,
+from losses import (IGNORE, LOSS_WEIGHTS, NO_OBJECT, OUTSIDE, alignment_loss, gate_prior, instance_loss,
                     layer_loss, mask_costs, match, scene_mean, semantic_loss, weighted_sum)
 
 
@@ -104,18 +104,15 @@ def test_loss_of_a_batch_is_the_mean_of_its_scenes_losses():
     assert torch.allclose(semantic_loss(logits[mixed], labels[mixed], index[mixed], 3), loss, atol=1e-6)
 
 
-def test_alignment_and_branch_losses_of_a_batch_are_means_over_its_scenes_too():
-    logits, labels, index = example((60, 7, 21))
-    logits_2d, seen = torch.randn(88, 4), torch.rand(88) < 0.5
-    alignment, branch = [], []
+def test_alignment_of_a_batch_is_the_mean_over_its_scenes_too():
+    feat_3d, _, index = example((60, 7, 21))
+    feat_2d, seen = torch.randn(88, 4), torch.rand(88) < 0.5
+    alignment = []
     for s in range(3):
         here = index == s
         zero = index[here] * 0
-        alignment.append(alignment_loss(logits[here], logits_2d[here], seen[here], zero, 1))
-        branch.append(branch_loss(logits_2d[here], logits[here], labels[here], seen[here], zero, 1))
-    assert torch.allclose(alignment_loss(logits, logits_2d, seen, index, 3), torch.stack(alignment).mean(), atol=1e-6)
-    whole = branch_loss(logits_2d, logits, labels, seen, index, 3)
-    assert torch.allclose(whole, torch.stack(branch).mean(), atol=1e-6)
+        alignment.append(alignment_loss(feat_3d[here], feat_2d[here], seen[here], zero, 1))
+    assert torch.allclose(alignment_loss(feat_3d, feat_2d, seen, index, 3), torch.stack(alignment).mean(), atol=1e-6)
 
 
 def test_ignored_voxels_change_neither_loss_nor_gradient():
@@ -129,13 +126,6 @@ def test_ignored_voxels_change_neither_loss_nor_gradient():
     assert torch.allclose(loss, kept, atol=1e-6)
 
 
-def test_a_mask_leaves_voxels_out_as_an_ignored_label_does():
-    logits, labels, index = example()
-    mask = torch.rand(65) < 0.5
-    masked = semantic_loss(logits, labels, index, 2, mask=mask)
-    assert torch.allclose(masked, semantic_loss(logits, labels.where(mask, torch.tensor(IGNORE)), index, 2))
-
-
 def test_a_scene_without_labels_adds_zero_and_counts():
     logits, labels, index = example()
     labels[index == 1] = IGNORE
@@ -147,7 +137,6 @@ def test_loss_is_zero_with_a_zero_gradient_when_every_label_is_ignored():
     logits, labels, index = example()
     labels = torch.full_like(labels, IGNORE)
     for loss in (semantic_loss(logits, labels, index, 2),
-                 branch_loss(logits, logits, labels, torch.ones(65, dtype=torch.bool), index, 2),
                  alignment_loss(logits, logits.detach(), torch.zeros(65, dtype=torch.bool), index, 2)):
         assert loss.item() == 0
         (gradient,) = torch.autograd.grad(loss, logits)
@@ -214,18 +203,6 @@ def test_alignment_of_zero_features_is_finite():
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(feat_3d.grad).all()
-
-
-def test_branch_loss_is_the_mean_of_both_and_reads_2d_where_seen():
-    logits_3d, labels, index = example()
-    logits_2d, seen = torch.randn(65, 4, requires_grad=True), torch.rand(65) < 0.5
-    loss = branch_loss(logits_2d, logits_3d, labels, seen, index, 2)
-    expected = semantic_loss(logits_2d, labels, index, 2, mask=seen) + semantic_loss(logits_3d, labels, index, 2)
-    assert torch.allclose(loss, expected / 2)
-    loss.backward()
-    assert not logits_2d.grad[~seen].any()
-    assert logits_2d.grad[seen & (labels != IGNORE)].any()
-    assert logits_3d.grad[~seen & (labels != IGNORE)].any()
 
 
 def test_scene_mean_agrees_with_a_loop():

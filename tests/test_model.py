@@ -15,7 +15,7 @@ from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, SparseUNet, Vo
 from stages import PARTS, apply_setting, setting_at
 from train import loss_terms
 
-SETTINGS = {"stage 1": 0, "ramp at 0": 21, "ramp": 23, "simple": 30, "learned": 50, "film": 70}
+SETTINGS = {"stage 1": 0, "ramp at 0": 21, "ramp": 23, "simple": 30, "learned": 50, "stage 3": 70}
 
 
 def count(module):

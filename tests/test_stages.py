@@ -77,10 +77,10 @@ def test_the_ramp_rises_steadily_from_zero_over_five_epochs_of_simple_fusion():
     assert RAMP * 40 == 5
 
 
-def test_fusion_is_simple_then_learned_and_film_comes_in_stage_three():
+def test_fusion_is_simple_then_learned_and_film_comes_in_stage_two():
     assert [setting_at(e).fusion for e in (20.99, 21, 40.99, 41, 60.99, 61, 128.99)] == [
         "identity", "simple", "simple", "learned", "learned", "learned", "learned"]
-    assert [setting_at(e).film for e in (41, 60.99, 61)] == [False, False, True]
+    assert [setting_at(e).film for e in (20.99, 21, 41, 61)] == [False, True, True, True]
     assert all(setting_at(e).ramp == 1 for e in MOMENTS if e >= 26)
 
 
@@ -92,8 +92,8 @@ def test_what_is_used_trains_and_what_is_not_used_does_not(compress, pretrained)
         for moment in (epoch, epoch + 0.5):
             setting = setting_at(moment, compress, pretrained=pretrained)
             assert ("gate" in setting.parts) == (setting.fusion == "learned")
-            assert ("film" in setting.parts) == setting.film
-            assert ("2d" in setting.parts) == ("branch" in setting.losses) == (setting.fusion != "identity")
+            assert ("film" in setting.parts) == setting.film == (setting.fusion != "identity")
+            assert ("2d" in setting.parts) == ("alignment" in setting.losses) == (setting.fusion != "identity")
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -103,7 +103,7 @@ def test_parts_and_losses_are_known_ones_at_every_moment(plan, pretrained):
         setting = setting_at(epoch, plan=plan, pretrained=pretrained)
         assert set(setting.parts) <= set(PARTS)
         assert len(set(setting.parts)) == len(setting.parts)
-        assert set(setting.losses) <= {"semantic", *INSTANCE, "branch", "alignment", "gate"}
+        assert set(setting.losses) <= {"semantic", *INSTANCE, "alignment", "gate"}
         assert setting.clip == 1.0
 
 

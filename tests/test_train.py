@@ -598,7 +598,7 @@ def test_a_non_finite_loss_is_skipped_counted_and_named(run_train, tmp_path, mon
         assert record["loss"] == "nan" and record["first_not_finite"] == "weighted loss"
         assert all(isinstance(term, float) for term in record["losses"].values())
         assert set(record["grad_norm"].values()) == {"nan"}
-    assert set(records[1]["losses"]) == {"semantic", "branch", "alignment", "gate", *INSTANCE}
+    assert set(records[1]["losses"]) == {"semantic", "alignment", "gate", *INSTANCE}
     assert criteria(log)[0]["detail"].startswith("epoch 0: 1 skipped steps; epoch 2: 1 skipped steps")
 
 
