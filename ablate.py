@@ -213,7 +213,7 @@ def blanked(path, names=tuple(BLANKED)):
 
 
 def run(name, argv):
-    _, change, patch = VARIANTS[name]
+    what, change, patch = VARIANTS[name]
     config = train.parse_config(argv)
     at = stages.setting_at
 
@@ -229,7 +229,7 @@ def run(name, argv):
     train.setting_at, train.evaluate = setting_at, evaluate
     if patch:
         patch(config.seed)
-    result, stop = {"variant": name, "seed": config.seed}, StopSignals()
+    result, stop = {"variant": name, "what": what, "seed": config.seed}, StopSignals()
     try:
         result["as they are"] = train.train(config, stop)[-1]["val_miou"]
         train.evaluate = whole
@@ -252,21 +252,20 @@ def table(folder):
         result = json.loads(path.read_text())
         log = read_log(path.parent / "log.jsonl")[0]
         ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
-        found.setdefault(result["variant"], []).append(
+        found.setdefault((result["variant"], result["what"]), []).append(
             result | {"ratios": ratios, "skipped": sum(line["skipped_steps"] for line in log)})
     rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
-    for name in VARIANTS:
-        if name in found:
-            runs = found[name]
-            ratios = [ratio for run in runs for ratio in run["ratios"]]
-            figures = [[run[key] for run in runs if key in run] for key in
-                       ("as they are", "images black", "points black")]
-            cells = [" ± ".join([f"{np.mean(v):.3f}"] + [f"{np.std(v, ddof=1):.3f}"] * (len(v) > 1)) if v else "-"
-                     for v in figures]
-            cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
-            seeds = ", ".join(f"{run['seed']}{' (diverged)' * ('diverged' in run)}" for run in runs)
-            skipped = sum(run["skipped"] for run in runs)
-            rows.append(" | ".join([f"| {VARIANTS[name][0]}", seeds, *cells, f"{skipped} |"]))
+    order = list(VARIANTS)  # a variant of an earlier commit comes last
+    for name, what in sorted(found, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
+        runs = found[name, what]
+        ratios = [ratio for run in runs for ratio in run["ratios"]]
+        figures = [[run[key] for run in runs if key in run] for key in ("as they are", "images black", "points black")]
+        cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") if v else "-"
+                 for v in figures]
+        cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
+        seeds = ", ".join(f"{run['seed']}{' (diverged)' * ('diverged' in run)}" for run in runs)
+        skipped = sum(run["skipped"] for run in runs)
+        rows.append(" | ".join([f"| {what}", seeds, *cells, f"{skipped} |"]))
     return "\n".join(rows)
 
 
