@@ -68,6 +68,10 @@ def without_film(setting):
     return replace(setting, film=False, parts=tuple(name for name in setting.parts if name != "film"))
 
 
+def film_late(setting):
+    return setting if setting.stage == 3 else without_film(setting)
+
+
 def without_prior(setting):
     return replace(setting, losses=tuple(name for name in setting.losses if name != "gate"))
 
@@ -181,6 +185,7 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
     "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
+    "kept_film_late": ("the curriculum with FiLM from stage 3 on", film_late, None),
     "kept_no_prior": ("the curriculum without prior", without_prior, None),
     "kept_no_fixed": ("the curriculum, learned gate from stage 2 on", without_fixed, None),
     "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),

@@ -31,7 +31,8 @@ def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
     after = ablate.VARIANTS[name][1](before)
     assert set(after.parts) <= set(PARTS) and len(set(after.parts)) == len(after.parts)
     assert (after.stage, after.name) == (before.stage, before.name)
-    first, last = {"kept_whole": (61, 128), "kept_no_prior": (41, 128), "kept_no_fixed": (21, 40)}.get(name, (21, 128))
+    first, last = {"kept_whole": (61, 128), "kept_film_late": (21, 60), "kept_no_prior": (41, 128),
+                   "kept_no_fixed": (21, 40)}.get(name, (21, 128))
     assert (after == before) == (name in UNCHANGED or not first <= epoch <= last)
     if name not in (*UNCHANGED, "naive"):
         assert (after.clip, after.ramp, after.tower_rate) == (before.clip, before.ramp, before.tower_rate)
@@ -40,7 +41,8 @@ def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
         assert after.fusion == "learned" and after.film == (name in ("film_geometry", "film_2d", "lean"))
         assert ("gate" in after.losses) == (name == "prior") and (after.blank == 0 or name == "lean")
     if name.startswith("kept"):
-        assert after.film == (name != "kept_no_film") and after.blank == before.blank * (name != "kept_whole")
+        late = name == "kept_film_late" and epoch < 61
+        assert after.film == (name != "kept_no_film" and not late) and after.blank == before.blank * (name != "kept_whole")
         assert after.fusion == ("learned" if name == "kept_no_fixed" else before.fusion)
         assert ("gate" in after.losses) == (after.fusion == "learned" and name != "kept_no_prior")
     if name == "naive":
