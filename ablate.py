@@ -47,7 +47,7 @@ def with_film(setting):
 
 
 def lean(setting):
-    """The curriculum without what holds the gate: learned and with FiLM from stage 2 on, scenes still blanked."""
+    """The curriculum without what holds the gate: learned from stage 2 on, no prior; scenes still blanked."""
     return replace(with_film(setting), blank=setting.blank)
 
 
@@ -187,7 +187,7 @@ VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made bef
     "kept_no_film": ("the curriculum without FiLM", without_film, None),
     "kept_film_late": ("the curriculum with FiLM from stage 3 on", film_late, None),
     "kept_no_prior": ("the curriculum without prior", without_prior, None),
-    "kept_no_fixed": ("the curriculum, learned gate from stage 2 on", without_fixed, None),
+    "kept_no_fixed": ("the curriculum, gate learned under its prior from stage 2 on", without_fixed, None),
     "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),
     "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
               "from geometry; bad steps still skipped", all_at_once, no_standardisation),
@@ -257,7 +257,7 @@ def table(folder):
         result = json.loads(path.read_text())
         log = read_log(path.parent / "log.jsonl")[0]
         ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
-        found.setdefault((result["variant"], result["what"]), []).append(
+        found.setdefault((result["variant"], result.get("what", result["variant"])), []).append(
             result | {"ratios": ratios, "skipped": sum(line["skipped_steps"] for line in log)})
     rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
     order = list(VARIANTS)  # a variant of an earlier commit comes last

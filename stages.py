@@ -8,7 +8,8 @@ model with a method `parts()` that returns {part name: list of parameters}; see 
            61-128  enhancement  a pretrained tower's ends train, at a tenth of the rate or less; now and then a scene
                                 comes without its images or without its points' colours: neither is relied on
 
-No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace.
+No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace. The 2D side
+gets its gradient through the fused feature alone, so it grows with the ramp, from 0.
 """
 
 from dataclasses import dataclass, replace

@@ -25,7 +25,7 @@ def _patches_end_with_the_test(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ablate.VARIANTS)
-@pytest.mark.parametrize("epoch", [25, 50, 70])
+@pytest.mark.parametrize("epoch", [21, 25, 40, 41, 50, 60, 61, 70])
 def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
     before = setting_at(epoch, pretrained=True)
     after = ablate.VARIANTS[name][1](before)
@@ -37,6 +37,8 @@ def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
     if name not in (*UNCHANGED, "naive"):
         assert (after.clip, after.ramp, after.tower_rate) == (before.clip, before.ramp, before.tower_rate)
         assert ("gate" in after.parts) == (after.fusion == "learned") and ("film" in after.parts) == after.film
+        assert set(after.parts) - {"gate", "film"} == set(before.parts) - {"gate", "film"}
+        assert set(after.losses) - {"gate"} == set(before.losses) - {"gate"}
     if name in ("plain", "film_geometry", "film_2d", "dropout", "prior", "lean"):
         assert after.fusion == "learned" and after.film == (name in ("film_geometry", "film_2d", "lean"))
         assert ("gate" in after.losses) == (name == "prior") and (after.blank == 0 or name == "lean")
