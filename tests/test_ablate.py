@@ -92,11 +92,10 @@ def test_patches_reach_the_model_that_train_makes(tiny_rooms, tmp_path, monkeypa
     assert networks.blend.__module__ == "ablate"
 
 
-def test_blanking_is_measured_on_val_and_words_that_are_none_get_the_variants(tiny_run, capsys):
-    folder, log = tiny_run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.RECIPES["small"], "image_size", (64, 48))
-        ablate.main(["--blank", str(folder / "last.pt")])
+def test_blanking_is_measured_on_val_and_unknown_words_get_the_variants(tiny_rooms, tmp_path, monkeypatch, capsys):
+    log = run("kept", tiny_rooms, tmp_path, monkeypatch)
+    capsys.readouterr()
+    ablate.main(["--blank", str(tmp_path / "run" / "last.pt")])
     said = json.loads(capsys.readouterr().out.partition(" ")[2])
     assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
     assert set(said) == set(ablate.BLANKED)
