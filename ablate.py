@@ -32,8 +32,7 @@ FAULT_RATE = 0.01  # share of the steps, for each fault
 
 def plain(setting):
     """A learned gate from the first fused epoch on, and nothing that holds it."""
-    setting = without_fixed(without_film(setting))
-    return replace(setting, losses=tuple(name for name in setting.losses if name != "gate"), blank=0.0)
+    return without_blanks(without_prior(without_fixed(without_film(setting))))
 
 
 def fixed(setting):

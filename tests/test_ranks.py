@@ -199,7 +199,7 @@ def test_gradients_of_two_processes_with_half_the_batch_are_those_of_one_with_al
     for ours in results(lambda: gradients(*args), tmp_path):
         assert_close(ours, whole)
     trained = {name.partition(".")[0] for name in whole["whole, stage 3"][0]}
-    assert {"unet", "decoder", "tower", "film", "gates"} <= trained  # it compares something
+    assert {"unet", "decoder", "tower", "standardise_2d", "film", "gates", "semantic_head"} <= trained
 
 
 def test_gradients_are_reduced_once_and_after_every_batch_norm(make_model, pairs_of_scenes, tmp_path):
