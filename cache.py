@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import frame_files, load_frames, start_worker
+from data import start_worker
+from scenes.folder import frame_files, load_frames
 from tower import MAX_DEPTH, VIEW_CHUNK
 
 FORMAT = 1  # raise it whenever the same tower gives other numbers or a file another meaning

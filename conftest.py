@@ -171,7 +171,7 @@ def train_steps():
 @pytest.fixture(scope="session")
 def tiny_rooms(tmp_path_factory):
     """Folder of 4 train and 2 val generated rooms with frames of 64x48, thinned to every 8th point."""
-    import rooms
+    from scenes import rooms
 
     root = tmp_path_factory.mktemp("data") / "rooms"
     rooms.generate(root, train=4, val=2, workers=1, image_size=SMALL_IMAGE)
@@ -183,7 +183,8 @@ def tiny_rooms(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pairs_of_scenes(tiny_rooms):
     """{case: two scenes}; of the second something may be missing."""
-    from data import IGNORE, SceneDataset
+    from data import SceneDataset
+    from scenes.folder import IGNORE
 
     frames, bare = (SceneDataset(tiny_rooms, "train", voxel_size=0.25, views=views, image_size=SMALL_IMAGE)
                     for views in (2, 0))
@@ -201,7 +202,7 @@ def run_train(tiny_rooms):
 
     run_train(out, "--stage", 1, ...); images of 64x48, voxels of 25 cm, 2 frames, CPU, no worker processes.
     """
-    from report import read_log
+    from experiments.report import read_log
     from train import RECIPES, main
 
     def run(out, *flags):

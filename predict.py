@@ -10,9 +10,6 @@ Whatever is missing is computed or done without, and said in one line. Writes fo
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
     <scan>_instances.txt  the list: class, score, points, box
     <scan>.png            colours, classes, instances, and the ground truth where there is one
-With --text "a red armchair" "whiteboard" also, from the frames and the run's pretrained CLIP model (openvocab.py),
-    <scan>_text_1.ply ... a file a text, property `similarity`, colours from blue (fits least) to yellow (fits best)
-    <scan>_text.png       the same as pictures
 CloudCompare and MeshLab open the .ply files. A large scan is predicted in tiles; an object on a border becomes two.
 """
 
@@ -26,23 +23,20 @@ import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import (CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, collate, estimate_normals, evenly_spread,
-                  instance_targets, load_frames, load_scene, scene_item, superpoints_from_points, usable_frames,
-                  voxel_means, voxelise)
+from data import collate, evenly_spread, instance_targets, scene_item
 from metrics import semantic_iou
-from openvocab import load_clip, search
-from ply import read_ply, vertex_normals
-from tower import SCRATCH, VIEW_CHUNK
-from train import RECIPES, depth_tolerance, instances_of_scene, load_model, to_device
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, load_scene, usable_frames
+from scenes.ply import read_ply
+from scenes.points import voxelise
+from tower import VIEW_CHUNK
+from train import RECIPES, instances_of_scene, load_model, to_device
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
-FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
 POINTWISE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # of a scene
-TEXT_FRAMES = 40  # of a scan that --text looks at
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
@@ -78,10 +72,7 @@ def read_scan(path):
     """
     path, notes = Path(path), []
     if (path / "coord.npy").is_file():
-        scene = load_scene(path)
-        for key, what in (("normal", "normals"), ("superpoint", "superpoints")):
-            if not (path / f"{key}.npy").is_file():
-                notes.append(f"no {what}: computed")
+        scene, notes = complete(load_scene(path))
         notes += _skipped(scene["frames_skipped"])
         return scene | {"origin": np.zeros(3)}, notes
     file = path
@@ -111,33 +102,18 @@ def read_scan(path):
     if color is None:
         color = np.full((len(coord), 3), 127, np.uint8)
         notes.append("no colours: taken as grey")
-    cells, point_to_cell = coord, None
-    if len(coord) > FINE_POINTS:
-        edge = 0.02
-        while point_to_cell is None or len(cells) > FINE_POINTS:
-            grid, point_to_cell = voxelise(coord, edge)
-            cells, edge = voxel_means(coord, point_to_cell, len(grid)), 1.5 * edge
     if normal is not None:
         normal = np.nan_to_num(normal.astype(np.float32))
         normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
-    elif faces is not None:
-        normal = vertex_normals(coord, faces)
-        notes.append("no normals: from the faces")
-    else:
-        normal = estimate_normals(cells)
-        normal = normal if point_to_cell is None else normal[point_to_cell]
-        notes.append("no normals: estimated")
-    cell_normal = normal if point_to_cell is None else voxel_means(normal, point_to_cell, len(cells))
-    superpoint = superpoints_from_points(cells, cell_normal)
-    notes.append("no superpoints: computed")
+    scene, found = complete({"coord": coord, "normal": normal, "superpoint": None, "faces": faces})
+    notes += found
     folder = path if path.is_dir() else None
     ids, skipped = usable_frames(folder) if folder else ([], 0)
     notes += _skipped(skipped)
     if not ids:
         notes.append("no frames: 3D only")
-    return {"name": path.stem, "coord": coord, "color": color, "normal": normal, "segment": None, "instance": None,
-            "superpoint": superpoint if point_to_cell is None else superpoint[point_to_cell], "frame_ids": ids,
-            "frames_skipped": skipped, "origin": origin}, notes
+    return scene | {"name": path.stem, "color": color, "segment": None, "instance": None, "frame_ids": ids,
+                    "frames_skipped": skipped, "origin": origin}, notes
 
 
 def _skipped(frames):
@@ -330,32 +306,6 @@ def write_ply(path, coord, color, labels=None, instance=None, similarity=None):
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
 
 
-def find_texts(clip, texts, scene, path, config, coord, out, device):
-    """Write a .ply a text and one picture of them all; returns a line of text that says what came out."""
-    if not scene["frame_ids"]:
-        return f"{scene['name']}: no frames, so no text can be looked for"
-    frames = {k: torch.from_numpy(v).to(device) for k, v in scan_frames(scene, path, config, TEXT_FRAMES).items()}
-    points = torch.from_numpy(scene["coord"]).to(device)
-    similarity, seen = (x.cpu().numpy() for x in search(*clip, texts, points, frames, depth_tolerance(config)))
-    panels = {(0, 0): ("input colours", scene["color"])}
-    for i, text in enumerate(texts):
-        color = heat(similarity[:, i], seen)
-        write_ply(out / f"{scene['name']}_text_{i + 1}.ply", coord, color, similarity=similarity[:, i])
-        panels[divmod(i + 1, 3)] = (text, color)
-    draw_panels(out / f"{scene['name']}_text.png", scene, panels, f"{scene['name']}: {config.clip}")
-    best = [f"{text!r} up to {similarity[seen, i].max():.2f}" if seen.any() else "" for i, text in enumerate(texts)]
-    return (f"{scene['name']}: texts on the {seen.mean():.0%} of the points that {len(frames['depth'])} frames see: "
-            f"{', '.join(best)} -> {out}/{scene['name']}_text.png, {scene['name']}_text_1.ply ...")
-
-
-def heat(values, shown):
-    """(N,) float -> (N, 3) u8, blue to yellow from the 5th to the 99.5th percentile of those shown, grey elsewhere."""
-    low, high = np.percentile(values[shown], (5, 99.5)) if shown.any() else (0, 1)
-    share = np.clip((values - low) / max(high - low, 1e-6), 0, 1)[:, None]
-    color = (1 - share) * np.array([40, 50, 140]) + share * np.array([255, 225, 40])
-    return np.where(shown[:, None], color, NO_LABEL).astype(np.uint8)
-
-
 def class_colors(labels):
     """(N,) class index or IGNORE -> (N, 3) u8."""
     return np.vstack([CLASS_COLORS, NO_LABEL])[labels]  # IGNORE, -1, is the last
@@ -463,8 +413,6 @@ def main(argv=None):
     parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
-    parser.add_argument("--text", nargs="+", metavar="TEXT", help="colour the scan by how well each point fits a text")
-    parser.add_argument("--clip-weights", help="of --text, where the run's own file has moved: file or pretrained tag")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -472,14 +420,6 @@ def main(argv=None):
         if len(set(names)) < len(names):
             raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
         model, config = open_checkpoint(args.checkpoint, args.device)
-        weights = args.clip_weights or config.clip_weights
-        if args.text and weights == SCRATCH:
-            raise ValueError(f"--text needs a pretrained CLIP model with its text tower, and {args.checkpoint} was "
-                             "trained without one; give --clip-weights, of the tower that --clip named in training")
-        clip = None
-        if args.text:
-            clip, tokenizer = load_clip(config.clip, weights)
-            clip = clip.to(args.device), tokenizer
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for folder in args.scenes:
@@ -502,8 +442,6 @@ def main(argv=None):
             print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, "
                   f"{len(np.unique(labels))} classes, {len(rows)} instances -> {out}/{name}_semantic.ply, "
                   f"{name}_instances.ply, {name}_instances.txt, {name}.png\n{table}")
-            if args.text:
-                print(find_texts(clip, args.text, scene, Path(folder).resolve(), config, coord, out, args.device))
     except (KeyError, OSError, ValueError) as error:
         message = error.args[0] if isinstance(error, KeyError) else str(error)
         sys.exit("error: " + message.partition("\n")[0])  # torch's messages go on for a screen

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import failures
+from experiments import failures
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats
 from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, gate_prior, weighted_sum

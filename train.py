@@ -28,15 +28,34 @@ from tqdm import tqdm
 
 import ranks
 from cache import FeatureCache
-from data import CLASS_NAMES, THINGS, SceneDataset, evenly_spread, loader, usable_frames
-from guard import (MAX_SKIPPED_IN_A_ROW, Guard, Stopped, StopSignals, all_finite, append_line, blame, cut_half_line,
-                   whole_file)
+from data import SceneDataset, evenly_spread, loader
+from experiments.report import draw_curves, read_log
+from guard import (
+    MAX_SKIPPED_IN_A_ROW,
+    Guard,
+    Stopped,
+    StopSignals,
+    all_finite,
+    append_line,
+    blame,
+    cut_half_line,
+    whole_file,
+)
 from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, semantic_loss, weighted_sum
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, select_instances, superpoint_graph, superpoint_sizes
-from report import draw_curves, read_log
-from stages import (PLAN_B, PLANS, STAGES, apply_setting, clip_by_branch, parameter_groups, set_rates,
-                    setting_at, stage_epochs)
+from scenes.folder import CLASS_NAMES, THINGS, usable_frames
+from stages import (
+    PLAN_B,
+    PLANS,
+    STAGES,
+    apply_setting,
+    clip_by_branch,
+    parameter_groups,
+    set_rates,
+    setting_at,
+    stage_epochs,
+)
 from tower import SCRATCH
 
 ROOMS = "data/rooms"  # generated on first use
@@ -413,7 +432,7 @@ def train(config, stop):
     # ---- data
     recipe = RECIPES[config.preset]
     if config.data == ROOMS and first:
-        import rooms
+        from scenes import rooms
 
         spec = rooms.read_spec(ROOMS)  # rooms made with another seed are completed with theirs
         if spec or not Path(ROOMS, "train").exists():

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import train
-from report import read_log
+from experiments.report import read_log
 
 TINY = {"image_size": (64, 48), "voxel_size": 0.25, "views": 2, "batch_size": 1}
 VARYING = ("seconds", "peak_memory_mb")
@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=24, help="of the whole curriculum (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
-    import rooms
+    from scenes import rooms
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

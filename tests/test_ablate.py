@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-import ablate
 import fusion
 import model as networks
 import train
+from experiments import ablate
 from stages import PARTS, setting_at
 
 UNCHANGED = ("baseline", "kept", "kept_film_2d", "faults")

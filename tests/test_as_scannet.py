@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from plyfile import PlyData
 
-import rooms
-from data import CLASS_NAMES, NYU40_IDS, load_frames, load_scene, scene_item
+from data import scene_item
 from fusion import link_views
+from scenes import rooms
+from scenes.folder import CLASS_NAMES, NYU40_IDS, load_frames, load_scene
 
 SIZE = (64, 48)
 SCANS = {"scene0000_00": "train", "scene0001_00": "val"}
@@ -263,7 +264,7 @@ def visible_voxels(folder, scene):
 @pytest.fixture(scope="module", params=["sens", "exported"])
 def prepared(request, roots, tmp_path_factory):
     """What scannet.py makes of the scans when one kind of frames is left: the folder of the data set."""
-    import scannet
+    from scenes import scannet
 
     raw, out = (tmp_path_factory.mktemp(name) for name in ("raw", "out"))
     shutil.copytree(roots[1], raw, copy_function=os.link, dirs_exist_ok=True)

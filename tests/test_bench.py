@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
-import bench
-import profile_step
-from data import voxelise
+from experiments import bench, profile_step
 from fusion import link_views, sample_views
+from scenes.points import voxelise
 from stages import stage_epochs
 from train import to_device
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import Payload
 import cache as cache_module
 import tower as tower_module
 import train
 from cache import FeatureCache
-from data import SceneDataset, collate, load_frames
+from conftest import Payload
+from data import SceneDataset, collate
 from guard import StopSignals
+from scenes.folder import load_frames
 from stages import apply_setting, setting_at
 from tower import ClipTower, import_open_clip
 

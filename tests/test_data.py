@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import Payload
 import data
-from data import IGNORE, EpochBatches, SceneDataset, collate, load_frames, load_scene, loader, scene_item, voxelise
+from conftest import Payload
+from data import EpochBatches, SceneDataset, collate, loader, scene_item
+from scenes.folder import IGNORE, load_frames, load_scene
+from scenes.points import voxelise
 
 AUGMENTATIONS = ("flip", "rotate", "scale", "elastic", "jitter")
 CAMERA_KEYS = ("depth", "world_to_camera", "intrinsics")

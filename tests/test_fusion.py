@@ -10,8 +10,21 @@ import torch
 import torch.nn.functional as F
 
 import fusion
-from fusion import (DEPTH_TOLERANCE, GEOMETRY_CHANNELS, FiLM, LiteFusionGate, Links, SimpleFusion, Standardise, blend,
-                    fusion_stats, geometry_code, link_views, project_points, sample_views)
+from fusion import (
+    DEPTH_TOLERANCE,
+    GEOMETRY_CHANNELS,
+    FiLM,
+    Links,
+    LiteFusionGate,
+    SimpleFusion,
+    Standardise,
+    blend,
+    fusion_stats,
+    geometry_code,
+    link_views,
+    project_points,
+    sample_views,
+)
 
 INTRINSICS = torch.tensor([[100.0, 0, 40], [0, 120, 30], [0, 0, 1]])
 WIDTH, HEIGHT = 81, 61

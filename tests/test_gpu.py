@@ -11,7 +11,6 @@ import torch
 from test_ranks import assert_close, gradients, torchrun, torchrun_trains_all_stages
 
 from data import SceneDataset, collate
-from openvocab import load_clip, search
 from predict import open_checkpoint, predict_scene
 from train import RECIPES, load_model, to_device
 

@@ -6,8 +6,21 @@ import math
 import pytest
 import torch
 
-from losses import (IGNORE, LOSS_WEIGHTS, NO_OBJECT, OUTSIDE, alignment_loss, gate_prior, instance_loss,
-                    layer_loss, mask_costs, match, scene_mean, semantic_loss, weighted_sum)
+from losses import (
+    IGNORE,
+    LOSS_WEIGHTS,
+    NO_OBJECT,
+    OUTSIDE,
+    alignment_loss,
+    gate_prior,
+    instance_loss,
+    layer_loss,
+    mask_costs,
+    match,
+    scene_mean,
+    semantic_loss,
+    weighted_sum,
+)
 
 
 def example(sizes=(40, 25), classes=4, scale=1.0):

@@ -10,8 +10,20 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 
 from losses import LOSS_WEIGHTS, weighted_sum
-from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, SparseUNet, VoxelBatchNorm, build_model,
-                   largest_pieces, select_instances, superpoint_graph, superpoint_means, superpoint_sizes)
+from model import (
+    IN_CHANNELS,
+    PRESETS,
+    Attention,
+    QueryDecoder,
+    SparseUNet,
+    VoxelBatchNorm,
+    build_model,
+    largest_pieces,
+    select_instances,
+    superpoint_graph,
+    superpoint_means,
+    superpoint_sizes,
+)
 from stages import PARTS, apply_setting, setting_at
 from train import loss_terms
 

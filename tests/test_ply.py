@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ply
-from ply import read_ply
+from scenes import ply
+from scenes.ply import read_ply
 
 
 def grid_mesh(columns=6, rows=5):
@@ -222,7 +222,7 @@ def test_the_file_copied_alone_reads_a_mesh_and_needs_numpy_alone(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-import ply
+from scenes import ply
 mesh = ply.read_ply({str(tmp_path / "a.ply")!r})
 assert mesh["coord"].shape == (30, 3) and mesh["faces"].shape == (40, 3)
 assert not {{"torch", "PIL", "scipy", "data"}} & sys.modules.keys()

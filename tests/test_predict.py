@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
-from conftest import Payload
 import data
 import predict
-from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, collate, load_frames, load_scene, scene_item
+from conftest import Payload
+from data import collate, scene_item
 from metrics import instance_ap
 from model import build_model
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, load_frames, load_scene
 from stages import parameter_groups, setting_at, stage_epochs
 from train import RECIPES, Config, save_checkpoint, to_device
 

@@ -23,9 +23,9 @@ import guard
 import ranks
 import train
 from data import EpochBatches, SceneDataset, collate, loader
+from experiments.report import read_log
 from losses import LOSS_WEIGHTS
 from model import VoxelBatchNorm, import_spconv
-from report import read_log
 from stages import apply_setting, setting_at
 from train import WeightedLoss, load_checkpoint, to_device
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import report
+from experiments import report
+from experiments.report import draw_curves
 from metrics import criteria
-from report import draw_curves
 
 REPORT = Path(report.__file__)
 
@@ -268,7 +268,7 @@ def test_importing_report_loads_neither_matplotlib_nor_torch():
 
 def test_failures_prints_a_row_an_experiment_draws_them_and_exits_1_where_one_does_not_hold(tmp_path, capsys,
                                                                                             monkeypatch):
-    import failures
+    from experiments import failures
 
     good = failures.Finding("jolt", "jump of the logits", 1.5, 0.0, 0.1, 1e-5)
     cured = good._replace(name="no disease", without=0.0)

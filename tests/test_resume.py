@@ -17,7 +17,7 @@ from kill import VARYING, differences, kill_and_resume, same, start
 
 import train
 from cache import FeatureCache
-from report import read_log
+from experiments.report import read_log
 from tower import VIEW_CHUNK
 from train import load_checkpoint, main, save_checkpoint
 

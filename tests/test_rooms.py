@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 
-import rooms
-from data import CLASS_NAMES
+from scenes import rooms
+from scenes.folder import CLASS_NAMES
 
 
 @pytest.fixture(scope="module")

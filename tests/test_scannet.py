@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_ply import DAMAGE, QUICK, damage, grid_mesh, mesh_columns, peak_memory, ply_bytes, scene_or_clear_error
 
 from conftest import Payload
-import scannet
-from data import NYU40_IDS, load_frames, load_scene
 from model import build_model
+from scenes import scannet
+from scenes.folder import NYU40_IDS, load_frames, load_scene
 from stages import parameter_groups
-from test_ply import DAMAGE, QUICK, damage, grid_mesh, mesh_columns, peak_memory, ply_bytes, scene_or_clear_error
 from train import Config, save_checkpoint
 
 AXIS = np.array([[0.8, -0.6, 0, 1.5], [0.6, 0.8, 0, -2.0], [0, 0, 1, 0.25], [0, 0, 0, 1]])
@@ -627,7 +627,7 @@ def test_the_200_classes_are_200():
 
 
 def test_the_plain_reader_of_the_bench_reads_the_same_frames(tmp_path):
-    import bench
+    from experiments import bench
 
     bench.write_sens(tmp_path / "a.sens", 3, color_size=COLOR_SIZE, depth_size=DEPTH_SIZE)
     plain = bench.sens_by_struct(tmp_path / "a.sens")

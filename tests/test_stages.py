@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from stages import (INSTANCE, PARTS, PLAN_B, PLANS, RAMP, STAGES, apply_setting, clip_by_branch, parameter_groups,
-                    set_rates, setting_at, stage_epochs)
+from stages import (
+    INSTANCE,
+    PARTS,
+    PLAN_B,
+    PLANS,
+    RAMP,
+    STAGES,
+    apply_setting,
+    clip_by_branch,
+    parameter_groups,
+    set_rates,
+    setting_at,
+    stage_epochs,
+)
 
 EPOCHS = 129
 MOMENTS = [epoch + share for epoch in range(EPOCHS) for share in (0.0, 0.5, 0.99)]

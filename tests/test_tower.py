@@ -16,8 +16,16 @@ import tower as tower_module
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import BiFusion
 from stages import apply_setting, parameter_groups, set_rates, setting_at
-from tower import (MAX_DEPTH, SCRATCH, ClipTower, build_visual, describe, import_open_clip, position_embedding,
-                   read_weights)
+from tower import (
+    MAX_DEPTH,
+    SCRATCH,
+    ClipTower,
+    build_visual,
+    describe,
+    import_open_clip,
+    position_embedding,
+    read_weights,
+)
 from train import loss_terms
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073)

@@ -13,11 +13,21 @@ import torch
 from PIL import Image
 
 import train
+from experiments.report import read_log
 from metrics import criteria
-from report import read_log
 from stages import INSTANCE, stage_epochs
-from train import (MAX_SKIPPED_IN_A_ROW, RECIPES, WARM_UP, Config, learning_rate, load_checkpoint, load_model, main,
-                   parse_config, save_checkpoint)
+from train import (
+    MAX_SKIPPED_IN_A_ROW,
+    RECIPES,
+    WARM_UP,
+    Config,
+    learning_rate,
+    load_checkpoint,
+    load_model,
+    main,
+    parse_config,
+    save_checkpoint,
+)
 
 SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
 LOG_KEYS = {"epoch", "stage", "model", "loss", "losses", "val_miou", "val_iou", "fusion_2d_ratio", "fusion_ramp",
@@ -440,7 +450,7 @@ def test_scenes_whose_poses_are_lost_train_without_images_and_warn_once_each(run
 
 
 def test_default_rooms_that_are_half_generated_are_completed(monkeypatch, tmp_path):
-    import rooms
+    from scenes import rooms
 
     monkeypatch.chdir(tmp_path)
     asked = []

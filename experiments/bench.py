@@ -33,15 +33,17 @@ from scipy.spatial import cKDTree
 from torch.profiler import record_function
 
 from cache import FeatureCache
-from data import NYU40_IDS, STUFF, THINGS, SceneDataset, collate, usable_frames, voxelise
+from data import SceneDataset, collate
+from experiments.profile_step import split_step
 from fusion import link_views, sample_views
 from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import InstanceAP, _intersections, _unique_ids, instance_ap
 from model import PRESETS, Attention, QueryDecoder, build_model, superpoint_graph, superpoint_means
-from profile_step import split_step
-from rooms import write_scene
-from scannet import prepare, read_sens
+from scenes.folder import NYU40_IDS, STUFF, THINGS, usable_frames
+from scenes.points import voxelise
+from scenes.rooms import write_scene
+from scenes.scannet import prepare, read_sens
 from stages import apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
 from tower import SCRATCH
 from train import RECIPES, instances_of_scene, load_model, loss_terms, to_device

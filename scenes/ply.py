@@ -230,12 +230,3 @@ def _triangles(path, code, chunks, vertices):
     if len(faces) and (faces.min() < 0 or faces.max() >= vertices):
         raise fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
     return faces if len(faces) else None
-
-
-def vertex_normals(coord, faces):
-    """Mean normal of the triangles at each vertex, weighted by their area: (N, 3) f32 unit, 0 where there is none."""
-    a, b, c = (coord[faces[:, i]].astype(np.float64) for i in range(3))
-    area = np.cross(b - a, c - a)  # (F, 3), twice the area long
-    total = sum(np.stack([np.bincount(faces[:, i], area[:, j], len(coord)) for j in range(3)], 1) for i in range(3))
-    length = np.linalg.norm(total, axis=1, keepdims=True)
-    return (total / np.where(length > 0, length, 1)).astype(np.float32)

@@ -36,8 +36,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import IGNORE, NYU40_IDS, STUFF
-from ply import fault, read_ply, vertex_normals
+from scenes.folder import IGNORE, NYU40_IDS, STUFF
+from scenes.ply import fault, read_ply
+from scenes.points import vertex_normals
 
 SPLITS = ("train", "val", "test")
 SCENE_NAME = re.compile(r"scene\d{4}_\d\d")

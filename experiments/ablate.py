@@ -22,9 +22,9 @@ import model as networks
 import stages
 import train
 from data import SceneDataset, loader
-from failures import FiLMOf2D
+from experiments.failures import FiLMOf2D
+from experiments.report import read_log
 from guard import StopSignals, whole_file
-from report import read_log
 
 DROP = 0.1  # share of the scenes of which one branch is dropped
 FAULT_RATE = 0.01  # share of the steps, for each fault

@@ -33,7 +33,7 @@ from PIL import Image
 from scipy.spatial import Delaunay
 from tqdm import tqdm
 
-from data import CLASS_COLORS, CLASS_NAMES, NYU40_IDS
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS
 
 GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
 POINTS_PER_M2 = 1000

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import nn
 
-from data import IGNORE, NUM_CLASSES, SceneDataset, augment_points, collate, scene_item
+from data import SceneDataset, augment_points, collate, scene_item
 from fusion import DEPTH_TOLERANCE, FiLM, LiteFusionGate, Standardise, blend, link_views
 from guard import Guard, all_finite
 from losses import LOSS_WEIGHTS, match, semantic_loss, weighted_sum
 from model import VoxelBatchNorm, build_model
-from rooms import write_scene
+from scenes.folder import IGNORE, NUM_CLASSES
+from scenes.rooms import write_scene
 from stages import LEARNED_GATE_FROM, apply_setting, clip_by_branch, parameter_groups, setting_at, stage_epochs
 from tower import SCRATCH
 from train import loss_terms

@@ -1,0 +1,163 @@
+"""Points of a scan: voxels, and what a scan may lack, normals and superpoints."""
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+IGNORE = -1
+
+
+def voxelise(coord, voxel_size):
+    """Points -> voxels of a regular grid that starts at the points' lowest corner.
+
+    The cell's number and the point's number are packed into one 64-bit integer, so a single plain sort (which NumPy
+    runs in vector instructions, unlike an argsort) groups the points.
+
+    Args:
+        coord: (N, 3) float, metres, finite.  voxel_size: metres.
+
+    Returns:
+        grid_coord:     (M, 3) int64 >= 0, in ascending order (x first): the order of the points does not matter.
+        point_to_voxel: (N,) int64, row of grid_coord of each point.
+
+    Raises:
+        ValueError: an extent of so many voxels that cell and point do not fit 63 bits.
+    """
+    n = len(coord)
+    axes = []
+    for axis in range(3):
+        values = np.ascontiguousarray(coord[:, axis])
+        axes.append((values - values.min()) / values.dtype.type(voxel_size))
+    extent = [float(a.max()) for a in axes]  # still float: a cast to int64 would wrap without a word
+    shape = [int(e) + 1 if e < 2**62 else 2**62 for e in extent]
+    bits = max(1, (n - 1).bit_length())
+    if (shape[0] * shape[1] * shape[2]).bit_length() + bits > 63:
+        raise ValueError(f"{n} points span {shape[0]} x {shape[1]} x {shape[2]} voxels of {voxel_size} m, which "
+                         "overflows; take a larger voxel size, or check the units (metres) and outliers")
+    axes = [a.astype(np.int64) for a in axes]
+    key = (axes[0] * shape[1] + axes[1]) * shape[2] + axes[2]
+    key <<= bits
+    key |= np.arange(n)
+    key.sort()
+    order = key & ((1 << bits) - 1)
+    key >>= bits
+    first = np.empty(n, bool)
+    first[0] = True
+    np.not_equal(key[1:], key[:-1], out=first[1:])
+    point_to_voxel = np.empty(n, np.int64)
+    point_to_voxel[order] = np.cumsum(first) - 1
+    cell, z = np.divmod(key[first], shape[2])
+    x, y = np.divmod(cell, shape[1])
+    return np.stack([x, y, z], 1), point_to_voxel
+
+
+def voxel_means(values, point_to_voxel, num_voxels):
+    """(N, C) -> (M, C) f32: the mean over each voxel's points."""
+    count = np.bincount(point_to_voxel, minlength=num_voxels)
+    sums = [np.bincount(point_to_voxel, values[:, c], num_voxels) for c in range(values.shape[1])]
+    return (np.stack(sums, 1) / count[:, None]).astype(np.float32)
+
+
+def voxel_majority(labels, point_to_voxel, num_voxels, num_classes):
+    """(N,) -> (M,) int64: the most frequent label among a voxel's labelled points (the lowest on a tie).
+
+    IGNORE only where no point of the voxel is labelled.
+    """
+    labelled = labels != IGNORE
+    key = point_to_voxel[labelled] * num_classes + labels[labelled]
+    votes = np.bincount(key, minlength=num_voxels * num_classes).reshape(num_voxels, num_classes)
+    return np.where(votes.any(1), votes.argmax(1), IGNORE)
+
+
+def vertex_normals(coord, faces):
+    """Mean normal of the triangles at each vertex, weighted by their area: (N, 3) f32 unit, 0 where there is none."""
+    a, b, c = (coord[faces[:, i]].astype(np.float64) for i in range(3))
+    area = np.cross(b - a, c - a)  # (F, 3), twice the area long
+    total = sum(np.stack([np.bincount(faces[:, i], area[:, j], len(coord)) for j in range(3)], 1) for i in range(3))
+    length = np.linalg.norm(total, axis=1, keepdims=True)
+    return (total / np.where(length > 0, length, 1)).astype(np.float32)
+
+
+def estimate_normals(coord, neighbours=12, chunk=50_000):
+    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; turned to where
+    a room is seen from: up on level surfaces (down in the top tenth of the height, a ceiling), else to the middle. Zero
+    where it is not defined."""
+    tree, middle = cKDTree(coord), coord.mean(0)
+    ceiling = coord[:, 2].min() + 0.9 * np.ptp(coord[:, 2])
+    k = min(neighbours, len(coord))
+    normal = np.zeros_like(coord, dtype=np.float32)
+    for start in range(0, len(coord) if k >= 3 else 0, chunk):
+        part = coord[start : start + chunk]
+        near = coord[tree.query(part, k)[1]].astype(np.float64)  # (n, k, 3)
+        near -= near.mean(1, keepdims=True)
+        axes = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1]  # ascending spread
+        out = axes[:, :, 0]
+        inward = np.einsum("nc,nc->n", out[:, :2], (middle - part)[:, :2])
+        upward = np.where(part[:, 2] > ceiling, -out[:, 2], out[:, 2])
+        away = np.where(np.abs(out[:, 2]) > 0.5, upward, inward) < 0
+        normal[start : start + chunk] = np.where(away[:, None], -out, out)
+    return normal
+
+
+def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8, cell=1.0, smallest=20):
+    """Over-segment a scan from its points alone: no mesh, no compiled extension.
+
+    Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
+    neither point off the other's tangent plane), cut at a coarse grid so that a wall is not one piece, tiny ones given
+    to the nearest larger one.
+
+    Args:
+        coord, normal: (N, 3) float, metres and unit.
+        angle:  degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
+        cell:   metres, edge of the coarse grid.  smallest: points below which a piece is merged.
+
+    Returns:
+        (N,) int64, ids 0..S-1.
+    """
+    n, k = len(coord), min(neighbours + 1, len(coord))
+    distance, near = (a.reshape(n, k) for a in cKDTree(coord).query(coord, k))
+    reach = 3 * np.median(distance[:, 1:]) if k > 1 else 0.0
+    a, b = np.repeat(np.arange(n), k), near.ravel()
+    step = coord[b] - coord[a]
+    off = np.maximum(np.abs((step * normal[a]).sum(1)), np.abs((step * normal[b]).sum(1)))
+    smooth = np.abs((normal[a] * normal[b]).sum(1)) > np.cos(np.radians(angle))
+    keep = smooth & (off < offset) & (distance.ravel() <= reach)
+    graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(n, n))
+    piece = connected_components(graph, directed=False)[1]
+    corner = ((coord - coord.min(0)) // cell).astype(np.int64)
+    piece = np.unique(np.column_stack([piece, corner]), axis=0, return_inverse=True)[1].ravel()
+    large = np.bincount(piece)[piece] >= smallest
+    if large.any() and not large.all():
+        piece[~large] = piece[large][cKDTree(coord[large]).query(coord[~large])[1]]
+    return np.unique(piece, return_inverse=True)[1].ravel().astype(np.int64)
+
+
+FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
+
+
+def complete(scene):
+    """Fill in what a scan lacks: normals, by its faces where it has some, and superpoints.
+
+    Args:
+        scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
+
+    Returns:
+        scene with both; list of str, what was computed.
+    """
+    coord, normal, superpoint, notes = scene["coord"], scene["normal"], scene["superpoint"], []
+    cells, point_to_cell, edge = coord, slice(None), 0.02
+    while len(cells) > FINE_POINTS:
+        grid, point_to_cell = voxelise(coord, edge)
+        cells, edge = voxel_means(coord, point_to_cell, len(grid)), 1.5 * edge
+    if normal is None and scene.get("faces") is not None:
+        normal = vertex_normals(coord, scene["faces"])
+        notes.append("no normals: from the faces")
+    elif normal is None:
+        normal = estimate_normals(cells)[point_to_cell]
+        notes.append("no normals: estimated")
+    if superpoint is None:
+        of_cells = normal if cells is coord else voxel_means(normal, point_to_cell, len(cells))
+        superpoint = superpoints_from_points(cells, of_cells)[point_to_cell]
+        notes.append("no superpoints: computed")
+    return scene | {"normal": normal, "superpoint": superpoint}, notes
