@@ -27,7 +27,7 @@ from data import collate, evenly_spread, instance_targets, scene_item
 from metrics import semantic_iou
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, load_scene, usable_frames
 from scenes.ply import read_ply
-from scenes.points import voxelise
+from scenes.points import complete, voxelise
 from tower import VIEW_CHUNK
 from train import RECIPES, instances_of_scene, load_model, to_device
 
