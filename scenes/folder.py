@@ -1,11 +1,27 @@
-"""The scene folder: reading it."""
+"""The scene folder and any other scan: reading both. Needs NumPy, Pillow and plyfile; copied alone it works.
 
+    <scene>/
+      coord.npy (N, 3) m   color.npy (N, 3) 0..255   normal.npy (N, 3), optional
+      segment20.npy (N,) -1 = ignore   instance.npy (N,) -1 = none   superpoint.npy (N,), all three optional
+      color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
+      intrinsic/intrinsic_color.txt
+
+This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them. `load_scene` and
+`load_frames` read it. `read_scan` also reads a .ply (points or mesh, ascii or binary), a .npy of points (N, 3) or with
+colours (N, 6), and an .npz with the names of ARRAYS. No reader runs code that a file may hold, and a damaged file is
+one ValueError with the file, what was expected and what was found.
+
+Axes: N points, F triangles, V views, H, W image size.
+"""
+
+import functools
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from PIL import Image
+from plyfile import PlyData, PlyElementParseError
 
 IGNORE = -1
 CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -19,21 +35,234 @@ CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its 
     (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
     (214, 39, 40), (197, 176, 213), (148, 103, 189), (196, 156, 148), (23, 190, 207), (247, 182, 210), (219, 219, 141),
     (255, 127, 14), (158, 218, 229), (44, 160, 44), (112, 128, 144), (227, 119, 194), (82, 84, 163)], np.uint8)
+
 MAX_PIXELS = 2**24  # of an image: a damaged header must not ask for gigabytes
-WARNED = set()  # folders without a usable frame of which this process has warned: Python itself forgets within a run
+ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
+COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
+    "coord": ("x y z",), "normal": ("nx ny nz", "normal_x normal_y normal_z"), "label": ("label",),
+    "color": ("red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue")}
+TRIANGLES = {"face": {"vertex_indices": 3, "vertex_index": 3}}  # with known lengths plyfile maps the faces
+EMPTY = dict.fromkeys(("normal", "segment", "instance", "superpoint"))  # what a scan may lack
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------- errors and numbers
+
+
+def fault(path, expected, found):
+    """The one form of an error about a file."""
+    return ValueError(f"{path}: expected {expected}, found {str(found)[:200]}")
+
+
+@contextmanager
+def _reading(path, expected):
+    """Turn whatever a library raises on the bytes of a damaged file, MemoryError too, into a fault."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise fault(path, expected, f"a file that cannot be read: {error}") from error
+
+
+def _checked(path, array, shape):
+    """An array of numbers of this shape (None = any length; a trailing axis of 1 is dropped)."""
+    if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
+        want = ", ".join("N" if length is None else str(length) for length in shape)
+        raise fault(path, f"shape ({want}{',' * (len(shape) == 1)})", array.shape)
+    if array.dtype.kind not in "iuf":
+        raise fault(path, "numbers", array.dtype)
+    return array
+
+
+def _finite(path, what, values):
+    """The values (N, 3), N > 0, all of them finite."""
+    if len(values) == 0:
+        raise fault(path, "at least one point", "none")
+    broken = int((~np.isfinite(values)).any(1).sum())
+    if broken:
+        raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove them")
+    return values
+
+
+def _to_bytes(path, color):
+    """Colours (N, 3), floats in 0..1 or 0..255, or integers up to 255, or of 16 bit -> 0..255 u8."""
+    if color.dtype == np.uint8:
+        return color
+    low, high = _finite(path, "colours", color).min(), color.max()
+    limit = 65535 if color.dtype.kind == "u" and color.dtype.itemsize == 2 else 255
+    if low < 0 or high > limit:
+        raise fault(path, f"colours in 0..{limit}, or floats in 0..1", f"{low}..{high}")
+    factor = 255 if color.dtype.kind == "f" and high <= 1 else 1 / 257 if high > 255 else 1
+    return np.rint(color * factor).astype(np.uint8)
+
+
+def _unit(normal):
+    """Normals (N, 3) -> f32 of length 1, or 0 where they say nothing."""
+    normal = np.nan_to_num(normal.astype(np.float32), posinf=0, neginf=0)
+    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- one scan file
+
+
+def read_ply(path):
+    """Read the points and triangles of a .ply.
+
+    Colours that are floats up to 1 or integers of 16 bit are scaled to 0..255; polygons are cut into triangles.
+
+    Returns:
+        dict: coord (N, 3) f32, f64 where the file has more than floats of 32 bit; color (N, 3) u8, normal (N, 3) f32
+        unit, label (N,) i32, faces (F, 3) integer; each of the last four is None where the file has none.
+
+    Raises:
+        FileNotFoundError; ValueError: the file is no .ply, is shorter than its header says, or holds numbers that are
+        not finite; the message names the file, what was expected and what was found.
+
+    Format: Turk, The PLY Polygon File Format (1994).
+    """
+    with open(path, "rb") as file:
+        head, end, _ = file.read(2**16).partition(b"end_header")
+    with _reading(path, "a whole .ply"):
+        if not end:
+            raise ValueError(f"it starts with {head[:20]} and has no 'end_header'")
+        _check_counts(head, Path(path).stat().st_size)
+        try:
+            ply = PlyData.read(str(path), known_list_len=TRIANGLES)
+        except PlyElementParseError:  # polygons
+            ply = PlyData.read(str(path))
+        vertex = ply["vertex"].data
+    columns = vertex.dtype.names or ()
+    raw = {"label": None}
+    for key, choices in COLUMNS.items():
+        for names in [choice.split() for choice in choices if set(choice.split()) <= set(columns)][:1]:
+            raw[key] = np.stack([vertex[name] for name in names], 1)
+            if raw[key].dtype.kind == "O":
+                raise fault(path, "vertex properties of one number each", f"lists as {' '.join(names)}")
+    if "coord" not in raw:
+        raise fault(path, "vertex properties x y z", ", ".join(columns) or "none")
+    if raw["coord"].dtype != np.float32:
+        raw["coord"] = raw["coord"].astype(np.float64)
+    if raw["label"] is not None:
+        with np.errstate(invalid="ignore"):  # a label that is no number
+            raw["label"] = raw["label"][:, 0].astype(np.int32)
+    polygons = next((e[name] for e in ply if e.name == "face" for name in TRIANGLES["face"] if name in e), ())
+    return _points(path, raw) | {"label": raw["label"], "faces": _triangles(path, polygons, len(vertex))}
+
+
+def _check_counts(head, size):
+    """Compare the numbers that the head of a .ply announces with the bytes of the file, before they are made room."""
+    rows = numbers = 0
+    for line in head.splitlines():
+        match line.split():
+            case [b"element", _, count]:
+                rows = int(count)
+            case [b"property", *_]:
+                numbers += rows
+    if numbers > size:
+        raise ValueError(f"{numbers} numbers announced in {size} bytes")
+
+
+def _triangles(path, polygons, vertices):
+    """Polygons (F, k), or F arrays of corners -> triangles (F', 3), fans about the first corner; None without any."""
+    length = np.array([len(corners) for corners in polygons], int)
+    if not (length > 2).any():
+        return None
+    corners, first = np.concatenate(polygons), np.cumsum(length) - length
+    owner = np.repeat(np.arange(len(length)), length)
+    place = np.arange(len(corners)) - first[owner]
+    second = np.flatnonzero((place > 0) & (place < length[owner] - 1))
+    faces = corners[np.stack([first[owner[second]], second, second + 1], 1)]
+    if faces.dtype.kind == "f" or faces.min() < 0 or faces.max() >= vertices:
+        raise fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
+    return faces
+
+
+def _read_npy(path):
+    """Points of a .npy, (N, 3) or with colours (N, 6): dict as `read_ply`."""
+    values = _read_array(path, (None, None))
+    if values.shape[1] not in (3, 6):
+        raise fault(path, "points (N, 3), or (N, 6) with colours", values.shape)
+    return _points(path, {"coord": values[:, :3], "color": values[:, 3:] if values.shape[1] == 6 else None})
+
+
+def _read_npz(path):
+    """Points of an .npz with the names of ARRAYS: dict as `read_ply`."""
+    with _reading(path, f"an .npz of points under one of {ARRAYS['coord']}"), open(path, "rb") as file, \
+            np.load(file, allow_pickle=False) as found:
+        raw = {key: np.asarray(found[name]) for key, names in ARRAYS.items() for name in names[::-1] if name in found}
+        n = len(raw["coord"])
+    return _points(path, {key: _checked(f"{path}[{key}]", array, (n, 3)) for key, array in raw.items()})
+
+
+def _points(path, raw):
+    """Raw arrays of coord, color, normal -> the same as read_ply returns them, None where there is none."""
+    coord, color, normal = (raw.get(key) for key in ("coord", "color", "normal"))
+    return {"coord": _finite(path, "coordinates", coord), "color": None if color is None else _to_bytes(path, color),
+            "normal": None if normal is None else _unit(normal)}
+
+
+READERS = {".ply": read_ply, ".npy": _read_npy, ".npz": _read_npz}
+
+
+def read_scan(path):
+    """Read a scan of any of the forms named at the top of this file, or a folder with one such file and frames.
+
+    Returns:
+        scene: dict as `load_scene`, with faces (F, 3) or None for a .ply; color is grey where the file has none.
+               Coordinates beyond 10 km are shifted by origin (3,) f64, else 0: coord + origin is what the file holds.
+        notes: list of str, what was missing or odd and what was done about it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scene` and `read_ply`, and for a path that holds no scan.
+    """
+    path, notes = Path(path), []
+    if (path / "coord.npy").is_file():
+        scene = load_scene(path) | {"origin": np.zeros(3)}
+    else:
+        file = path
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.suffix.lower() in READERS)
+            if len(files) != 1:
+                raise FileNotFoundError(f"{path}: expected coord.npy, or one .ply, .npy or .npz of points, found "
+                                        f"{len(files)} such files")
+            file = files[0]
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found; give a .ply, .npy or .npz of points, or a scene folder")
+        if file.suffix.lower() not in READERS:
+            raise ValueError(f"{file}: expected one of {', '.join(READERS)} or a folder")
+        scene = EMPTY | READERS[file.suffix.lower()](file)
+        scene["name"], scene["frame_ids"], scene["frames_skipped"] = path.stem, *usable_frames(path)
+        coord = scene["coord"]
+        far = np.abs(coord).max() > 1e4  # metres, where f32 is too coarse
+        scene["origin"] = np.floor(coord.min(0).astype(np.float64)) if far else np.zeros(3)
+        scene["coord"] = (coord - scene["origin"]).astype(np.float32)
+        if file.suffix.lower() == ".npy" and scene["color"] is not None:
+            notes.append("columns 4 to 6 taken as colours")
+    size = np.ptp(scene["coord"], axis=0).max()
+    if size > 100:
+        notes.append(f"{size:.0f} m long: are the units metres?")
+    if scene["color"] is None:
+        scene["color"] = np.full((len(scene["coord"]), 3), 127, np.uint8)
+        notes.append("no colours: taken as grey")
+    if scene["frames_skipped"]:
+        notes.append(f"{scene['frames_skipped']} frames skipped: their pose is not finite or not rigid")
+    if not scene["frame_ids"]:
+        notes.append("no frames: 3D only")
+    return scene, notes
+
+
+# ---------------------------------------------------------------------------------------------------- the scene folder
 
 
 def load_scene(folder, num_classes=NUM_CLASSES):
     """Read one scene folder, frames apart.
 
     Returns:
-        dict: name str, coord (N, 3) f32 metres, color (N, 3) u8, normal (N, 3) f32 unit (estimated where absent),
-        segment (N,) int64 or None, instance (N,) int64 or None, superpoint (N,) int64 0..S-1 (computed where absent),
-        frame_ids list of int in numeric order (frames with image, depth and a usable pose), frames_skipped int (pose
-        not finite or not rigid).
+        dict: name str, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,) int64
+        and superpoint (N,) int64 0..S-1, each None where the folder has none; frame_ids list of int in numeric order
+        (frames with image, depth and a usable pose), frames_skipped int (pose not finite or not rigid).
 
     Raises:
         FileNotFoundError: no such folder, or no coord.npy in it.
@@ -41,136 +270,27 @@ def load_scene(folder, num_classes=NUM_CLASSES):
             or colours that are not finite; the message names the file, what was expected and what was found.
     """
     folder = Path(folder)
-    if not (folder / "coord.npy").is_file():
+    files = {key: folder / f"{'segment20' if key == 'segment' else key}.npy"
+             for key in ("coord", "color", "normal", "segment", "instance", "superpoint")}
+    if not files["coord"].is_file():
         raise FileNotFoundError(f"{folder} is no scene folder: it has no coord.npy (N, 3)")
-    coord = _read_array(folder / "coord.npy", (None, 3)).astype(np.float32)
+    coord = _finite(files["coord"], "coordinates", _read_array(files["coord"], (None, 3)).astype(np.float32))
     n = len(coord)
-    if n == 0:
-        raise ValueError(f"{folder / 'coord.npy'}: expected at least one point, found none")
-    scene = {"name": folder.name, "coord": coord, "segment": None, "instance": None}
-    color = _read_array(folder / "color.npy", (n, 3))
-    for what, values in (("coordinates", coord), ("colours", color)):
-        broken = int((~np.isfinite(values)).any(1).sum())
-        if broken:
-            raise ValueError(f"scene {folder.name}: {broken} of {n} points have {what} that are not finite; "
-                             "remove these points from all files of the scene")
-    if color.min() < 0 or color.max() > 255 or (color.dtype.kind == "f" and 0 < color.max() <= 1):
-        raise ValueError(f"{folder / 'color.npy'}: expected colours in 0..255, found {color.min()}..{color.max()}")
-    scene["color"] = color.astype(np.uint8)
-    if (folder / "normal.npy").is_file():
-        normal = np.nan_to_num(_read_array(folder / "normal.npy", (n, 3)).astype(np.float32))
-        scene["normal"] = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
-    else:
-        scene["normal"] = None
-    for key, file in (("segment", "segment20.npy"), ("instance", "instance.npy")):
-        if (folder / file).is_file():
-            scene[key] = _read_array(folder / file, (n,)).astype(np.int64)
+    scene = EMPTY | {"name": folder.name, "coord": coord,
+                     "color": _to_bytes(files["color"], _read_array(files["color"], (n, 3)))}
+    if files["normal"].is_file():
+        scene["normal"] = _unit(_read_array(files["normal"], (n, 3)))
+    for key in ("segment", "instance", "superpoint"):
+        if files[key].is_file():
+            scene[key] = _read_array(files[key], (n,)).astype(np.int64)
     if scene["segment"] is not None:
         low, high = scene["segment"].min(), scene["segment"].max()
         if low < IGNORE or high >= num_classes:
-            raise ValueError(f"{folder / 'segment20.npy'}: expected labels {IGNORE}..{num_classes - 1}, "
-                             f"found {low}..{high}")
-    stored, scene["superpoint"] = folder / "superpoint.npy", None
-    if stored.is_file():
-        scene["superpoint"] = np.unique(_read_array(stored, (n,)), return_inverse=True)[1].ravel().astype(np.int64)
+            raise fault(files["segment"], f"labels {IGNORE}..{num_classes - 1}", f"{low}..{high}")
+    if scene["superpoint"] is not None:
+        scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1].ravel()
     scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
     return scene
-
-
-def load_frames(folder, frame_ids, image_size, colors=True):
-    """Read frames, resized to one size, with intrinsics to match.
-
-    Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
-    resized to image_size. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
-
-    Args:
-        folder: scene folder.  frame_ids: list of int.  image_size: (W, H).
-        colors: False leaves the image out, (V, 3, 0, 0): cache.py has what the tower makes of it.
-
-    Returns:
-        dict: image (V, 3, H, W) u8, depth (V, H, W) f32 metres (0 = no reading), world_to_camera (V, 4, 4) f32,
-        intrinsics (V, 3, 3) f32 for image_size.
-
-    Raises:
-        ValueError: an image or a matrix that cannot be read; the message names the file.
-    """
-    folder, (width, height) = Path(folder), image_size
-    frames = {"image": np.zeros((len(frame_ids), 3, height * colors, width * colors), np.uint8),
-              "depth": np.zeros((len(frame_ids), height, width), np.float32),
-              "world_to_camera": np.zeros((len(frame_ids), 4, 4), np.float32),
-              "intrinsics": np.zeros((len(frame_ids), 3, 3), np.float32)}
-    if not frame_ids:
-        return frames
-    camera = _read_matrix(folder / "intrinsic" / "intrinsic_color.txt", (3, 4))[:3, :3]
-    if not np.isfinite(camera).all():
-        raise ValueError(f"{folder / 'intrinsic' / 'intrinsic_color.txt'}: expected finite numbers, found {camera}")
-    for i, frame in enumerate(frame_ids):
-        color_file, depth_file = frame_files(folder, frame)
-        image, size = _read_image(color_file, image_size, "RGB", Image.Resampling.BILINEAR, decode=colors)
-        depth, _ = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)
-        if colors:
-            frames["image"][i] = image.transpose(2, 0, 1)
-        frames["depth"][i] = depth.astype(np.float32) / 1000  # mm -> m
-        pose = _read_matrix(folder / "pose" / f"{frame}.txt", (4,))
-        frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
-        frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
-        frames["world_to_camera"][i, 3, 3] = 1
-        scale = np.array([width / size[0], height / size[1]])
-        frames["intrinsics"][i] = camera
-        frames["intrinsics"][i, :2] *= scale[:, None]
-        frames["intrinsics"][i, :2, 2] += 0.5 * scale - 0.5
-    return frames
-
-
-def _read_array(path, shape):
-    """A .npy of this shape (None = any length; a trailing axis of 1 is dropped), never a pickle."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: checks the size of the file first
-        array = np.array(array) if isinstance(array, np.ndarray) else array
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; a scene folder needs it") from None
-    except (ValueError, EOFError, OSError, OverflowError, TypeError, MemoryError, SyntaxError, TokenError) as error:
-        raise ValueError(f"{path}: expected an array of numbers, found a file that cannot be read: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: expected one array, found an archive of several")
-    if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
-        want = "(" + ", ".join("N" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
-        raise ValueError(f"{path}: expected shape {want}, found {array.shape}")
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: expected numbers, found {array.dtype}")
-    return array
-
-
-def _read_matrix(path, rows):
-    """A text file of a 4x4 (or 3x3) matrix; rows lists the numbers of rows allowed."""
-    try:
-        matrix = np.loadtxt(path, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a matrix as text, found a file that cannot be read: {error}") from None
-    if matrix.shape not in [(r, r) for r in rows]:
-        raise ValueError(f"{path}: expected {' or '.join(f'{r}x{r}' for r in rows)} numbers, found {matrix.shape}")
-    return matrix
-
-
-def _read_image(path, image_size, mode, resampling, decode=True):
-    """An image as an array of image_size (None without decode), and the (W, H) of the file."""
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS of any name would start Ghostscript
-            size = image.size
-            if size[0] * size[1] > MAX_PIXELS:
-                raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
-            if not decode:
-                return None, size
-            if mode:
-                image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
-                image = image.convert(mode)
-            elif image.mode not in ("I;16", "I"):
-                raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
-            return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected an image, found a file that cannot be read: {error}") from None
 
 
 def frame_files(folder, frame):
@@ -185,15 +305,98 @@ def usable_frames(folder):
     ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
     usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
     images = sum(1 for _ in (folder / "color").glob("*.*"))
-    if images and not usable and folder.resolve() not in WARNED:
-        WARNED.add(folder.resolve())
-        warnings.warn(f"scene {folder.name}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
-                      "pose/{i}.txt of its number, without leading zeros; used 3D-only", stacklevel=3)
+    if images and not usable:
+        _warn_once(f"scene {folder.resolve()}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
+                   "pose/{i}.txt of its number, without leading zeros; used 3D-only")
     return usable, len(ids) - len(usable)
+
+
+@functools.cache
+def _warn_once(message):
+    """Warn once in this process: a scene is read many times, and Python itself forgets what it has warned of."""
+    warnings.warn(message, stacklevel=4)
 
 
 def _is_rigid(pose):
     """True where a 4x4 is finite and a rotation with a translation; ScanNet writes -inf where tracking was lost."""
     turn = pose[:3, :3]
-    rigid = np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
-    return bool(rigid)
+    return np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
+
+
+def load_frames(folder, frame_ids, image_size, colors=True):
+    """Read frames, resized to one size, with intrinsics to match.
+
+    Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
+    resized to image_size. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
+
+    Args:
+        folder: scene folder.  frame_ids: list of int.  image_size: (W, H).
+        colors: False leaves the image out, (V, 3, 0, 0), where maps of the tower stand in for it.
+
+    Returns:
+        dict: image (V, 3, H, W) u8, depth (V, H, W) f32 metres (0 = no reading), world_to_camera (V, 4, 4) f32,
+        intrinsics (V, 3, 3) f32 for image_size.
+
+    Raises:
+        ValueError: an image or a matrix that cannot be read; the message names the file.
+    """
+    folder, (width, height), v = Path(folder), image_size, len(frame_ids)
+    image = np.zeros((v, 3, height * colors, width * colors), np.uint8)
+    depth = np.zeros((v, height, width), np.float32)
+    world_to_camera = np.tile(np.eye(4, dtype=np.float32), (v, 1, 1))
+    intrinsics = np.zeros((v, 3, 3), np.float32)
+    camera_file = folder / "intrinsic" / "intrinsic_color.txt"
+    camera = _read_matrix(camera_file, (3, 4))[:3, :3] if v else np.eye(3)
+    if not np.isfinite(camera).all():
+        raise fault(camera_file, "finite numbers", camera)
+    for i, frame in enumerate(frame_ids):
+        color_file, depth_file = frame_files(folder, frame)
+        color, size = _read_image(color_file, image_size, "RGB", Image.Resampling.BILINEAR, decode=colors)
+        if colors:
+            image[i] = color.transpose(2, 0, 1)
+        depth[i] = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)[0].astype(np.float32) / 1000  # m
+        pose = _read_matrix(folder / "pose" / f"{frame}.txt", (4,))
+        world_to_camera[i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
+        world_to_camera[i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
+        scale = np.array([width / size[0], height / size[1]])
+        intrinsics[i] = camera
+        intrinsics[i, :2] *= scale[:, None]
+        intrinsics[i, :2, 2] += 0.5 * scale - 0.5
+    return {"image": image, "depth": depth, "world_to_camera": world_to_camera, "intrinsics": intrinsics}
+
+
+def _read_array(path, shape):
+    """A .npy of this shape, as `_checked`; never a pickle."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a scene folder needs it")
+    with _reading(path, "an array of numbers"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: checks the size of the file first
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several")
+        array = np.array(array)
+    return _checked(path, array, shape)
+
+
+def _read_matrix(path, rows):
+    """A text file of a 4x4 (or 3x3) matrix; rows lists the numbers of rows allowed."""
+    with _reading(path, "a matrix as text"):
+        matrix = np.loadtxt(path, ndmin=2)
+    if matrix.shape not in [(r, r) for r in rows]:
+        raise fault(path, f"{' or '.join(f'{r}x{r}' for r in rows)} numbers", matrix.shape)
+    return matrix
+
+
+def _read_image(path, image_size, mode, resampling, decode=True):
+    """An image as an array of image_size (None without decode), and the (W, H) of the file."""
+    with _reading(path, "an image"), Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS starts Ghostscript
+        size = image.size
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
+        if not decode:
+            return None, size
+        if mode:
+            image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+            image = image.convert(mode)
+        elif image.mode not in ("I;16", "I"):
+            raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
+        return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
