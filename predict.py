@@ -15,8 +15,6 @@ CloudCompare and MeshLab open the .ply files. A large scan is predicted in tiles
 
 import argparse
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,7 @@ from plyfile import PlyData, PlyElement
 
 from data import collate, evenly_spread, instance_targets, scene_item
 from metrics import semantic_iou
-from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, load_scene, usable_frames
-from scenes.ply import read_ply
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, read_scan
 from scenes.points import complete, voxelise
 from tower import VIEW_CHUNK
 from train import RECIPES, instances_of_scene, load_model, to_device
@@ -35,7 +32,6 @@ NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
-ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
 POINTWISE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # of a scene
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
@@ -58,103 +54,6 @@ def open_checkpoint(path, device="cpu"):
     if state["num_classes"] != len(CLASS_NAMES):
         raise ValueError(f"{path} predicts {state['num_classes']} classes, expected the {len(CLASS_NAMES)} of data.py")
     return model, config
-
-
-def read_scan(path):
-    """Read a scan of any of the forms named at the top of this file.
-
-    Returns:
-        scene: dict as data.load_scene; coord may be shifted, by origin (3,) f64: coord + origin is what the file holds.
-        notes: list of str, what was missing and what was done about it.
-
-    Raises:
-        FileNotFoundError, ValueError: as data.load_scene and ply.read_ply, and for a path that holds no scan.
-    """
-    path, notes = Path(path), []
-    if (path / "coord.npy").is_file():
-        scene, notes = complete(load_scene(path))
-        notes += _skipped(scene["frames_skipped"])
-        return scene | {"origin": np.zeros(3)}, notes
-    file = path
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in READERS)
-        if len(files) != 1:
-            raise FileNotFoundError(f"{path}: expected coord.npy, or one .ply, .npy or .npz of points, found "
-                                    f"{len(files)} such files")
-        file = files[0]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found; give a .ply, .npy or .npz of points, or a scene folder")
-    if file.suffix.lower() not in READERS:
-        raise ValueError(f"{file}: expected one of {', '.join(READERS)} or a folder")
-    raw = READERS[file.suffix.lower()](file)
-    coord, color, normal, faces = (raw.get(key) for key in ("coord", "color", "normal", "faces"))
-    broken = int((~np.isfinite(coord)).any(1).sum())
-    if broken or not len(coord):
-        raise ValueError(f"{file}: expected finite coordinates, found {broken} of {len(coord)} points that are not; "
-                         "remove them")
-    far = np.abs(coord).max() > 1e4  # metres, where f32 is too coarse
-    origin = np.floor(coord.min(0).astype(np.float64)) if far else np.zeros(3)
-    coord = (coord - origin).astype(np.float32)
-    if np.ptp(coord, axis=0).max() > 100:
-        notes.append(f"{np.ptp(coord, axis=0).max():.0f} m long: are the units metres?")
-    if file.suffix.lower() == ".npy" and color is not None:
-        notes.append("columns 4 to 6 taken as colours")
-    if color is None:
-        color = np.full((len(coord), 3), 127, np.uint8)
-        notes.append("no colours: taken as grey")
-    if normal is not None:
-        normal = np.nan_to_num(normal.astype(np.float32))
-        normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
-    scene, found = complete({"coord": coord, "normal": normal, "superpoint": None, "faces": faces})
-    notes += found
-    folder = path if path.is_dir() else None
-    ids, skipped = usable_frames(folder) if folder else ([], 0)
-    notes += _skipped(skipped)
-    if not ids:
-        notes.append("no frames: 3D only")
-    return scene | {"name": path.stem, "color": color, "segment": None, "instance": None, "frame_ids": ids,
-                    "frames_skipped": skipped, "origin": origin}, notes
-
-
-def _skipped(frames):
-    """A note on frames that were left out, if any."""
-    return [f"{frames} frames skipped: their pose is not finite or not rigid"] if frames else []
-
-
-def _read_arrays(path):
-    """Points of a .npy, (N, 3) or with colours (N, 6), or of a .npz with the names of ARRAYS: dict as ply.read_ply."""
-    try:
-        with open(path, "rb") as file:  # NumPy leaves a damaged one open
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                if found.shape[1] not in (3, 6):
-                    raise ValueError(f"shape {found.shape}")
-                arrays = {"coord": found[:, :3], "color": found[:, 3:] if found.shape[1] == 6 else None}
-            else:
-                names = {key: next((name for name in known if name in found.files), None)
-                         for key, known in ARRAYS.items()}
-                arrays = {"coord": found[names["coord"] or "coord"]}
-                arrays |= {key: found[name] for key, name in names.items() if name}
-                if any(isinstance(a, bytes) for a in arrays.values()):  # what NumPy gives for a member that is none
-                    raise ValueError("a member that is no array")
-        wrong = {key: a.shape for key, a in arrays.items() if a is not None
-                 and (a.shape != (len(arrays["coord"]), 3) or a.dtype.kind not in "iuf")}
-    except (ValueError, EOFError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError, SyntaxError,
-            zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected points (N, 3) or (N, 6), or an .npz with one of {ARRAYS['coord']}, found a "
-                         f"file that cannot be read so: {error}") from None
-    if wrong:
-        raise ValueError(f"{path}: expected (N, 3) numbers of one length, found {wrong}")
-    color = arrays.get("color")
-    if color is not None:
-        color = color * 255 if color.dtype.kind == "f" and 0 < np.nanmax(color, initial=0) <= 1 else color
-        if not (np.isfinite(color).all() and color.min(initial=0) >= 0 and color.max(initial=0) <= 255):
-            raise ValueError(f"{path}: expected colours in 0..255 or 0..1, found {color.min()}..{color.max()}")
-        arrays["color"] = color.astype(np.uint8)
-    return arrays
-
-
-READERS = {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
 
 
 def tiles(coord, voxel_size, limit):
@@ -217,6 +116,8 @@ def predict_scene(model, config, path, device="cpu"):
         FileNotFoundError, ValueError: as `read_scan`.
     """
     scene, notes = read_scan(path)
+    scene, computed = complete(scene)
+    notes += computed
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
     use_images = config.model == "bifusion" and model.setting.fusion != "identity"

@@ -1,4 +1,4 @@
-"""The scene folder and any other scan: reading both. Needs NumPy, Pillow and plyfile; copied alone it works.
+"""The scene folder and any other scan, read. Needs NumPy, Pillow and plyfile, and no other file of this project.
 
     <scene>/
       coord.npy (N, 3) m   color.npy (N, 3) 0..255   normal.npy (N, 3), optional
@@ -6,15 +6,16 @@
       color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
       intrinsic/intrinsic_color.txt
 
-This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them. `load_scene` and
-`load_frames` read it. `read_scan` also reads a .ply (points or mesh, ascii or binary), a .npy of points (N, 3) or with
-colours (N, 6), and an .npz with the names of ARRAYS. No reader runs code that a file may hold, and a damaged file is
-one ValueError with the file, what was expected and what was found.
+This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them. `read_scan` also takes a
+.ply (points or mesh, ascii or binary), a .npy of points (N, 3) or with colours (N, 6), an .npz with names of ARRAYS,
+and a folder with one of these and frames. No reader runs code that a file may hold. A damaged file is one ValueError
+with the file, what was expected and what was found.
 
-Axes: N points, F triangles, V views, H, W image size.
+Axes: N points, F triangles, V views, S superpoints, H, W image size.
 """
 
 import functools
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +42,11 @@ ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb
 COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
     "coord": ("x y z",), "normal": ("nx ny nz", "normal_x normal_y normal_z"), "label": ("label",),
     "color": ("red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue")}
-TRIANGLES = {"face": {"vertex_indices": 3, "vertex_index": 3}}  # with known lengths plyfile maps the faces
-EMPTY = dict.fromkeys(("normal", "segment", "instance", "superpoint"))  # what a scan may lack
+SCENE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # arrays of a scene
+TRIANGLES = {"face": {"vertex_indices": 3, "vertex_index": 3}}  # faces of known length are mapped, others read singly
+ELEMENT = re.compile(rb"\nelement\s+\S+\s+(\d+)(.*?)(?=\nelement|\Z)", re.DOTALL)  # rows and properties, in a .ply
 
-
-# -------------------------------------------------------------------------------------------------- errors and numbers
+# ---------------------------------------------------------------------------------------------------- errors, numbers
 
 
 def fault(path, expected, found):
@@ -57,9 +58,7 @@ def fault(path, expected, found):
 def _reading(path, expected):
     """Turn whatever a library raises on the bytes of a damaged file, MemoryError too, into a fault."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except Exception as error:
         raise fault(path, expected, f"a file that cannot be read: {error}") from error
 
@@ -69,33 +68,32 @@ def _checked(path, array, shape):
     if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
-        want = ", ".join("N" if length is None else str(length) for length in shape)
-        raise fault(path, f"shape ({want}{',' * (len(shape) == 1)})", array.shape)
+        want = str(tuple("N" if length is None else length for length in shape)).replace("'", "")
+        raise fault(path, f"shape {want}", array.shape)
     if array.dtype.kind not in "iuf":
         raise fault(path, "numbers", array.dtype)
     return array
 
 
 def _finite(path, what, values):
-    """The values (N, 3), N > 0, all of them finite."""
+    """The values (N, 3), of one point or more, all finite."""
     if len(values) == 0:
         raise fault(path, "at least one point", "none")
     broken = int((~np.isfinite(values)).any(1).sum())
     if broken:
-        raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove them")
+        raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove these points")
     return values
 
 
 def _to_bytes(path, color):
-    """Colours (N, 3), floats in 0..1 or 0..255, or integers up to 255, or of 16 bit -> 0..255 u8."""
+    """Colours (N, 3), as floats in 0..1 or 0..255, integers in 0..255 or of 16 bit -> 0..255 u8."""
     if color.dtype == np.uint8:
         return color
     low, high = _finite(path, "colours", color).min(), color.max()
-    limit = 65535 if color.dtype.kind == "u" and color.dtype.itemsize == 2 else 255
-    if low < 0 or high > limit:
-        raise fault(path, f"colours in 0..{limit}, or floats in 0..1", f"{low}..{high}")
-    factor = 255 if color.dtype.kind == "f" and high <= 1 else 1 / 257 if high > 255 else 1
-    return np.rint(color * factor).astype(np.uint8)
+    if low < 0 or (high > 255 and color.dtype != np.uint16):
+        raise fault(path, "colours in 0..255, or floats in 0..1", f"{low}..{high}")
+    scale = 255 if color.dtype.kind == "f" and high <= 1 else 1 / 257 if high > 255 else 1
+    return np.rint(color * scale).astype(np.uint8)
 
 
 def _unit(normal):
@@ -104,13 +102,11 @@ def _unit(normal):
     return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- one scan file
+# ------------------------------------------------------------------------------------------------------ scans of a file
 
 
 def read_ply(path):
-    """Read the points and triangles of a .ply.
-
-    Colours that are floats up to 1 or integers of 16 bit are scaled to 0..255; polygons are cut into triangles.
+    """Read the points and triangles of a .ply. Polygons are cut into triangles.
 
     Returns:
         dict: coord (N, 3) f32, f64 where the file has more than floats of 32 bit; color (N, 3) u8, normal (N, 3) f32
@@ -118,30 +114,30 @@ def read_ply(path):
 
     Raises:
         FileNotFoundError; ValueError: the file is no .ply, is shorter than its header says, or holds numbers that are
-        not finite; the message names the file, what was expected and what was found.
-
-    Format: Turk, The PLY Polygon File Format (1994).
+        not finite or colours out of range.
     """
     with open(path, "rb") as file:
         head, end, _ = file.read(2**16).partition(b"end_header")
-    with _reading(path, "a whole .ply"):
+    with _reading(path, "a whole .ply"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of np.loadtxt about a list of no numbers
         if not end:
-            raise ValueError(f"it starts with {head[:20]} and has no 'end_header'")
-        _check_counts(head, Path(path).stat().st_size)
+            raise ValueError(f"it starts with {head[:20]} and has no end_header")
+        numbers = sum(int(rows) * properties.count(b"\nproperty") for rows, properties in ELEMENT.findall(head))
+        if numbers > Path(path).stat().st_size:  # before it asks for memory
+            raise ValueError(f"{numbers} numbers announced in {Path(path).stat().st_size} bytes")
         try:
             ply = PlyData.read(str(path), known_list_len=TRIANGLES)
         except PlyElementParseError:  # polygons
             ply = PlyData.read(str(path))
         vertex = ply["vertex"].data
-    columns = vertex.dtype.names or ()
-    raw = {"label": None}
+    raw, names = {"label": None}, vertex.dtype.names or ()
     for key, choices in COLUMNS.items():
-        for names in [choice.split() for choice in choices if set(choice.split()) <= set(columns)][:1]:
-            raw[key] = np.stack([vertex[name] for name in names], 1)
+        for choice in [choice.split() for choice in choices if set(choice.split()) <= set(names)][:1]:
+            raw[key] = np.stack([vertex[name] for name in choice], 1)
             if raw[key].dtype.kind == "O":
-                raise fault(path, "vertex properties of one number each", f"lists as {' '.join(names)}")
+                raise fault(path, "vertex properties of one number each", f"lists as {' '.join(choice)}")
     if "coord" not in raw:
-        raise fault(path, "vertex properties x y z", ", ".join(columns) or "none")
+        raise fault(path, "vertex properties x y z", ", ".join(names) or "none")
     if raw["coord"].dtype != np.float32:
         raw["coord"] = raw["coord"].astype(np.float64)
     if raw["label"] is not None:
@@ -151,63 +147,45 @@ def read_ply(path):
     return _points(path, raw) | {"label": raw["label"], "faces": _triangles(path, polygons, len(vertex))}
 
 
-def _check_counts(head, size):
-    """Compare the numbers that the head of a .ply announces with the bytes of the file, before they are made room."""
-    rows = numbers = 0
-    for line in head.splitlines():
-        match line.split():
-            case [b"element", _, count]:
-                rows = int(count)
-            case [b"property", *_]:
-                numbers += rows
-    if numbers > size:
-        raise ValueError(f"{numbers} numbers announced in {size} bytes")
-
-
 def _triangles(path, polygons, vertices):
-    """Polygons (F, k), or F arrays of corners -> triangles (F', 3), fans about the first corner; None without any."""
-    length = np.array([len(corners) for corners in polygons], int)
-    if not (length > 2).any():
+    """Triangles (F, 3), or arrays of corners to cut into fans about the first -> triangles (F, 3); None without any."""
+    if isinstance(polygons, np.ndarray) and polygons.ndim == 2:
+        faces = np.array(polygons, polygons.dtype.newbyteorder("="))
+    else:
+        faces = np.array([(p[0], *pair) for p in map(np.ndarray.tolist, polygons) for pair in zip(p[1:-1], p[2:])])
+    if len(faces) == 0:
         return None
-    corners, first = np.concatenate(polygons), np.cumsum(length) - length
-    owner = np.repeat(np.arange(len(length)), length)
-    place = np.arange(len(corners)) - first[owner]
-    second = np.flatnonzero((place > 0) & (place < length[owner] - 1))
-    faces = corners[np.stack([first[owner[second]], second, second + 1], 1)]
     if faces.dtype.kind == "f" or faces.min() < 0 or faces.max() >= vertices:
         raise fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
     return faces
 
 
-def _read_npy(path):
-    """Points of a .npy, (N, 3) or with colours (N, 6): dict as `read_ply`."""
-    values = _read_array(path, (None, None))
-    if values.shape[1] not in (3, 6):
-        raise fault(path, "points (N, 3), or (N, 6) with colours", values.shape)
-    return _points(path, {"coord": values[:, :3], "color": values[:, 3:] if values.shape[1] == 6 else None})
-
-
-def _read_npz(path):
-    """Points of an .npz with the names of ARRAYS: dict as `read_ply`."""
-    with _reading(path, f"an .npz of points under one of {ARRAYS['coord']}"), open(path, "rb") as file, \
-            np.load(file, allow_pickle=False) as found:
-        raw = {key: np.asarray(found[name]) for key, names in ARRAYS.items() for name in names[::-1] if name in found}
-        n = len(raw["coord"])
+def _read_arrays(path):
+    """Points of a .npy, (N, 3) or with colours (N, 6), or of an .npz with the names of ARRAYS: dict as `read_ply`."""
+    if path.suffix.lower() == ".npy":
+        values = _read_array(path, (None, None))
+        raw = {"coord": values[:, :3], "color": values[:, 3:]} if values.shape[1] == 6 else {"coord": values}
+    else:
+        with _reading(path, f"an .npz of points under one of {ARRAYS['coord']}"), open(path, "rb") as file, \
+                np.load(file, allow_pickle=False) as found:
+            raw = {key: np.asarray(found[name]) for key, names in ARRAYS.items() for name in names if name in found}
+            raw["coord"] = np.atleast_1d(raw["coord"])
+    n = len(raw["coord"])
     return _points(path, {key: _checked(f"{path}[{key}]", array, (n, 3)) for key, array in raw.items()})
 
 
 def _points(path, raw):
-    """Raw arrays of coord, color, normal -> the same as read_ply returns them, None where there is none."""
-    coord, color, normal = (raw.get(key) for key in ("coord", "color", "normal"))
-    return {"coord": _finite(path, "coordinates", coord), "color": None if color is None else _to_bytes(path, color),
-            "normal": None if normal is None else _unit(normal)}
+    """coord and, where the dict has them, color and normal as a file holds them -> the same as `read_ply` returns."""
+    return {"coord": _finite(path, "coordinates", raw["coord"]),
+            "color": _to_bytes(path, raw["color"]) if "color" in raw else None,
+            "normal": _unit(raw["normal"]) if "normal" in raw else None}
 
 
-READERS = {".ply": read_ply, ".npy": _read_npy, ".npz": _read_npz}
+READERS = {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
 
 
 def read_scan(path):
-    """Read a scan of any of the forms named at the top of this file, or a folder with one such file and frames.
+    """Read a scan of any of the forms named at the top of this file.
 
     Returns:
         scene: dict as `load_scene`, with faces (F, 3) or None for a .ply; color is grey where the file has none.
@@ -221,31 +199,25 @@ def read_scan(path):
     if (path / "coord.npy").is_file():
         scene = load_scene(path) | {"origin": np.zeros(3)}
     else:
-        file = path
-        if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in READERS)
-            if len(files) != 1:
-                raise FileNotFoundError(f"{path}: expected coord.npy, or one .ply, .npy or .npz of points, found "
-                                        f"{len(files)} such files")
-            file = files[0]
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} not found; give a .ply, .npy or .npz of points, or a scene folder")
-        if file.suffix.lower() not in READERS:
-            raise ValueError(f"{file}: expected one of {', '.join(READERS)} or a folder")
-        scene = EMPTY | READERS[file.suffix.lower()](file)
-        scene["name"], scene["frame_ids"], scene["frames_skipped"] = path.stem, *usable_frames(path)
-        coord = scene["coord"]
-        far = np.abs(coord).max() > 1e4  # metres, where f32 is too coarse
-        scene["origin"] = np.floor(coord.min(0).astype(np.float64)) if far else np.zeros(3)
-        scene["coord"] = (coord - scene["origin"]).astype(np.float32)
-        if file.suffix.lower() == ".npy" and scene["color"] is not None:
+        files = path.iterdir() if path.is_dir() else [path]
+        files = [file for file in files if file.suffix.lower() in READERS and file.is_file()]
+        if len(files) != 1:
+            raise FileNotFoundError(f"{path}: expected a scene folder with coord.npy, a .ply, .npy or .npz of points, "
+                                    f"or a folder with one such file and frames, found {len(files)} such files")
+        kind = files[0].suffix.lower()
+        scene = dict.fromkeys(SCENE) | READERS[kind](files[0]) | {"name": path.stem}
+        scene["frame_ids"], scene["frames_skipped"] = usable_frames(path)
+        far = np.abs(scene["coord"]).max() > 1e4  # metres, where f32 is too coarse
+        scene["origin"] = np.floor(scene["coord"].min(0).astype(np.float64)) if far else np.zeros(3)
+        scene["coord"] = (scene["coord"] - scene["origin"]).astype(np.float32)
+        if scene["color"] is None:
+            scene["color"] = np.full(scene["coord"].shape, 127, np.uint8)
+            notes.append("no colours: taken as grey")
+        elif kind == ".npy":
             notes.append("columns 4 to 6 taken as colours")
     size = np.ptp(scene["coord"], axis=0).max()
     if size > 100:
         notes.append(f"{size:.0f} m long: are the units metres?")
-    if scene["color"] is None:
-        scene["color"] = np.full((len(scene["coord"]), 3), 127, np.uint8)
-        notes.append("no colours: taken as grey")
     if scene["frames_skipped"]:
         notes.append(f"{scene['frames_skipped']} frames skipped: their pose is not finite or not rigid")
     if not scene["frame_ids"]:
@@ -265,30 +237,26 @@ def load_scene(folder, num_classes=NUM_CLASSES):
         (frames with image, depth and a usable pose), frames_skipped int (pose not finite or not rigid).
 
     Raises:
-        FileNotFoundError: no such folder, or no coord.npy in it.
+        FileNotFoundError: no such folder, or no coord.npy or color.npy in it.
         ValueError: a file that is truncated or of another shape, lengths that differ, labels out of range, coordinates
             or colours that are not finite; the message names the file, what was expected and what was found.
     """
     folder = Path(folder)
-    files = {key: folder / f"{'segment20' if key == 'segment' else key}.npy"
-             for key in ("coord", "color", "normal", "segment", "instance", "superpoint")}
-    if not files["coord"].is_file():
+    file = {key: folder / f"{'segment20' if key == 'segment' else key}.npy" for key in SCENE}
+    if not file["coord"].is_file():
         raise FileNotFoundError(f"{folder} is no scene folder: it has no coord.npy (N, 3)")
-    coord = _finite(files["coord"], "coordinates", _read_array(files["coord"], (None, 3)).astype(np.float32))
-    n = len(coord)
-    scene = EMPTY | {"name": folder.name, "coord": coord,
-                     "color": _to_bytes(files["color"], _read_array(files["color"], (n, 3)))}
-    if files["normal"].is_file():
-        scene["normal"] = _unit(_read_array(files["normal"], (n, 3)))
+    coord = _finite(file["coord"], "coordinates", _read_array(file["coord"], (None, 3)).astype(np.float32))
+    n, scene = len(coord), {"name": folder.name, "coord": coord}
+    scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
+    scene["normal"] = _unit(_read_array(file["normal"], (n, 3))) if file["normal"].is_file() else None
     for key in ("segment", "instance", "superpoint"):
-        if files[key].is_file():
-            scene[key] = _read_array(files[key], (n,)).astype(np.int64)
+        scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None
     if scene["segment"] is not None:
         low, high = scene["segment"].min(), scene["segment"].max()
         if low < IGNORE or high >= num_classes:
-            raise fault(files["segment"], f"labels {IGNORE}..{num_classes - 1}", f"{low}..{high}")
+            raise fault(file["segment"], f"labels {IGNORE}..{num_classes - 1}", f"{low}..{high}")
     if scene["superpoint"] is not None:
-        scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1].ravel()
+        scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1]
     scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
     return scene
 
@@ -300,13 +268,18 @@ def frame_files(folder, frame):
 
 
 def usable_frames(folder):
-    """Ids of the frames that have all three files and a usable pose, in numeric order; number of those without."""
+    """Ids of the frames with all three files and a finite, rigid pose, in numeric order; number of those without."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
-    usable = [i for i in ids if _is_rigid(_read_matrix(folder / "pose" / f"{i}.txt", (4,)))]
+    usable = []
+    for i in ids:
+        pose = _read_matrix(folder / "pose" / f"{i}.txt", 4)
+        turn = pose[:3, :3]  # ScanNet writes -inf where tracking was lost
+        if np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0:
+            usable.append(i)
     images = sum(1 for _ in (folder / "color").glob("*.*"))
     if images and not usable:
-        _warn_once(f"scene {folder.resolve()}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
+        _warn_once(f"scene {folder}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
                    "pose/{i}.txt of its number, without leading zeros; used 3D-only")
     return usable, len(ids) - len(usable)
 
@@ -315,12 +288,6 @@ def usable_frames(folder):
 def _warn_once(message):
     """Warn once in this process: a scene is read many times, and Python itself forgets what it has warned of."""
     warnings.warn(message, stacklevel=4)
-
-
-def _is_rigid(pose):
-    """True where a 4x4 is finite and a rotation with a translation; ScanNet writes -inf where tracking was lost."""
-    turn = pose[:3, :3]
-    return np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
 
 
 def load_frames(folder, frame_ids, image_size, colors=True):
@@ -341,49 +308,47 @@ def load_frames(folder, frame_ids, image_size, colors=True):
         ValueError: an image or a matrix that cannot be read; the message names the file.
     """
     folder, (width, height), v = Path(folder), image_size, len(frame_ids)
-    image = np.zeros((v, 3, height * colors, width * colors), np.uint8)
-    depth = np.zeros((v, height, width), np.float32)
-    world_to_camera = np.tile(np.eye(4, dtype=np.float32), (v, 1, 1))
-    intrinsics = np.zeros((v, 3, 3), np.float32)
+    frames = {"image": np.zeros((v, 3, height * colors, width * colors), np.uint8),
+              "depth": np.zeros((v, height, width), np.float32),
+              "world_to_camera": np.tile(np.eye(4, dtype=np.float32), (v, 1, 1)),
+              "intrinsics": np.zeros((v, 3, 3), np.float32)}
+    if v == 0:
+        return frames
     camera_file = folder / "intrinsic" / "intrinsic_color.txt"
-    camera = _read_matrix(camera_file, (3, 4))[:3, :3] if v else np.eye(3)
+    camera = _read_matrix(camera_file, 3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)
     for i, frame in enumerate(frame_ids):
         color_file, depth_file = frame_files(folder, frame)
         color, size = _read_image(color_file, image_size, "RGB", Image.Resampling.BILINEAR, decode=colors)
+        depth, _ = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)
         if colors:
-            image[i] = color.transpose(2, 0, 1)
-        depth[i] = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)[0].astype(np.float32) / 1000  # m
-        pose = _read_matrix(folder / "pose" / f"{frame}.txt", (4,))
-        world_to_camera[i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
-        world_to_camera[i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
+            frames["image"][i] = color.transpose(2, 0, 1)
+        frames["depth"][i] = depth.astype(np.float32) / 1000  # mm -> m
+        pose = _read_matrix(folder / "pose" / f"{frame}.txt", 4)
+        frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
+        frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
         scale = np.array([width / size[0], height / size[1]])
-        intrinsics[i] = camera
-        intrinsics[i, :2] *= scale[:, None]
-        intrinsics[i, :2, 2] += 0.5 * scale - 0.5
-    return {"image": image, "depth": depth, "world_to_camera": world_to_camera, "intrinsics": intrinsics}
+        frames["intrinsics"][i] = camera
+        frames["intrinsics"][i, :2] *= scale[:, None]
+        frames["intrinsics"][i, :2, 2] += 0.5 * scale - 0.5
+    return frames
 
 
 def _read_array(path, shape):
-    """A .npy of this shape, as `_checked`; never a pickle."""
+    """A .npy of this shape, `_checked`; never a pickle."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a scene folder needs it")
     with _reading(path, "an array of numbers"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: checks the size of the file first
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of several")
-        array = np.array(array)
+        array = np.array(np.lib.format.open_memmap(path, "r"))  # mapped first: that checks the size of the file
     return _checked(path, array, shape)
 
 
-def _read_matrix(path, rows):
-    """A text file of a 4x4 (or 3x3) matrix; rows lists the numbers of rows allowed."""
+def _read_matrix(path, size):
+    """The first rows and columns, size of each, of a matrix in a text file."""
     with _reading(path, "a matrix as text"):
         matrix = np.loadtxt(path, ndmin=2)
-    if matrix.shape not in [(r, r) for r in rows]:
-        raise fault(path, f"{' or '.join(f'{r}x{r}' for r in rows)} numbers", matrix.shape)
-    return matrix
+    return _checked(path, matrix[:size, :size], (size, size))
 
 
 def _read_image(path, image_size, mode, resampling, decode=True):
