@@ -129,21 +129,36 @@ def _make_model(name="bifusion", pretrained=False, num_classes=5, seed=0):
     return model
 
 
-def _train_steps(model, setting, batch, steps=4, lr=1e-2, optimizer=None):
-    """Train in a setting as train.py does and return the optimiser; gradients of the last step are left in place."""
+def _row(epoch, pretrained=False, **curriculum_flags):
+    """The row of the curriculum at an epoch; of a tower from scratch, as make_model's is, unless told otherwise."""
+    from stages import curriculum, row_at
+
+    return row_at(curriculum(pretrained=pretrained, **curriculum_flags), epoch)
+
+
+def _put(model, row, moment=None):
+    """Put a model into a row of the curriculum, its ramp as it is at a moment (default: over)."""
+    from stages import apply_row
+
+    apply_row(model, row)
+    model.ramp = row.ramp(row.last_epoch if moment is None else moment)
+    return model
+
+
+def _train_steps(model, row, batch, steps=4, lr=1e-2, optimizer=None):
+    """Train in a row as train.py does and return the optimiser; gradients of the last step are left in place."""
     from losses import LOSS_WEIGHTS, weighted_sum
-    from stages import apply_setting, clip_by_branch, parameter_groups, set_rates
-    from train import loss_terms
+    from stages import clip_by_branch, parameter_groups, set_rates
+    from train import forward
 
     optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, lr, 0.05))
-    apply_setting(model, setting)
-    model.train()
-    set_rates(optimizer, setting, lr)
+    _put(model, row).train()
+    set_rates(optimizer, row, lr)
     for _ in range(steps):
-        loss = weighted_sum(loss_terms(model(batch), batch, setting), LOSS_WEIGHTS["bifusion"])
+        loss = weighted_sum(forward(model, batch, row)[0], LOSS_WEIGHTS["bifusion"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        assert all(torch.isfinite(norm) for norm in clip_by_branch(model, setting.clip).values())
+        assert all(torch.isfinite(norm) for norm in clip_by_branch(model, row.clip).values())
         optimizer.step()
     return optimizer
 
@@ -161,6 +176,16 @@ def make_batch():
 @pytest.fixture(scope="session")
 def make_model():
     return _make_model
+
+
+@pytest.fixture(scope="session")
+def row():
+    return _row
+
+
+@pytest.fixture(scope="session")
+def put():
+    return _put
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +227,7 @@ def run_train(tiny_rooms):
 
     run_train(out, "--stage", 1, ...); images of 64x48, voxels of 25 cm, 2 frames, CPU, no worker processes.
     """
-    from experiments.report import read_log
+    from runs import read_log
     from train import RECIPES, main
 
     def run(out, *flags):
@@ -213,7 +238,7 @@ def run_train(tiny_rooms):
             patch.setitem(RECIPES["small"], "batch_size", 2)
             main(["--out", str(out), "--device", "cpu", "--workers", "0", "--cache", str(tiny_rooms.parent / "cache"),
                   *([] if "--resume" in flags else ["--data", str(tiny_rooms)]), *map(str, flags)])
-        return read_log(out / "log.jsonl")[0]
+        return read_log(out / "log.jsonl")
 
     return run
 

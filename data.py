@@ -1,13 +1,4 @@
-"""The scene folder: reading it, voxels, augmentation, superpoints from points, batches.
-
-    <root>/{train,val,test}/<scene>/
-      coord.npy (N,3) m   color.npy (N,3) 0..255   normal.npy (N,3), optional
-      segment20.npy (N,) -1 = ignore   instance.npy (N,) -1 = none   superpoint.npy (N,), all three optional
-      color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
-      intrinsic/intrinsic_color.txt
-
-This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them; a folder without frames is a
-valid 3D-only scene, one without labels can be predicted but not trained on.
+"""Scenes into batches: voxels, augmentation, targets of the decoder, the data set, its loaders.
 
 The camera and the augmentation: voxels are made from augmented coordinates, and every voxel keeps `world_coord`, the
 mean of its points' unaugmented coordinates. Only world_coord is ever projected. Images change in colour alone.
@@ -21,90 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import map_coordinates, uniform_filter1d
 
-from scenes.folder import IGNORE, NUM_CLASSES, STUFF, load_frames, load_scene
+import runs
+from scenes.augment import augment_images, augment_points, recolor
+from scenes.folder import IGNORE, NUM_CLASSES, STUFF, frame_files, load_frames, load_scene, usable_frames
 from scenes.points import complete, voxel_majority, voxel_means, voxelise
+from tower import MapCache
 
-MAX_WARP_CELLS = 20_000_000  # of the elastic warp's noise grid, 12 bytes each: 160 000 cubic metres
-CACHE_BYTES = 2**30  # decoded scenes and frames that a loading process keeps
-
-# -------------------------------------------------------------------------------------------------------- augmentation
-# Each takes what it changes and a numpy Generator and returns new arrays; coord is (N, 3) f32 metres.
-
-
-def flip(coord, normal, rng):
-    """Mirror x and y, each with probability 0.5."""
-    sign = np.array([*rng.choice([-1, 1], 2), 1], np.float32)
-    return coord * sign, normal * sign
-
-
-def rotate(coord, normal, rng):
-    """Turn about z by any angle, about x and y by up to pi / 64."""
-    turn = np.eye(3)
-    for axis, limit in ((0, np.pi / 64), (1, np.pi / 64), (2, np.pi)):
-        angle = rng.uniform(-limit, limit)
-        c, s, (i, j) = np.cos(angle), np.sin(angle), [a for a in range(3) if a != axis]
-        single = np.eye(3)
-        single[[i, i, j, j], [i, j, i, j]] = c, -s, s, c
-        turn = single @ turn
-    turn = turn.T.astype(np.float32)
-    return coord @ turn, normal @ turn
-
-
-def scale(coord, rng):
-    """Scale by 0.9 to 1.1."""
-    return coord * np.float32(rng.uniform(0.9, 1.1))
-
-
-def elastic(coord, rng, spacing, magnitude):
-    """Shift points by smooth noise: Gaussian on a grid of this spacing (m), box-blurred, times magnitude (m)."""
-    low = coord.min(0)
-    shape = np.ceil((coord.max(0) - low) / spacing).astype(int) + 3
-    noise = rng.standard_normal((3, *shape), np.float32)
-    for axis in (1, 2, 3, 1, 2, 3):
-        noise = uniform_filter1d(noise, 3, axis=axis, mode="constant")
-    position = ((coord - low) / spacing + 1).T
-    shift = [map_coordinates(n, position, order=1, mode="nearest") for n in noise]
-    return coord + np.float32(magnitude) * np.stack(shift, 1)
-
-
-def jitter(coord, rng):
-    """5 mm of noise on every point."""
-    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32)
-
-
-def recolor(color, rng):
-    """Colours (N, 3) f32 0..255: auto-contrast with probability 0.2, one shift of all by up to 5 %, noise of 5 %."""
-    if rng.random() < 0.2:
-        low, high = color.min(0), color.max(0)
-        blend = np.float32(rng.random())
-        color = (1 - blend) * color + blend * (color - low) * (255 / np.maximum(high - low, 1))
-    color = color + rng.uniform(-1, 1, 3).astype(np.float32) * np.float32(0.05 * 255)
-    color = color + np.float32(0.05 * 255) * rng.standard_normal(color.shape, np.float32)
-    return color.clip(0, 255)
-
-
-def augment_points(coord, normal, rng):
-    """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
-    extent = np.ptp(coord, axis=0).astype(np.float64)
-    if np.prod(extent / 0.2 + 3) > MAX_WARP_CELLS:
-        size = " x ".join(f"{e:.0f}" for e in extent)
-        raise ValueError(f"the points span {size} m, too much to warp in 0.2 m cells; check the units (metres) and "
-                         "outliers, or cut the scene into parts")
-    coord, normal = rotate(*flip(coord, normal, rng), rng)
-    coord = scale(coord, rng)
-    if rng.random() < 0.5:
-        coord = elastic(elastic(coord, rng, 0.2, 0.4), rng, 0.8, 1.6)
-    return jitter(coord, rng), normal
-
-
-def augment_images(image, rng):
-    """(V, 3, H, W) u8 -> the same: brightness and contrast of each view by up to 20 %. Pixels stay where they are."""
-    gain = rng.uniform(0.8, 1.2, (len(image), 1, 1, 1)).astype(np.float32)
-    offset = rng.uniform(-25, 25, (len(image), 1, 1, 1)).astype(np.float32)
-    return ((image - np.float32(127)) * gain + (127 + offset)).clip(0, 255).astype(np.uint8)
-
+KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
@@ -115,7 +30,7 @@ def evenly_spread(values, count):
     return [values[row] for row in rows]
 
 
-def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None, vary_images=True):
+def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     """One scene as the networks take it.
 
     Args:
@@ -142,13 +57,12 @@ def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None, var
     if segment is None:
         segment = np.full(len(coord), IGNORE, np.int64)
     superpoint = scene["superpoint"]
-    point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint,
-                                                                           num_classes)
+    point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint)
     piece, piece_points = np.unique(superpoint * m + point_to_voxel, return_counts=True)
     return {
         "name": scene["name"], "grid_coord": grid_coord.astype(np.int32), "coord": voxel_coord,
         "world_coord": world_coord, "color": color / np.float32(127.5) - 1, "normal": normal / np.maximum(length, 1e-6),
-        "segment": voxel_majority(segment, point_to_voxel, m, num_classes), "point_segment": segment,
+        "segment": voxel_majority(segment, point_to_voxel, m, NUM_CLASSES), "point_segment": segment,
         "point_to_voxel": point_to_voxel, **frames, "image": image,
         "point_superpoint": superpoint, "point_instance": point_instance,
         "piece_voxel": piece % m, "piece_superpoint": piece // m, "piece_points": piece_points.astype(np.float32),
@@ -157,7 +71,7 @@ def scene_item(scene, frames, voxel_size, num_classes=NUM_CLASSES, rng=None, var
     }
 
 
-def instance_targets(segment, instance, superpoint, num_classes=NUM_CLASSES):
+def instance_targets(segment, instance, superpoint):
     """What the query decoder is trained and judged by.
 
     An instance has the class of most of its labelled points; instances of STUFF and of no class are left out. A
@@ -177,7 +91,7 @@ def instance_targets(segment, instance, superpoint, num_classes=NUM_CLASSES):
         return nothing
     ids, own = np.unique(instance.clip(min=IGNORE), return_inverse=True)
     own = own.ravel() - (ids[0] == IGNORE)  # (N,) number of the instance, IGNORE = none
-    label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, num_classes)
+    label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, NUM_CLASSES)
     keep = ~np.isin(label, (IGNORE, *STUFF))
     own, label = np.append(np.where(keep, keep.cumsum() - 1, IGNORE), IGNORE)[own], label[keep]
     if not len(label):
@@ -202,87 +116,83 @@ class SceneDataset(torch.utils.data.Dataset):
         augment:     True: augmented, and `views` random frames; False: as it is, and `views` evenly spaced frames.
         views:       frames of a scene (all, where it has fewer); 0 reads no image.
         image_size:  (W, H) of the frames.
-
-    Between epochs `use` may change how many views it reads, and whether as images or as maps of a frozen tower.
+        keep_bytes:  of scenes and frames that each process keeps in memory.
 
     Raises:
         FileNotFoundError: no such folder or no scene in it.
     """
 
-    def __init__(self, root, split, *, voxel_size, augment=False, views=0, image_size=(160, 120),
-                 num_classes=NUM_CLASSES, seed=0):
+    def __init__(self, root, split, *, voxel_size, image_size, augment=False, views=0, seed=0, keep_bytes=KEPT_BYTES):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
         if not self.folders:
-            raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python rooms.py --out {root}, or give "
-                                    "--data a folder with train/ and val/ scene folders")
-        self.voxel_size, self.augment, self.views, self.image_size = voxel_size, augment, views, tuple(image_size)
-        self.num_classes, self.seed = num_classes, seed
-        self.cache, self.vary_images = None, augment
-        self._cache, self._cached_bytes = {}, 0
+            raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
+                                    "or give --data a folder with train/ and val/ scene folders")
+        self.voxel_size, self.augment, self.image_size, self.seed = voxel_size, augment, tuple(image_size), seed
+        self.keep_bytes = keep_bytes
+        self.use(views)
 
-    def use(self, views, cache=None, vary_images=True):
-        """From here on other views: frames and maps that were kept in memory are forgotten where these change.
+    def use(self, views, maps=None, vary_images=True):
+        """Other views from here on (before a loader's workers copy the data set); what was kept in memory is forgotten.
 
         Args:
             views:       frames of a scene.
-            cache:       cache.FeatureCache, whose maps then stand in for the images; or None.
+            maps:        tower.MapCache, whose maps stand in for the images; or None.
             vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
                          maps every time.
         """
-        if (views, cache) != (self.views, self.cache):
-            self._cache = {key: value for key, value in self._cache.items() if not isinstance(key, tuple)}
-            self._cached_bytes = sum(map(_bytes_of, self._cache.values()))
-        self.views, self.cache, self.vary_images = views, cache, vary_images
+        self.views, self.maps, self.vary_images = views, maps, vary_images
+        self.kept, self.room = {}, self.keep_bytes
 
     def __len__(self):
         return len(self.folders)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        rng = np.random.default_rng((self.seed, epoch, i))
-        scene = self._once(i, lambda: complete(load_scene(self.folders[i], self.num_classes))[0])
+        rng, folder = np.random.default_rng((self.seed, epoch, i)), self.folders[i]
+        scene = self._once(folder, lambda: complete(load_scene(folder))[0])
         if self.augment and scene["segment"] is None:
-            raise ValueError(f"{self.folders[i]} has no segment20.npy: it can be predicted but not trained on; move it "
-                             "out of this split")
+            raise ValueError(f"{folder} has no segment20.npy: it can be predicted but not trained on; move it out of "
+                             "this split")
         ids = scene["frame_ids"]
-        if self.augment:
-            chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views])
-        else:
-            chosen = evenly_spread(ids, self.views)
-        single = [self._once((i, c), lambda c=c: self._frame(self.folders[i], c)) for c in chosen]
-        empty = load_frames(self.folders[i], [], self.image_size, colors=self.cache is None)
-        if self.cache is not None:
-            empty |= {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.cache.shapes)}
-        frames = {k: np.concatenate([empty[k], *(f[k] for f in single)]) for k in empty}
-        return scene_item(scene, frames, self.voxel_size, self.num_classes, rng if self.augment else None,
-                          self.vary_images)
+        chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views]) if self.augment \
+            else evenly_spread(ids, self.views)
+        frames = load_frames(folder, [], self.image_size, colors=self.maps is None)
+        if self.maps is not None:
+            frames |= {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.maps.shapes)}
+        single = [self._once((folder, c), lambda c=c: self._frame(folder, c)) for c in chosen]
+        frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
+        return scene_item(scene, frames, self.voxel_size, rng if self.augment else None, self.vary_images)
 
     def _frame(self, folder, frame):
-        """`load_frames` of one frame; with a cache without its image, but with the tower's maps of it."""
-        frames = load_frames(folder, [frame], self.image_size, colors=self.cache is None)
-        if self.cache is None:
-            return frames
-        levels = self.cache.read(folder, frame)
+        """`load_frames` of one frame; with maps, without its image but with the tower's levels of it."""
+        frames = load_frames(folder, [frame], self.image_size, colors=self.maps is None)
+        levels = () if self.maps is None else self.maps.read((folder, frame))
         if levels is None:
-            raise ValueError(f"{self.cache.path(folder, frame)}: the tower's maps of frame {frame} of {folder} are "
-                             "gone or damaged; go on with --resume, which makes them anew")
+            raise ValueError(f"the tower's maps of frame {frame} of {folder} are gone or damaged; go on with --resume, "
+                             "which makes them anew")
         return frames | {f"level_{k}": level[None] for k, level in enumerate(levels)}
 
     def _once(self, key, read):
-        """What was read before, as long as the cache has room."""
-        if key in self._cache:
-            return self._cache[key]
-        value = read()
-        size = _bytes_of(value)
-        if self._cached_bytes + size <= CACHE_BYTES:
-            self._cache[key] = value
-            self._cached_bytes += size
-        return value
+        """What was read before, as long as there is room."""
+        if key not in self.kept:
+            value = read()
+            size = sum(part.nbytes for part in value.values() if isinstance(part, np.ndarray))
+            if size > self.room:
+                return value
+            self.kept[key], self.room = value, self.room - size
+        return self.kept[key]
 
+    def view_files(self):
+        """{(folder, frame id): (colour file, depth file)} of every view that an item may take; reads the poses."""
+        return {(folder, frame): frame_files(folder, frame) for folder in self.folders
+                for frame in (usable_frames(folder)[0] if self.augment
+                              else evenly_spread(usable_frames(folder)[0], self.views))}
 
-def _bytes_of(arrays):
-    return sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
+    def load_view(self, view):
+        """Image (3, H, W) u8 and depth (H, W) of a view, as tower.MapCache.fill wants them."""
+        frames = load_frames(view[0], [view[1]], self.image_size)
+        return frames["image"][0], frames["depth"][0]
 
 
 def collate(items):
@@ -358,16 +268,58 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(2))  # all are told to end? main is to hear it first
 
 
-def loader(dataset, batch_size, workers, shuffle, seed, pin=False, share=(0, 1)):
-    """DataLoader of collated batches; call loader.batch_sampler.set_epoch(epoch) before each pass.
+class Scenes:
+    """Train and val scenes in batches; as long as the image tower is frozen, its maps stand in for the images.
 
-    pin: batches in page-locked memory, from where a copy to a GPU need not be waited for.
-    share: which part of each batch (`EpochBatches`).
+    Args:
+        root, voxel_size, image_size, seed: as SceneDataset.
+        batch_size: scenes a step, of all processes together.  workers: processes that load, for train and for val each.
+        device:     torch.device; for a GPU batches lie in page-locked memory.
+        cache, cache_gb: folder of the maps and its largest size; 0 = the tower runs in every step.
 
-    It has a generator of its own: it draws a number for its workers, which would move the random state of the training,
-    and differently with and without workers and in a run that was resumed.
+    Attributes: steps, of an epoch; val, the DataLoader of the val scenes.
     """
-    batches = EpochBatches(len(dataset), batch_size, shuffle, seed, share)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       persistent_workers=workers > 0, worker_init_fn=start_worker, pin_memory=pin,
-                                       generator=torch.Generator())
+
+    def __init__(self, root, voxel_size, image_size, batch_size, workers, seed, device, cache, cache_gb):
+        common = {"voxel_size": voxel_size, "image_size": image_size, "seed": seed,
+                  "keep_bytes": KEPT_BYTES // (2 * max(1, workers))}
+        self.train_set = SceneDataset(root, "train", augment=True, **common)
+        self.val_set = SceneDataset(root, "val", **common)
+        self.root, self.batch_size, self.workers, self.seed, self.device = root, batch_size, workers, seed, device
+        self.cache, self.cache_gb, self.read_now = cache, cache_gb, None
+        self.steps = -(-len(self.train_set) // batch_size)
+
+    def __str__(self):
+        bare = sum(not (folder / "instance.npy").is_file() for folder in self.train_set.folders)
+        note = f" ({bare} train scenes have no instance.npy: they teach classes only)" if bare else ""
+        return f"{len(self.train_set)} train and {len(self.val_set)} val scenes of {self.root}{note}"
+
+    def read(self, views, frozen_tower, until=iter):
+        """From here on batches hold `views` frames a scene, twice as many in val; nothing happens where nothing changes.
+
+        frozen_tower: ClipTower that does not train, whose maps stand in for the images where they can be kept; or None.
+        until:        as MapCache.fill.
+        """
+        frozen = views > 0 and frozen_tower is not None
+        if self.read_now == (views, frozen):
+            return
+        self.read_now, maps = (views, frozen), None
+        self.train_set.use(views), self.val_set.use(2 * views)
+        share = runs.rank(), runs.world()
+        if frozen and self.cache_gb:
+            maps = MapCache(self.cache, frozen_tower.eval(), self.train_set.image_size, self.cache_gb)
+            filled = maps.fill(self.train_set.view_files() | self.val_set.view_files(), self.train_set.load_view,
+                               self.workers, until, share)
+            maps = None if runs.largest(int(not filled)) else maps  # the same in all processes
+        self.train_set.use(views, maps, vary_images=not frozen), self.val_set.use(2 * views, maps)
+        self.train, self.val = (
+            torch.utils.data.DataLoader(  # its own generator: the training draws the same numbers whoever loads
+                scenes, batch_sampler=EpochBatches(len(scenes), self.batch_size, shuffle, self.seed, share),
+                num_workers=self.workers, collate_fn=collate, persistent_workers=self.workers > 0,
+                worker_init_fn=start_worker, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+            for scenes, shuffle in ((self.train_set, True), (self.val_set, False)))
+
+    def batches(self, epoch, first=0):
+        """The batches of an epoch from the step `first` on."""
+        self.train.batch_sampler.set_epoch(epoch, first)
+        return self.train

@@ -23,8 +23,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-import ranks
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
+from stages import CURRICULUM
 from tower import SCRATCH, ClipTower, autocast, build_visual
 
 IN_CHANNELS = 6  # colour and normal of a voxel
@@ -36,14 +36,14 @@ PRESETS = {
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64,
         "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
-        "clip": "clip_small", "clip_weights": "clip_small.pt",  # miniclip.py made it
+        "tower": "clip_small", "tower_weights": "clip_small.pt",  # miniclip.py made it
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),
                  "decoder": (256, 128, 96, 96), "decoder_blocks": (2, 2, 2, 2)},
         "dim": 256,
         "decoder": {"dim": 192, "hidden": 768, "layers": 3, "heads": 8},
-        "clip": "ViT-B-16", "clip_weights": "laion2b_s34b_b88k",
+        "tower": "ViT-B-16", "tower_weights": "laion2b_s34b_b88k",
     },
 }
 
@@ -66,13 +66,6 @@ class VoxelBatchNorm(nn.BatchNorm1d):
         super().__init__(channels, eps=1e-3)
 
     def forward(self, feat):
-        if self.training and ranks.world() > 1:
-            feat, mean, variance, count = ranks.batch_norm(feat, self.weight, self.bias, self.eps)
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            return feat
         if self.training and len(feat) < 2:
             return F.batch_norm(feat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(feat)
@@ -324,6 +317,16 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
     return masks[order], label[order], score[order]
 
 
+def instances_of_scene(prediction, batch, i):
+    """Scene i of a batch as InstanceAP.add takes it: gt (N,), masks (P, N) bool, labels (P,), scores (P,)."""
+    rows, points = batch["superpoint_batch"] == i, batch["point_batch"] == i
+    chosen = rows.nonzero()[:, 0].cpu().numpy()
+    graph = superpoint_graph(batch)[chosen][:, chosen]
+    masks, labels, scores = select_instances(prediction, superpoint_sizes(batch)[rows], graph)
+    superpoint = batch["point_superpoint"][points] - rows.int().argmax()  # (N,) row of the scene's own superpoints
+    return batch["point_instance"][points], masks[:, superpoint], labels, scores
+
+
 class Baseline3D(nn.Module):
     """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder.
 
@@ -337,7 +340,7 @@ class Baseline3D(nn.Module):
         self.standardise_3d = Standardise(unet.out_channels, dim)
         self.semantic_head = nn.Linear(dim, num_classes)
         self.decoder = decoder
-        self.setting = None  # stages.Setting in force; None: everything is on
+        self.row, self.ramp = CURRICULUM[-1], 1.0
         self.precision = "fp32"  # of the decoder; "bf16" runs its matrix products in bfloat16
 
     def forward(self, batch):
@@ -357,7 +360,7 @@ class Baseline3D(nn.Module):
     def segment(self, feat, batch):
         """(M, D) -> logits of the voxels and instances of the scenes, as `forward` returns them."""
         out = {"logits": self.semantic_head(feat)}
-        if self.setting is None or "decoder" in self.setting.parts:
+        if "decoder" in self.row.trains:
             superpoint, scene = superpoint_means(feat, batch), batch["superpoint_batch"]
             with autocast(feat, self.precision):
                 out["instances"] = [self.decoder(superpoint[scene == i]) for i in range(len(batch["names"]))]
@@ -400,7 +403,7 @@ class BiFusion(Baseline3D):
             stats (fusion.fusion_stats). Scenes that `blank` has blanked count as unseen in seen and are left out of
             stats: alignment and gate prior pass them by.
         """
-        setting = self.setting
+        setting = self.row
         batch, whole = self.blank(batch)
         feat_3d = self.encode_3d(batch)
         if setting.fusion == "identity":
@@ -409,7 +412,7 @@ class BiFusion(Baseline3D):
         out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen}
         if setting.film:
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
-        out["alpha"] = alpha = setting.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
+        out["alpha"] = alpha = self.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
         rows = slice(None) if whole is None else whole
         out["stats"] = fusion_stats(feat_2d[rows], feat_3d[rows], alpha[rows], seen[rows])
@@ -428,8 +431,8 @@ class BiFusion(Baseline3D):
         Raises:
             ValueError: the batch holds a cache's maps in place of its images.
         """
-        share = self.setting.blank
-        if not (self.training and share) or self.setting.fusion == "identity":
+        share = self.row.blank
+        if not (self.training and share) or self.row.fusion == "identity":
             return batch, None
         draw, grey = torch.rand(2, len(batch["names"]))  # on the CPU, as all that is drawn
         images, points = draw < share, draw > 1 - share
@@ -478,7 +481,7 @@ class BiFusion(Baseline3D):
     def train(self, mode=True):
         """As nn.Module.train, but the batch norm of a protected tower keeps its pretrained statistics."""
         super().train(mode)
-        if self.setting is None or "tower" not in self.setting.parts:
+        if "tower" not in self.row.trains:
             self.tower.visual.eval()
         return self
 
@@ -504,8 +507,8 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip
     decoder = QueryDecoder(sizes["dim"], num_classes=num_classes, **sizes["decoder"])
     if name == "baseline":
         return Baseline3D(unet, decoder, sizes["dim"], num_classes)
-    weights = clip_weights or sizes["clip_weights"]
+    weights = clip_weights or sizes["tower_weights"]
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
-        visual, mean, std = build_visual(clip or sizes["clip"], weights, load)
+        visual, mean, std = build_visual(clip or sizes["tower"], weights, load)
         tower = ClipTower(visual, sizes["dim"], mean, std, pretrained=weights != SCRATCH)
     return BiFusion(unet, tower, decoder, sizes["dim"], num_classes, depth_tolerance)

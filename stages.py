@@ -1,14 +1,16 @@
-"""The curriculum as data: what trains in each stage, with which losses, fusion, rates and clip; plans A and B.
+"""The curriculum as one table: what trains, losses, fusion, rates and clip of every epoch; plans A and B.
 
-Needs torch only (nothing else is imported) and imports no other file of this project: copy it and it works on any
-model with a method `parts()` that returns {part name: list of parameters}; see PARTS.
+Needs torch alone and imports no other file of this project: copy it and it works on any model with a method `parts()`
+that returns {part name: list of parameters}, see PARTS.
 
-    epochs   0-20  stability    3D alone, semantic loss: what a plain 3D network does
-            21-60  alignment    instances join, and 2D with FiLM: SimpleFusion ramped in from 0, then the learned gate
-           61-128  enhancement  a pretrained tower's ends train, at a tenth of the rate or less; now and then a scene
-                                comes without its images or without its points' colours: neither is relied on
+    rows = curriculum()                              # CURRICULUM, or a shorter one, plan A, plan B
+    row = row_at(rows, epoch)
+    apply_row(model, row)                            # who gets a gradient; model.row is what the forward reads
+    model.ramp = row.ramp(epoch + step / steps)      # share of alpha in force
+    set_rates(optimizer, row, lr)
+    norms = clip_by_branch(model, row.clip)          # after backward
 
-No stage change moves the network's output: the ramp starts at 0, gate and FiLM start as what they replace. The 2D side
+No change of row moves the network's output: the ramp starts at 0, FiLM and gate start as what they replace. The 2D side
 gets its gradient through the fused feature alone, so it grows with the ramp, from 0.
 """
 
@@ -27,33 +29,49 @@ PARTS = {
     "film": "fusion",
 }
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
-RAMP = 0.125  # share of stage 2 over which alpha rises from 0 to 0.5: 5 of 40 epochs
-LEARNED_GATE_FROM = 0.5  # share of stage 2 after which the learned gate takes over from SimpleFusion
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of the curriculum, epochs inclusive."""
+class Row:
+    """What holds from first_epoch to last_epoch, both inclusive."""
 
+    stage: int  # 1, 2 or 3, of `train.py --stage`
     name: str
     first_epoch: int
     last_epoch: int
-    parts: tuple  # what trains, names of PARTS
+    trains: tuple  # names of PARTS; nothing else gets a gradient
     losses: tuple  # terms of losses.LOSS_WEIGHTS
-    tower_rate: float  # learning rate of a pretrained tower over the base rate
-    clip: float = 1.0  # largest gradient norm of each branch by itself
-    use_2d: bool = True
+    fusion: str = "identity"  # identity: 3D alone; simple: alpha 0.5 (SimpleFusion); learned: LiteFusionGate
+    ramp_epochs: float = 0.0  # over which alpha rises from 0
     film: bool = False
-    blank: float = 0.0  # share of the scenes with blanked images, and as many with blanked points
+    tower_rate: float = 0.0  # learning rate of the image tower over the base rate
+    blank: float = 0.0  # share of the scenes without what the images show, and as many without colours and normals
+    clip: float = 1.0  # largest gradient norm of each branch by itself
+
+    def ramp(self, moment):
+        """Share of alpha in force at a moment: a float, epoch + share of the epoch done."""
+        if self.fusion == "identity":
+            return 0.0
+        return min(1.0, (moment - self.first_epoch) / self.ramp_epochs) if self.ramp_epochs else 1.0
 
 
-STAGES = {
-    1: Stage("stability", 0, 20, ("3d",), ("semantic",), 0.0, use_2d=False),
-    2: Stage("alignment", 21, 60, ("3d", "decoder", "2d", "film"), ("semantic", *INSTANCE, "alignment"), 0.0,
-             film=True),
-    3: Stage("enhancement", 61, 128, ("3d", "decoder", "2d", "film", "gate", "tower_ends"),
-             ("semantic", *INSTANCE, "alignment", "gate"), 0.01, film=True, blank=0.1),
-}
+CURRICULUM = (
+    Row(1, "stability", 0, 20,  # what a plain 3D network does
+        trains=("3d",),
+        losses=("semantic",)),
+    Row(2, "alignment, fixed gate", 21, 40,  # instances join, and 2D with FiLM; a pretrained tower stays frozen
+        trains=("3d", "decoder", "2d", "film"),
+        losses=("semantic", *INSTANCE, "alignment"),
+        fusion="simple", ramp_epochs=5, film=True),
+    Row(2, "alignment, learned gate", 41, 60,
+        trains=("3d", "decoder", "2d", "film", "gate"),
+        losses=("semantic", *INSTANCE, "alignment", "gate"),
+        fusion="learned", film=True),
+    Row(3, "enhancement", 61, 128,  # the tower's ends train; no branch is relied on
+        trains=("3d", "decoder", "2d", "film", "gate", "tower_ends"),
+        losses=("semantic", *INSTANCE, "alignment", "gate"),
+        fusion="learned", film=True, tower_rate=0.1, blank=0.1),
+)
 PLANS = {
     "full": "the curriculum as it stands",
     "A": "simplified: no CLIP, so nothing to fuse, and the semantic loss only, through all epochs",
@@ -62,115 +80,75 @@ PLANS = {
 PLAN_B = {"clip": 1.0, "lr": 1e-5, "weight_decay": 1e-6}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What holds at one moment of the training."""
-
-    stage: int
-    name: str
-    parts: tuple
-    losses: tuple
-    tower_rate: float
-    clip: float
-    fusion: str  # "identity" (3D alone), "simple" (SimpleFusion) or "learned" (LiteFusionGate)
-    ramp: float  # share of alpha in force, 0 to 1
-    film: bool
-    blank: float
-
-
-def stage_epochs(compress=1.0):
-    """First and last epoch (inclusive) of each stage with all lengths divided by compress, at least one epoch each.
-
-    Returns {1: (0, 20), 2: (21, 60), 3: (61, 128)} for compress 1. Raises ValueError for compress below 1.
-    """
-    if not compress >= 1:
-        raise ValueError(f"compress divides the stage lengths and must be at least 1, got {compress}")
-    bounds, start = {}, 0
-    for number, stage in STAGES.items():
-        length = max(1, round((stage.last_epoch - stage.first_epoch + 1) / compress))
-        bounds[number] = (start, start + length - 1)
-        start += length
-    return bounds
-
-
-def setting_at(epoch, compress=1.0, plan="full", pretrained=False, tower_rate=None):
-    """The setting in force at an epoch.
+def curriculum(compress=1.0, plan="full", pretrained=True, tower_rate=None):
+    """CURRICULUM as a run follows it: tuple of Row.
 
     Args:
-        epoch:      float, 0-based; the fraction is the share of the epoch done (the ramp moves with every step).
-        compress:   as `stage_epochs`.
-        plan:       a key of PLANS.
-        pretrained: False means the image tower starts from scratch: there is nothing to protect, so the whole tower
+        compress:   divides all lengths; every row keeps at least one epoch.  plan: a key of PLANS.
+        pretrained: False: the image tower starts from random numbers, so there is nothing to protect and all of it
                     trains at the base rate from stage 2 on.
-        tower_rate: learning rate of a pretrained tower over the base rate in stage 3; None = the stage's own.
+        tower_rate: of the rows in which a pretrained tower trains; None: theirs.
 
-    Returns:
-        Setting.
-
-    Raises:
-        KeyError: unknown plan.  ValueError: an epoch outside the curriculum.
+    Raises: KeyError: unknown plan.  ValueError: compress below 1.
     """
     if plan not in PLANS:
         raise KeyError(f"unknown plan {plan!r}; choose from {sorted(PLANS)}")
-    bounds = stage_epochs(compress)
-    number = next((n for n, (first, last) in bounds.items() if first <= epoch < last + 1), None)
-    if number is None:
-        raise ValueError(f"epoch {epoch} lies outside the curriculum of {bounds[3][1] + 1} epochs")
-    stage = STAGES[number]
-    first, last = bounds[number]
-    done = (epoch - first) / (last - first + 1)  # share of the stage
-    setting = Setting(number, stage.name, stage.parts, stage.losses, stage.tower_rate, stage.clip,
-                      "learned" if stage.use_2d else "identity", 1.0 if stage.use_2d else 0.0, stage.film, stage.blank)
-    if plan == "A":
-        return replace(setting, parts=("3d",), losses=("semantic",), tower_rate=0.0, fusion="identity", ramp=0.0,
-                       film=False, blank=0.0)
-    if number == 2:
-        setting = replace(setting, ramp=min(1.0, done / RAMP))
-        if done < LEARNED_GATE_FROM:
-            setting = replace(setting, fusion="simple")
-        else:
-            setting = replace(setting, parts=(*setting.parts, "gate"), losses=(*setting.losses, "gate"))
-    if tower_rate is not None and setting.tower_rate:
-        setting = replace(setting, tower_rate=tower_rate)
-    if not pretrained and number > 1:
-        parts = dict.fromkeys((*setting.parts, "tower", "tower_ends"))  # a set that keeps its order
-        setting = replace(setting, parts=tuple(parts), tower_rate=1.0)
-    return replace(setting, clip=PLAN_B["clip"]) if plan == "B" else setting
+    if not compress >= 1:
+        raise ValueError(f"compress divides the lengths of the stages and must be at least 1, got {compress}")
+    rows, first = [], 0
+    for row in CURRICULUM:
+        last = max(first, round((row.last_epoch + 1) / compress) - 1)
+        row = replace(row, first_epoch=first, last_epoch=last, ramp_epochs=row.ramp_epochs / compress)
+        if plan == "A":
+            row = replace(row, trains=("3d",), losses=("semantic",), fusion="identity", film=False, blank=0.0)
+        elif not pretrained and row.fusion != "identity":
+            row = replace(row, trains=tuple(dict.fromkeys((*row.trains, "tower", "tower_ends"))), tower_rate=1.0)
+        elif tower_rate is not None and "tower_ends" in row.trains:
+            row = replace(row, tower_rate=tower_rate)
+        rows.append(replace(row, clip=PLAN_B["clip"]) if plan == "B" else row)
+        first = last + 1
+    return tuple(rows)
 
 
-def apply_setting(model, setting):
-    """Put a model into a setting: which parameters take a gradient, and how the branches are fused.
+def row_at(rows, epoch):
+    """The row that holds at an epoch; a fraction is the share of the epoch done. ValueError outside of all."""
+    for row in rows:
+        if row.first_epoch <= epoch < row.last_epoch + 1:
+            return row
+    raise ValueError(f"epoch {epoch} lies outside the curriculum of {rows[-1].last_epoch + 1} epochs")
 
-    A part that does not train gets requires_grad False, so no gradient reaches it and no optimiser moves it.
-    model needs `parts()`; where it has `setting` (BiFusion), the fusion reads it from there.
-    """
+
+def stage_epochs(rows):
+    """{stage: (first epoch, last epoch)}: {1: (0, 20), 2: (21, 60), 3: (61, 128)} of CURRICULUM."""
+    epochs = {}
+    for row in rows:
+        epochs[row.stage] = epochs.get(row.stage, (row.first_epoch,))[0], row.last_epoch
+    return epochs
+
+
+def apply_row(model, row):
+    """Let the parts that a row trains, and no others, take a gradient; model.row is the row, for the forward."""
     for name, parameters in model.parts().items():
         if name not in PARTS:
             raise KeyError(f"the model has a part {name!r}; stages.py knows {sorted(PARTS)}")
         for parameter in parameters:
-            parameter.requires_grad_(name in setting.parts)
-    model.setting = setting
+            parameter.requires_grad_(name in row.trains)
+    model.row = row
 
 
 def parameter_groups(model, lr, weight_decay):
-    """One optimiser group a part, so that a part's rate can change with the stage; empty parts are left out.
-
-    Returns a list for torch.optim: {"name", "params", "lr", "weight_decay"}. Norms and biases (one-dimensional
-    parameters) are not decayed: they stand in a group of the same name.
-    """
-    groups = []
-    for name, parameters in model.parts().items():
-        for decay, chosen in ((weight_decay, [p for p in parameters if p.ndim > 1]),
-                              (0.0, [p for p in parameters if p.ndim <= 1])):
-            if chosen:
-                groups.append({"name": name, "params": chosen, "lr": lr, "weight_decay": decay})
-    return groups
+    """Groups for torch.optim, a part each, so that a part's rate can change with the row: {"name", "params", "lr",
+    "weight_decay"}. Norms and biases (one-dimensional) are not decayed: they stand in a group of the same name."""
+    groups = [{"name": name, "params": [p for p in parameters if (p.ndim > 1) == decays], "lr": lr,
+               "weight_decay": weight_decay if decays else 0.0}
+              for name, parameters in model.parts().items() for decays in (True, False)]
+    return [group for group in groups if group["params"]]
 
 
-def set_rates(optimizer, setting, lr):
+def set_rates(optimizer, row, lr):
     """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the parts of the image tower."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * (setting.tower_rate if group["name"].startswith("tower") else 1.0)
+        group["lr"] = lr * (row.tower_rate if group["name"].startswith("tower") else 1.0)
 
 
 def clip_by_branch(model, clip):

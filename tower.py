@@ -392,3 +392,14 @@ class ClipTower(nn.Module):
         known = {id(p) for p in ends}
         return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
                 "2d": list(self.neck.parameters())}
+
+
+class MapCache:  # TEMPORARY
+    def __init__(self, root, tower, image_size, limit_gb):
+        from cache import FeatureCache
+        self.inner = FeatureCache(root, tower, image_size, limit_gb)
+        self.shapes = self.inner.shapes
+    def fill(self, files, load, workers, until, share):
+        return self.inner.fill(list(files), torch.device("cpu"), workers, until)
+    def read(self, view):
+        return self.inner.read(*view)

@@ -750,3 +750,10 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def complete(root):
+    """Generate the rooms of a folder that are not there yet; those made with another seed are completed with theirs."""
+    spec = read_spec(root)
+    if spec or not Path(root, "train").exists():
+        generate(root, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))

@@ -1,0 +1,401 @@
+"""The run folder and what may happen to a run: log, checkpoints, where to go on; signals; several processes.
+
+A run folder holds config.json, log.jsonl (a line an epoch), stage{1,2,3}.pt, last.pt, best.pt, skipped.jsonl. last.pt is
+saved before the evaluation and holds the next (epoch, step); the others are copies of it.
+
+Several processes share every batch: torchrun --nproc_per_node=2 train.py. In a single one the functions for several do
+nothing, so one loop serves both; all processes must call them in the same order.
+
+Needs torch only and imports no other file of this project: copy it and it works.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+# -------------------------------------------------------------------------------------------------------- the run folder
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file for writing bytes beside path, renamed to path once it is whole and on the disk.
+
+    So path holds either the old or the new content, whenever the process is killed; a failed write leaves nothing.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save says "unexpected pos"
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_log(path):
+    """log.jsonl -> list of dicts, one an epoch, ascending; [] where no epoch is finished.
+
+    Half a line at the end, as a killed run leaves it, is left out. A line that goes back to an epoch already written
+    takes the place of everything from that epoch on: the run was resumed there. It keeps that as `replaced`, list of
+    dicts: it did happen. Raises ValueError where another line is broken.
+    """
+    *lines, _ = Path(path).read_bytes().decode(errors="replace").split("\n") if Path(path).exists() else [""]
+    log = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            replaced = [old for old in log if old["epoch"] >= entry["epoch"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected an epoch as a JSON object, found {line[:60]!r}; mend or "
+                             "delete this line") from None
+        log = [*log[: len(log) - len(replaced)], entry | ({"replaced": replaced} if replaced else {})]
+    return log
+
+
+def read_checkpoint(path, device="cpu"):
+    """A checkpoint as a dict, read without running any code of it. ValueError where it is broken or not ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises all kinds on a damaged file
+        raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+    missing = {"model", "optimizer", "next", "row", "config"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")
+    return state
+
+
+class Run:
+    """A run folder, which rank 0 writes. Attributes: folder (Path); log, the lines of log.jsonl (list of dicts)."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.log = from_first(lambda: read_log(self.folder / "log.jsonl"))
+
+    def reached(self):
+        """The last epoch of which anything is saved or logged, -1 for none."""
+        last = self.folder / "last.pt"
+        return max([-1, *(line["epoch"] for line in self.log), *([read_checkpoint(last)["next"][0]] * last.exists())])
+
+    def last(self, name):
+        """A number of the last line of the log, None where there is none."""
+        return self.log[-1][name] if self.log else None
+
+    def start(self, config):
+        """Make the folder and write config.json (dict); what a kill left half-written goes."""
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.glob("*.tmp"):
+                unfinished.unlink()
+            with whole_file(self.folder / "config.json") as file:
+                file.write(json.dumps(config, indent=1).encode())
+        wait()
+
+    def save(self, state, device):
+        """Write last.pt: state (dict) and the random states of all processes, which must all call it."""
+        state = state | {"torch_rng": gather(torch.get_rng_state())}
+        if device.type == "cuda":
+            state["cuda_rng"] = gather(torch.cuda.get_rng_state(device))
+        if rank() == 0:
+            with whole_file(self.folder / "last.pt") as file:
+                torch.save(state, file)
+        wait()
+
+    def finish(self, line, stage_ends, bar):
+        """End an epoch: copies of last.pt as best.pt and stage{1,2,3}.pt where it is, the line (dict) for the log, and
+        on the screen (tqdm's bar) what a stage came to."""
+        best = max([-1.0, *(old["val_miou"] for old in self.log if old["val_miou"] is not None)])
+        names = ["best.pt"] * ((line["val_miou"] or -1) > best) + [f"stage{line['stage']}.pt"] * stage_ends
+        for name in names if rank() == 0 else ():
+            with open(self.folder / "last.pt", "rb") as last, whole_file(self.folder / name) as file:
+                shutil.copyfileobj(last, file)
+        self.append(line)
+        if stage_ends:
+            lines = [old for old in self.log if old["stage"] == line["stage"]]
+            first, skipped = lines[0], sum(old["skipped_steps"] for old in lines)
+            bar.write(f"stage {line['stage']}, epochs {first['epoch']}-{line['epoch']}: loss {show(first['loss'])} -> "
+                      f"{show(line['loss'])}; val mIoU {show(first['val_miou'])} -> {show(line['val_miou'])}; AP "
+                      f"{show(line['val_ap'])}; fusion_2d_ratio {show(line['fusion_2d_ratio'])}; {skipped} steps "
+                      f"skipped; {sum(old['seconds'] for old in lines) / 60:.1f} min; {line['peak_memory_mb']} MB")
+
+    def append(self, line):
+        """Add a line to the log and bring it to the disk, on a line of its own where a kill left half of one."""
+        self.log.append(line)
+        path = self.folder / "log.jsonl"
+        if rank() == 0:
+            with open(path, "ab+") as file:
+                file.seek(0)
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)  # in place: the whole lines are never rewritten
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class Sums(dict):
+    """Running sums of an epoch, {name: [sum, count]}; a name may be "group/term"."""
+
+    def add(self, numbers):
+        """numbers: {name: float, or None, which does not count}."""
+        for name, value in numbers.items():
+            if value is not None:
+                total, count = self.get(name, (0.0, 0))
+                self[name] = [total + value, count + 1]
+
+    def mean(self, name):
+        total, count = self.get(name, (0.0, 0))
+        return finite(total / count) if count else None
+
+    def means(self, group):
+        return {name.partition("/")[2]: self.mean(name) for name in self if name.startswith(f"{group}/")}
+
+
+def finite(value):
+    """A float of six digits for the log: None where it is missing or not finite."""
+    return float(f"{float(value):.6g}") if value is not None and math.isfinite(value) else None
+
+
+def show(value):
+    return "-" if value is None else f"{value:.3f}"
+
+
+def log_line(row, epoch, steps, sums, optimizer, result, device):
+    """One line of the log: an epoch's means, and what the evaluation returned ({} where there was none)."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the main process
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    return {
+        "epoch": epoch, "stage": row.stage, "row": row.name, "loss": sums.mean("loss"), "losses": sums.means("losses"),
+        "val_miou": finite(result.get("miou")), "val_iou": [finite(v) for v in result.get("iou", ())],
+        **{f"val_{name.lower()}": finite(result.get(name)) for name in ("AP", "AP50", "AP25")},
+        "fusion_ramp": finite(row.ramp(epoch)) if "seen_share" in sums else 0.0,  # at the start of the epoch
+        **{name: sums.mean(name) for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
+        "grad_norm": sums.means("grad_norm"), "skipped_steps": int(sums.get("skipped", [0])[0]), "steps": steps,
+        "lr": {g["name"]: finite(g["lr"]) for g in optimizer.param_groups if g["name"] in row.trains},
+        "seconds": round(sums["seconds"][0], 2), "peak_memory_mb": round(memory),
+    }
+
+
+def commit():
+    """The commit of this code, "-dirty" where it was changed since; None outside of a repository."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent, check=True).stdout.strip()
+
+
+# --------------------------------------------------------------------------------------------------------------- signals
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and everything up to here is saved."""
+
+
+class Stop:
+    """SIGINT (Ctrl-C) and SIGTERM ask for a stop, which the loop makes at its next whole step; a second one kills.
+
+    Attributes: asked, number of the signal, 0 until one came.
+    """
+
+    def __init__(self):
+        self.asked, self.before = 0, {}
+
+    def listen(self):
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        self.asked = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        # a DataLoader would raise in the middle of a step where its workers were told to end as well
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        if rank() == 0:  # print may be what was interrupted
+            os.write(2, b"\nstopping after this step; once more to end at once\n")
+
+    def agreed(self):
+        """Number of a signal that came to any of the processes, 0 for none: the same in all, which must all ask."""
+        self.asked = largest(self.asked) or self.asked  # one may have come this moment
+        return self.asked
+
+    def until(self, items, agree=False):
+        """The items, up to a stop; none is fetched after it. agree: all processes, which must have equally many, stop
+        before the same one."""
+        items = iter(() if self.asked else items)  # no worker starts either
+        while not self.asked or agree:
+            try:
+                item = None if self.asked else next(items, None)
+            except RuntimeError:  # the worker that was to bring it has ended
+                if not self.asked:
+                    raise
+                item = None
+            if (agree and self.agreed()) or item is None:
+                return
+            yield item
+
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+_alone = []  # not empty within `alone`
+
+
+def rank():
+    """Number of this process; 0 writes the files and talks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def joined(main):
+    """Decorator of a main function: join the processes that torchrun started, if it did; rank 0 alone has a stdout.
+    Where one dies, torchrun ends the others and says which it was."""
+    @functools.wraps(main)
+    def run(*args):
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return main(*args)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else None):
+            main(*args)
+        dist.destroy_process_group()
+    return run
+
+
+def use(device):
+    """The torch.device of this process: "cpu" or "cuda", a GPU each; any device in a single process."""
+    if world() > 1 and device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank())}"
+        torch.cuda.set_device(device)
+    elif world() > 1 and device != "cpu":
+        raise ValueError(f"it is one device for {world()} processes: give cuda, a GPU each")
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def alone():
+    """Within it this process neither waits for the others nor shares its batch norms, as if there were none."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...], in every process; any object. What follows is made of it."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait():
+    """Until all processes have come here."""
+    gather(None)
+
+
+def largest(number):
+    return max(gather(number))
+
+
+def from_first(make):
+    """What make() returns in rank 0, the only one that calls it, in every process."""
+    return gather(make() if rank() == 0 else None)[0]
+
+
+def mean(numbers):
+    """List of floats or None -> the means over the processes that have one; not finite where one of them is not."""
+    columns = [[number for number in column if number is not None] for column in zip(*gather(numbers))]
+    return [sum(column) / len(column) if column else None for column in columns]
+
+
+def own_random_numbers(seed):
+    """From here on every process draws others; rank 0 those that a single process would draw."""
+    if rank():
+        torch.manual_seed(seed + (rank() << 40))
+
+
+def set_random_state(state, device):
+    """The random state of this process as Run.save found it, if as many processes train now."""
+    if len(state["torch_rng"]) != world():
+        print(f"number of processes: {len(state['torch_rng'])} when the checkpoint was made, {world()} now; it goes "
+              "on, but not with the same random numbers")
+        return
+    torch.set_rng_state(state["torch_rng"][rank()].cpu())
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"][rank()].cpu(), device)
+
+
+def average_gradients(model):
+    """After backward: the mean gradient over the processes in every one, by one reduction of all of them together.
+
+    In place of DistributedDataParallel, which must be wrapped anew whenever requires_grad changes and whose reductions
+    mix with those of `share_batch_norms` in an order that NCCL does not allow. A gradient that no process has stays
+    None.
+    """
+    if world() == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters), used])
+    dist.all_reduce(flat)
+    *gradients, used = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, gradient, count in zip(parameters, gradients, used.tolist()):
+        if count:
+            parameter.grad = (gradient / world()).view_as(parameter)
+
+
+def share_buffers(model):
+    """Rank 0's buffers in every process: the statistics to evaluate with. Those of shared batch norms are equal anyway;
+    an image tower's are each process's own, since one may have no view in a step and would keep the others waiting."""
+    for buffer in model.buffers() if world() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def share_batch_norms(module):
+    """Turn every BatchNorm1d of a module into one over the rows of all processes together, two at the least.
+
+    In place of nn.SyncBatchNorm, which refuses a CPU: so what runs on GPUs is what the tests run.
+    """
+    for norm in module.modules() if world() > 1 else ():
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.__class__ = type(f"Shared{type(norm).__name__}", (_SharedBatchNorm, type(norm)), {})
+
+
+class _SharedBatchNorm:
+    """forward of a BatchNorm1d over all processes; gradients flow through both reductions."""
+
+    def forward(self, feat):
+        if not self.training or world() == 1:
+            return super().forward(feat)
+        total = all_reduce(torch.cat([feat.sum(0), feat.new_tensor([len(feat)])]))  # (C + 1,)
+        mean, count = total[:-1] / total[-1], total[-1]
+        variance = all_reduce((feat - mean).square().sum(0)) / count  # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (feat - mean) * ((variance + self.eps).rsqrt() * self.weight) + self.bias
