@@ -290,18 +290,16 @@ def _table(rows):
 # ------------------------------------------------------------------------------------------------------------ curves
 
 STAGES = {1: ("stability", "#eef2f7"), 2: ("alignment", "#fbf4e6"), 3: ("enhancement", "#edf5ee")}  # name, tint
-INK, FAINT, RED, BLUE, GREEN, ORANGE, PINK = "#222222", "#8a8f98", "#c00000", "#1f6fb4", "#2c8c57", "#d9731a", "#b8397a"
-PANELS = {  # title: {key of the log, or dict and key in it: color}; what a log lacks is not drawn
-    "Losses": {"loss": INK, "losses semantic": BLUE, "losses alignment": GREEN, "losses instance_cls": PINK,
-               "losses instance_bce": "#7a5bb0", "losses instance_dice": "#8a6a3b", "losses instance_score": "#2a9aa8"},
-    "Validation mIoU": {"val_miou": BLUE},
-    "Validation AP of instances": {"val_ap25": GREEN, "val_ap50": BLUE, "val_ap": INK},
-    "Share of the 2D branch": {"fusion_ramp": FAINT, "fusion_2d_ratio": BLUE},
-    "Gradient norm by branch, before clipping": {"grad_norm 3d": BLUE, "grad_norm 2d": ORANGE,
-                                                 "grad_norm fusion": GREEN, "grad_norm decoder": PINK},
-    "Features of seen voxels": {"rms_3d": BLUE, "rms_2d": ORANGE, "cosine": INK},
+PANELS = {  # title: keys of the log, or dict and key in it, in the order of the colors; what a log lacks is not drawn
+    "Losses": ("losses semantic", "losses alignment", "losses instance_cls", "losses instance_bce",
+               "losses instance_dice", "losses instance_score", "loss"),
+    "Validation mIoU": ("val_miou",),
+    "Validation AP of instances": ("val_ap", "val_ap25", "val_ap50"),
+    "Share of the 2D branch": ("fusion_2d_ratio", "fusion_ramp"),
+    "Gradient norm before clipping": ("grad_norm 3d", "grad_norm 2d", "grad_norm fusion", "grad_norm decoder"),
+    "Features of seen voxels": ("rms_3d", "rms_2d", "cosine"),
 }  # without the gate prior: the squared distance of fusion_2d_ratio from 0.5, far below the other losses
-LOGARITHMIC = ("Losses", "Gradient norm by branch, before clipping")
+LOGARITHMIC = ("Losses", "Gradient norm before clipping")
 COMPARED = ("val_miou", "val_ap50")  # drawn of every run; all else of the first alone
 
 
@@ -316,21 +314,22 @@ def draw_curves(logs, path):
         logs = {"this run": logs}
     log, *_ = logs.values()
     figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     panels = dict(zip(PANELS, figure.subplots(2, 3).flat))
     faulty = [entry["epoch"] for entry in log if epoch_fault(entry)]
     if faulty:
         ax = panels["Losses"]
-        ax.plot(faulty, [0.02] * len(faulty), "x", color=RED, transform=ax.get_xaxis_transform(), label="bad epoch")
-    panels["Share of the 2D branch"].axhspan(*FUSION_BAND, color=GREEN, alpha=0.16, lw=0, label="goal")
+        ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
+    panels["Share of the 2D branch"].axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
     for title, ax in panels.items():
         curves = []
-        for key, color in PANELS[title].items():
+        for i, key in enumerate(PANELS[title]):
             for name, entries in logs.items() if key in COMPARED else [("", log)]:
                 values = _series(entries, key.split())
                 last = next(filter(is_finite, reversed(values)), None)
                 if last is not None:
                     label = f"{key.split()[-1]} {name[:20]} {last:.3g}"
-                    curves.append((last, label, values, color if entries is log else FAINT))
+                    curves.append((last, label, values, f"C{i}" if entries is log else "grey"))
         for _, label, values, color in sorted(curves, reverse=True):
             ax.plot(values, ".-", color=color, lw=1.6, ms=2.5, label=label)
         _dress(ax, title, log)
@@ -345,7 +344,7 @@ def _dress(ax, title, log):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     else:
-        ax.axhline(0, color=FAINT, lw=0.6)  # 0 is always in sight
+        ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
     if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
     ax.margins(x=0)
@@ -356,7 +355,7 @@ def _dress(ax, title, log):
     for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
         epochs, (name, tint) = [entry["epoch"] for entry in entries], STAGES.get(stage, ("", "white"))
         ax.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=tint, lw=0, zorder=0)
-        ax.text((epochs[0] + epochs[-1]) / 2, 1.01, name, color=FAINT, fontsize=8.5, ha="center",
+        ax.text((epochs[0] + epochs[-1]) / 2, 1.01, name, color="grey", fontsize=8.5, ha="center",
                 transform=ax.get_xaxis_transform())
 
 
