@@ -16,25 +16,15 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 IGNORE = -1
-
-# The weights of the document this project began from: 3.1 in all. Alignment and gate stand apart.
+INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 LOSS_WEIGHTS = {
-    "bifusion": {
+    "bifusion": {  # the first five are 3.1 in all; alignment and gate stand apart
         "semantic": 0.4,
-        "instance_cls": 1.0,
-        "instance_bce": 0.8,
-        "instance_dice": 0.6,
-        "instance_score": 0.3,
+        "instance_cls": 1.0, "instance_bce": 0.8, "instance_dice": 0.6, "instance_score": 0.3,
         "alignment": 0.1,
         "gate": 0.3,
     },
-    "baseline": {  # semantic 1.0 and instance 1.0: its four terms as they are
-        "semantic": 1.0,
-        "instance_cls": 1.0,
-        "instance_bce": 1.0,
-        "instance_dice": 1.0,
-        "instance_score": 1.0,
-    },
+    "baseline": dict.fromkeys(("semantic", *INSTANCE), 1.0),
 }
 NO_OBJECT = 0.1  # weight of the queries that match nothing in the class cross-entropy
 OUTSIDE = 1e4  # added to the matching cost of a query made from a superpoint outside the instance
@@ -106,11 +96,11 @@ def mask_costs(mask_logits, masks):
 def match(prediction, labels, masks):
     """Assign instances to queries one to one at the least total cost, -0.5 p(class) + BCE + dice (Hungarian algorithm).
 
-    An instance gets a query that was made from one of its own superpoints wherever there is one left, as in
-    OneFormer3D: the query knows from the start what it is to find, and learns sooner.
-
     Args:
-        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), origin (Q,) int64, superpoint of the query.
+        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S) and, where each query was made from a
+                    superpoint, origin (Q,) int64, which. An instance then gets a query made from one of its own
+                    superpoints wherever there is one left, as in OneFormer3D: the query knows from the start what it
+                    is to find, and learns sooner. Learned queries have no origin: their cost alone decides.
         labels:     (G,) int64.  masks: (G, S) bool.
 
     Returns:
@@ -119,7 +109,9 @@ def match(prediction, labels, masks):
     """
     probability = prediction["class_logits"].float().softmax(1)  # (Q, K + 1)
     bce, dice = mask_costs(prediction["mask_logits"].float(), masks)
-    cost = -0.5 * probability[:, labels] + bce + dice + OUTSIDE * ~masks[:, prediction["origin"]].T  # (Q, G)
+    cost = -0.5 * probability[:, labels] + bce + dice  # (Q, G)
+    if "origin" in prediction:
+        cost = cost + OUTSIDE * ~masks[:, prediction["origin"]].T
     cost = cost.nan_to_num(1e6, 1e6, 1e6).clamp(max=1e6)
     query, instance = linear_sum_assignment(cost.cpu().numpy())
     return torch.as_tensor(query, device=labels.device), torch.as_tensor(instance, device=labels.device)
@@ -136,7 +128,7 @@ def layer_loss(prediction, labels, masks):
            is above 0.5.
 
     Args:
-        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), score (Q,), origin (Q,) int64.
+        prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), score (Q,) and, if any, origin (see `match`).
         labels:     (G,) int64, G may be 0 or exceed Q.  masks: (G, S) bool.
 
     Returns:
@@ -165,9 +157,7 @@ def layer_loss(prediction, labels, masks):
 
 
 def instance_loss(predictions, superpoint_instance, superpoint_batch, instance_label, instance_batch, has_instances):
-    """`layer_loss`, mean over the decoder's layers, then over the scenes.
-
-    A scene whose instances are not annotated adds 0 and counts as a scene.
+    """`layer_loss`, mean over the decoder's layers, then over the scenes; one that is not annotated adds 0 and counts.
 
     Args:
         predictions:         list of B, one a scene, of lists of the layers' predictions (model.QueryDecoder.forward).
@@ -177,9 +167,9 @@ def instance_loss(predictions, superpoint_instance, superpoint_batch, instance_l
         has_instances:       (B,) bool, False = not annotated.
 
     Returns:
-        dict of instance_cls, instance_bce, instance_dice, instance_score.
+        dict of the four INSTANCE terms, scalars.
     """
-    sums = dict.fromkeys(("instance_cls", "instance_bce", "instance_dice", "instance_score"), 0.0)
+    sums = dict.fromkeys(INSTANCE, 0.0)
     for scene, layers in enumerate(predictions):
         labels = instance_label[instance_batch == scene]  # (G,)
         numbers = torch.arange(len(labels), device=labels.device)

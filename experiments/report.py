@@ -1,25 +1,29 @@
 """Runs -> a table, the three success criteria with PASS or FAIL, curves.
 
-    python report.py runs/fused --against runs/baseline                 # exit code 1 if a criterion fails
-    python report.py runs/fused_s{0,1,2} --against runs/base_s{0,1,2}   # paired by seed, mean and standard deviation
-    python report.py runs/fused --classes                               # IoU of every class too
-    python report.py --failures --out failures.png                      # each failure mode without and with its cure
+    python -m experiments.report runs/fused --against runs/baseline                 # exit code 1 if a criterion fails
+    python -m experiments.report runs/fused_s{0,1,2} --against runs/base_s{0,1,2}   # by seed, mean and deviation
+    python -m experiments.report runs/fused --classes                               # IoU of every class too
 
-Reads config.json and log.jsonl of each run folder and writes curves.png beside the log. `train.py` calls `draw_curves`
-while it trains. Exit code: 0 no criterion failed, 1 one failed, 2 a run could not be read.
+Reads config.json and log.jsonl of each run folder and writes curves.png beside the log. Exit code: 0 no criterion
+failed, 1 one failed, 2 a run could not be read.
 """
 
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
+from collections import defaultdict
+from itertools import groupby, zip_longest
 from pathlib import Path
 
-from metrics import FUSION_BAND, criteria, epoch_fault, final_miou, fusion_epochs, is_finite
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-STAGE_NAMES = {1: "stability", 2: "alignment", 3: "enhancement"}
+from scenes.folder import CLASS_NAMES
+
+MIN_STABLE_EPOCHS = 20  # consecutive epochs without a non-finite loss or gradient
+FUSION_BAND = (0.3, 0.7)  # where fusion_2d_ratio must stay once the ramp is over, both ends included
 SAME_KEYS = ("data", "epochs", "seed", "preset", "compress", "plan", "voxel_size", "batch_size", "lr",
              "weight_decay")  # what two runs must share to be compared
 VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
@@ -29,35 +33,27 @@ VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
 
 
 def read_run(folder):
-    """Read one run folder.
+    """Run folder -> dict of name (str, the folder's), folder (Path), config (dict), log and notes (see `read_log`).
 
-    Returns:
-        dict with name (str, the folder's), folder (Path), config (dict), log (list of dicts, see `read_log`),
-        notes (list of str, what was left out of the log).
-
-    Raises:
-        FileNotFoundError, ValueError: no such folder, no config.json or log.jsonl in it, or one that cannot be read.
+    Raises FileNotFoundError or ValueError where config.json or log.jsonl is missing or cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give a run folder, such as runs/<name>")
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a run that train.py wrote")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not valid JSON: {error}") from None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no config.json that can be read ({error}); give the folder of a run that "
+                         "train.py wrote, such as runs/<name>") from None
     log, notes = read_log(folder / "log.jsonl")
     return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log, "notes": notes}
 
 
+# moves to runs.py
 def read_log(path):
     """Read log.jsonl: one JSON object a line, one line an epoch.
 
     A half line at the end, as a killed run leaves it, is left out. Where a line goes back to an epoch already written,
-    the run was resumed there: that line and those after it replace everything logged from that epoch on. What broke
-    stability in the replaced lines stays with the line that replaced them, as replaced_faults: it did happen.
+    the run was resumed there: that line and those after it replace everything logged from that epoch on. The replaced
+    lines stay in the line that replaced them, under `replaced`: what happened in them did happen.
 
     Returns:
         log:   list of dicts in ascending epoch, each epoch once.
@@ -70,14 +66,15 @@ def read_log(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the run has not finished an epoch, or this is no run folder")
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = path.read_bytes().decode("utf-8", errors="replace").rstrip().split("\n")
     log, notes = [], []
-    for number, line in lines:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
         except ValueError:
-            if number != lines[-1][0]:
+            if number < len(lines):
                 raise ValueError(f"{path}, line {number}: broken JSON in the middle of the log; "
                                  "mend or delete this line") from None
             notes.append(f"{path}, line {number}: half a line at the end, left out")
@@ -86,77 +83,149 @@ def read_log(path):
             raise ValueError(f"{path}, line {number}: expected an object with an integer 'epoch', got {line[:60]}")
         replaced = [old for old in log if old["epoch"] >= entry["epoch"]]
         if replaced:
-            faults = [f"epoch {old['epoch']}: {epoch_fault(old)}" for old in replaced if epoch_fault(old)]
             notes.append(f"{path}, line {number}: resumed at epoch {entry['epoch']}; the {len(replaced)} earlier "
-                         f"line(s) from that epoch on are replaced, {len(faults)} with a non-finite or skipped step")
+                         "line(s) from that epoch on are replaced")
             log = log[:-len(replaced)]
-            if faults:
-                entry["replaced_faults"] = faults
+            entry["replaced"] = replaced
         log.append(entry)
     if not log:
         raise ValueError(f"{path} holds no whole line; the run has not finished an epoch")
     return log, notes
 
 
-# ----------------------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------------------- criteria
 
 
-def pair_by_seed(runs, baselines):
-    """The baseline of each run: the one with its seed; a lone baseline serves every run (`judge` checks the seed).
+def criteria(log, baseline_log=None):
+    """Judge a run by its log: stability, performance, fusion.
 
-    Returns:
-        list as long as runs, of runs or None where there is no baseline, or none with this seed among several.
-
-    Raises:
-        ValueError: two baselines with the same seed.
-    """
-    by_seed = {}
-    for baseline in baselines:
-        seed = baseline["config"].get("seed")
-        if seed in by_seed:
-            raise ValueError(f"baselines {by_seed[seed]['folder']} and {baseline['folder']} have the same seed {seed}; "
-                             "give one baseline a seed")
-        by_seed[seed] = baseline
-    only = baselines[0] if len(baselines) == 1 else None
-    return [by_seed.get(run["config"].get("seed"), only) for run in runs]
-
-
-def judge(run, baseline, baselines_given):
-    """`metrics.criteria` of a run, where criterion 2 also fails if the two configs do not describe the same task.
+    1. stability: no epoch from 0 to the last is missing or has a non-finite loss, a non-finite gradient or a skipped
+       step, and at least 20 such epochs follow one another: a shorter run FAILS however clean it is. What was trained
+       again after `--resume` counts too (replaced): a run that diverged is not stable because it was resumed.
+    2. performance: the val mIoU at the last evaluated epoch lies above the baseline's (equal is not above). Both were
+       last evaluated at the same epoch, else FAIL as not comparable. `judge` compares the configs as well.
+    3. fusion: fusion_2d_ratio is a number in [0.3, 0.7] at every epoch with fusion_ramp == 1.
 
     Args:
-        run:             from `read_run`.
-        baseline:        from `read_run`, or None.
-        baselines_given: bool; with baselines given but none for this run's seed, criterion 2 fails.
+        log: list of dicts in ascending epoch, each epoch once; None stands for a non-finite number. Keys read:
+             epoch int; loss float; losses {term: float}; grad_norm {branch: float}; skipped_steps int;
+             val_miou float or None (not evaluated); fusion_2d_ratio float or None (no fusion active);
+             fusion_ramp float 0..1; replaced list of such dicts or missing: earlier lines that this one replaced.
+        baseline_log: the same for the baseline, or None.
 
     Returns:
-        list of dicts as `metrics.criteria` returns it. A run of the baseline itself is not compared.
+        list of three dicts, in the order above: name; figure (str, as printed); passed (bool, or None where it cannot
+        be judged: 2 without a baseline or a val mIoU, 3 without an epoch of fusion after the ramp, as in a baseline
+        or plan A run); detail (str, what failed and where; may be empty).
+
+    Raises ValueError where a log is empty or its epochs do not ascend.
     """
-    if run["config"].get("model") == "baseline":
-        entries = criteria(run["log"])
-        entries[1]["detail"] = "this run is a baseline"
-        return entries
+    for name, entries in (("log", log), ("baseline_log", log if baseline_log is None else baseline_log)):
+        epochs = [entry["epoch"] for entry in entries]
+        if not epochs or epochs != sorted(set(epochs)):
+            raise ValueError(f"{name} must hold ascending epochs, each once, at least one; got {epochs}")
+    judged = {"stability": _stability(log), "performance": _performance(log, baseline_log), "fusion": _fusion(log)}
+    return [{"name": name, "figure": figure, "passed": passed,
+             "detail": "; ".join(details[:3] + [f"and {len(details) - 3} more"] * (len(details) > 3))}
+            for name, (figure, passed, details) in judged.items()]
+
+
+def epoch_fault(entry):
+    """What broke stability in one epoch's log dict (keys as in `criteria`), "" if nothing did."""
+    values = {"loss": entry.get("loss")}
+    values |= {f"loss {term}": value for term, value in (entry.get("losses") or {}).items()}
+    values |= {f"gradient {branch}": value for branch, value in (entry.get("grad_norm") or {}).items()}
+    faults = [f"{name} is not finite" for name, value in values.items() if not is_finite(value)]
+    if entry.get("skipped_steps") != 0:
+        faults.append(f"{entry.get('skipped_steps', 'unknown number of')} skipped steps")
+    faults += [f"before it was resumed, epoch {old['epoch']}: {epoch_fault(old)}"
+               for old in entry.get("replaced", ()) if epoch_fault(old)]
+    return ", ".join(faults)
+
+
+def is_finite(value):
+    """True for a finite number; False for None, NaN, infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def final_miou(log):
+    """(epoch, val mIoU) of the last epoch whose val_miou is a number, None if there is none."""
+    evaluated = [(entry["epoch"], entry["val_miou"]) for entry in log if is_finite(entry.get("val_miou"))]
+    return evaluated[-1] if evaluated else None
+
+
+def fusion_epochs(log):
+    """[(epoch, fusion_2d_ratio or None)] of the epochs after the ramp; [] for a run in which no fusion is active."""
+    return [(e["epoch"], e.get("fusion_2d_ratio")) for e in log if (e.get("fusion_ramp") or 0) >= 1]
+
+
+def _stability(log):
+    """(figure, passed, list of details) of criterion 1."""
+    faults = {entry["epoch"]: epoch_fault(entry) for entry in log}
+    faults = [faults.get(epoch, "missing from the log") for epoch in range(log[-1]["epoch"] + 1)]
+    bad = [f"epoch {epoch}: {fault}" for epoch, fault in enumerate(faults) if fault]
+    longest = max(len(list(group)) * (not fault) for fault, group in groupby(faults))
+    details, total = bad, len(faults)
+    if not bad and longest < MIN_STABLE_EPOCHS:
+        details = [f"too short: at least {MIN_STABLE_EPOCHS} epochs are needed to show stability"]
+    figure = f"{total - len(bad)} of {total} epochs finite, longest streak {longest} (needs {MIN_STABLE_EPOCHS})"
+    return figure, not details, details
+
+
+def _performance(log, baseline_log):
+    """(figure, passed, list of details) of criterion 2."""
+    ours, theirs = final_miou(log), final_miou(baseline_log or [])
+    figure = f"val mIoU {ours[1]:.4f} at epoch {ours[0]}" if ours else "no val mIoU"
+    if baseline_log is None:
+        return figure, None, ["no baseline to compare with"]
+    if not (ours and theirs):
+        return figure, None, [f"no val mIoU in the {'baseline' if ours else 'run'}'s log"]
+    if ours[0] != theirs[0]:
+        why = f"the run was last evaluated at epoch {ours[0]}, the baseline at epoch {theirs[0]}"
+        return "not comparable", False, [why]
+    figure += f", baseline {theirs[1]:.4f}, difference {ours[1] - theirs[1]:+.4f}"
+    above = ours[1] > theirs[1]
+    return figure, above, [] if above else ["not above the baseline"]
+
+
+def _fusion(log):
+    """(figure, passed, list of details) of criterion 3."""
+    epochs, (low, high) = fusion_epochs(log), FUSION_BAND
+    if not epochs:
+        return "no fusion_2d_ratio", None, ["no epoch with fusion after the ramp"]
+    ratios = [ratio for _, ratio in epochs if is_finite(ratio)]
+    bad = [f"epoch {epoch}: {ratio}" for epoch, ratio in epochs if not (is_finite(ratio) and low <= ratio <= high)]
+    span = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "never measured (no voxel was seen)"
+    return f"fusion_2d_ratio {span} over {len(epochs)} epochs, band {low}..{high}", not bad, bad
+
+
+def judge(run, baselines):
+    """`criteria` of a run against the baseline of its seed; criterion 2 fails where their configs are not one task.
+
+    run is from `read_run`; baselines is {seed: such a run} and may be empty. A baseline itself is not compared.
+    """
+    seed, is_baseline = run["config"].get("seed"), run["config"].get("model") == "baseline"
+    baseline = None if is_baseline else baselines.get(seed)
     entries = criteria(run["log"], baseline and baseline["log"])
-    why = ""
-    if baseline is None and baselines_given:
-        why = f"no baseline with seed {run['config'].get('seed')} given"
-    elif baseline is not None:
-        why = config_differences(run["config"], baseline["config"])
-    if why:
-        entries[1].update(figure="not comparable", passed=False, detail=why)
+    if is_baseline:
+        entries[1]["detail"] = "this run is a baseline"
+    elif baselines:
+        why = f"no baseline with seed {seed} given"
+        if baseline:
+            why = config_differences(run["config"], baseline["config"])
+        if why:
+            entries[1].update(figure="not comparable", passed=False, detail=why)
     return entries
 
 
 def config_differences(config, baseline_config):
     """The keys in which a run and its baseline differ though they must agree, as text; "" if they agree."""
-    pairs = [(key, config.get(key), baseline_config.get(key)) for key in SAME_KEYS]
-    differences = [f"{key} is {ours!r}, the baseline's {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
-    if baseline_config.get("model") != "baseline":
-        differences.append(f"the run to compare with is a {baseline_config.get('model')!r}, not a 'baseline'")
-    return "; ".join(differences)
+    expected = {key: config.get(key) for key in SAME_KEYS} | {"model": "baseline"}
+    return "; ".join(f"the baseline's {key} is {baseline_config.get(key)!r}, expected {value!r}"
+                     for key, value in expected.items() if baseline_config.get(key) != value)
 
 
-# ---------------------------------------------------------------------------------------------------------- printing
+# ------------------------------------------------------------------------------------------------------------ tables
 
 
 def summary_table(runs):
@@ -168,343 +237,160 @@ def summary_table(runs):
         evaluated = [(e["val_miou"], -e["epoch"]) for e in log if is_finite(e.get("val_miou"))]
         best, final = max(evaluated, default=None), final_miou(log)
         ratios = [ratio for _, ratio in fusion_epochs(log) if is_finite(ratio)]
-        rows.append((
-            run["name"], str(config.get("model", "?")), str(config.get("seed", "?")),
-            f"{len(log)}/{config.get('epochs', '?')}",
-            f"{best[0]:.4f} @{-best[1]}" if best else "-",
-            f"{final[1]:.4f} @{final[0]}" if final else "-",
-            "/".join(f"{v:.3f}" if is_finite(v) else "-" for v in map(log[-1].get, ("val_ap", "val_ap50", "val_ap25"))),
-            f"{ratios[-1]:.3f}" if ratios else "-",
-            f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "-",
-            str(sum(e.get("skipped_steps") or 0 for e in log)),
-            f"{sum(e.get('seconds') or 0 for e in log) / 60:.1f}",
-        ))
+        rows.append((run["name"], config.get("model", "?"), config.get("seed", "?"),
+                     f"{len(log)}/{config.get('epochs', '?')}",
+                     f"{best[0]:.4f} @{-best[1]}" if best else "-", f"{final[1]:.4f} @{final[0]}" if final else "-",
+                     "/".join(_number(log[-1].get(key), 3) for key in ("val_ap", "val_ap50", "val_ap25")),
+                     f"{ratios[-1]:.3f}" if ratios else "-",
+                     f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "-",
+                     sum(e.get("skipped_steps") or 0 for e in log),
+                     f"{sum(e.get('seconds') or 0 for e in log) / 60:.1f}"))
     return _table(rows)
 
 
-def seeds_summary(runs, pairs):
-    """Mean and standard deviation (n - 1) of the final val mIoU and AP of each model, and of the paired difference.
+def seeds_summary(runs, baselines):
+    """Mean and deviation over seeds of each model's last val mIoU and AP and of the paired difference, as text.
 
-    Args:
-        runs:  list from `read_run`, baselines included.
-        pairs: list of (run, baseline) that are comparable.
+    runs: list from `read_run`, baselines included.  baselines: {seed: such a run}.
     """
-    lines, by_model = [], {}
+    values = defaultdict(list)
     for run in runs:
-        last = run["log"][-1]
         for label, key in (("mIoU", "val_miou"), ("AP", "val_ap"), ("AP50", "val_ap50"), ("AP25", "val_ap25")):
-            if is_finite(last.get(key)):
-                by_model.setdefault((label, str(run["config"].get("model", "?"))), []).append(last[key])
-    lines += [f"final val {label}, {model}: {_mean_and_deviation(v)}" for (label, model), v in sorted(by_model.items())]
-    finals = [(final_miou(run["log"]), final_miou(baseline["log"])) for run, baseline in pairs]
-    differences = [ours[1] - theirs[1] for ours, theirs in finals if ours and theirs and ours[0] == theirs[0]]
-    if differences:
-        lines.append(f"paired difference to the baseline: {_mean_and_deviation(differences, '+')}")
-    return "\n".join(lines)
+            if is_finite(run["log"][-1].get(key)):
+                values[f"final val {label}, {run['config'].get('model', '?')}"].append(run["log"][-1][key])
+        baseline = baselines.get(run["config"].get("seed"))
+        if baseline and run is not baseline and not config_differences(run["config"], baseline["config"]):
+            ours, theirs = final_miou(run["log"]), final_miou(baseline["log"])
+            if ours and theirs and ours[0] == theirs[0]:
+                values["paired difference to the baseline"].append(ours[1] - theirs[1])
+    return "\n".join(f"{name}: {statistics.mean(v):.4f} ± {statistics.stdev(v) if len(v) > 1 else math.nan:.4f} "
+                     f"({len(v)} run{'s' * (len(v) > 1)})" for name, v in sorted(values.items()))
 
 
 def class_table(runs):
     """IoU of every class at each run's last evaluated epoch, one column a run; "-" where a class does not occur."""
-    from data import CLASS_NAMES  # data.py loads torch and more: only for those who ask for this table
-
-    columns = []
-    for run in runs:
-        evaluated = [e["val_iou"] for e in run["log"] if e.get("val_iou")]
-        columns.append(evaluated[-1] if evaluated else [])
-    count = max(len(column) for column in columns)
-    names = list(CLASS_NAMES) if len(CLASS_NAMES) == count else [f"class {i}" for i in range(count)]
-    rows = [("class", *(run["name"] for run in runs))]
-    for i, name in enumerate(names):
-        values = [column[i] if i < len(column) else None for column in columns]
-        rows.append((name, *(f"{v:.4f}" if is_finite(v) else "-" for v in values)))
-    return _table(rows)
+    columns = [([], *(e["val_iou"] for e in run["log"] if e.get("val_iou")))[-1] for run in runs]
+    rows = [(name, *(_number(iou, 4) for iou in values)) for name, *values in zip_longest(CLASS_NAMES, *columns)]
+    return _table([("class", *(run["name"] for run in runs)), *rows])
 
 
-def _mean_and_deviation(values, sign=""):
-    """'0.4123 ± 0.0051 (3 runs)'; a single run has no deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.4f}{deviation} ({len(values)} run{'s' * (len(values) > 1)})"
+def _number(value, digits):
+    """A number with that many digits, "-" for what is none."""
+    return f"{value:.{digits}f}" if is_finite(value) else "-"
 
 
 def _table(rows):
-    """Rows of strings as aligned text; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-             for row in rows]
+    """Rows as aligned text; the first column to the left, the others to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # ------------------------------------------------------------------------------------------------------------ curves
 
-STAGE_TINTS = {1: "#eef2f7", 2: "#fbf4e6", 3: "#edf5ee"}
-COLORS = {  # of a loss term or branch, the same in every run's picture
-    "semantic": "#1f6fb4", "alignment": "#2c8c57", "instance_cls": "#b8397a", "instance_bce": "#7a5bb0",
-    "instance_dice": "#8a6a3b", "instance_score": "#2a9aa8",
-    "3d": "#1f6fb4", "2d": "#d9731a", "fusion": "#2c8c57", "decoder": "#b8397a",
-}
-INK, FAINT, BLUE, RED = "#222222", "#8a8f98", "#1f6fb4", "#c00000"
+STAGES = {1: ("stability", "#eef2f7"), 2: ("alignment", "#fbf4e6"), 3: ("enhancement", "#edf5ee")}  # name, tint
+PANELS = {  # title: keys of the log, or dict and key in it, in the order of the colors; what a log lacks is not drawn
+    "Losses": ("losses semantic", "losses alignment", "losses instance_cls", "losses instance_bce",
+               "losses instance_dice", "losses instance_score", "loss"),
+    "Validation mIoU": ("val_miou",),
+    "Validation AP of instances": ("val_ap", "val_ap25", "val_ap50"),
+    "Share of the 2D branch": ("fusion_2d_ratio", "fusion_ramp"),
+    "Gradient norm before clipping": ("grad_norm 3d", "grad_norm 2d", "grad_norm fusion", "grad_norm decoder"),
+    "Features of seen voxels": ("rms_3d", "rms_2d", "cosine"),
+}  # without the gate prior: the squared distance of fusion_2d_ratio from 0.5, far below the other losses
+LOGARITHMIC = ("Losses", "Gradient norm before clipping")
+COMPARED = ("val_miou", "val_ap50")  # drawn of every run; all else of the first alone
 
 
-def draw_curves(log_or_logs, path):
-    """Draw losses, val mIoU and AP, fusion_2d_ratio, gradient norms and range of a run over its epochs, 1650 x 840.
-
-    Null or missing values leave gaps. The file is written beside its place and renamed, so it is never half there.
+def draw_curves(logs, path):
+    """Draw PANELS over the epochs of a run, 1650 x 840; the legend lists the curves by their last value.
 
     Args:
-        log_or_logs: a log (list of dicts, one an epoch, see `read_log`), or a dict name -> log: the first is the run
-                     that all panels show, the others (the baseline) appear in the panels of mIoU and AP only.
-        path:        where the .png goes.
-
-    Raises:
-        ValueError: a log is empty.
+        logs: dict name -> log, each as `read_log` returns it: first the run, then what it is compared with.
+        path: where the .png goes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: training starts without matplotlib
-    from matplotlib.figure import Figure
-
-    logs = log_or_logs if isinstance(log_or_logs, dict) else {"this run": log_or_logs}
-    if not logs or not all(logs.values()):
-        raise ValueError("nothing to draw: a log is empty; draw after the first epoch")
-    log = next(iter(logs.values()))
-
-    figure = Figure(figsize=(16.5, 8.4), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    figure.subplots_adjust(left=0.045, right=0.905, top=0.92, bottom=0.065, wspace=0.52, hspace=0.33)
-    _draw_losses(axes[0, 0], log)
-    _draw_miou(axes[0, 1], logs)
-    _draw_average_precision(axes[0, 2], logs)
-    _draw_fusion(axes[1, 0], log)
-    _draw_gradients(axes[1, 1], log)
-    _draw_range(axes[1, 2], log)
-    for ax in axes.flat:
-        _dress(ax, log)
-
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(unfinished, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # of a disk that is full
-
-
-def _draw_losses(ax, log):
-    """Total loss and every term but the gate prior (the squared distance of the fusion panel's curve from 0.5, far
-    below the others); a cross on the axis marks an epoch that broke stability."""
-    terms = sorted({term for entry in log for term in entry.get("losses") or {}} - {"gate"})
-    curves = [("total", _series(log, lambda e: e.get("loss")), INK)]
-    curves += [(term, _series(log, lambda e, t=term: (e.get("losses") or {}).get(t)), COLORS.get(term, FAINT))
-               for term in terms]
-    _draw_lines(ax, curves)
-    _log_scale_if_wide(ax, curves)
+    if isinstance(logs, list):  # from train.py, until it no longer draws
+        logs = {"this run": logs}
+    log, *_ = logs.values()
+    figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    panels = dict(zip(PANELS, figure.subplots(2, 3).flat))
     faulty = [entry["epoch"] for entry in log if epoch_fault(entry)]
     if faulty:
-        ax.plot(faulty, [0.025] * len(faulty), "x", color=RED, transform=ax.get_xaxis_transform(), ms=6)
-        ax.text(1, -0.12, "x  non-finite or skipped step", color=RED, fontsize=8.5, ha="right",
-                transform=ax.transAxes)
-    ax.set_title("Losses")
-    ax.set_ylabel("loss, mean of the epoch")
+        ax = panels["Losses"]
+        ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
+    panels["Share of the 2D branch"].axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
+    for title, ax in panels.items():
+        curves = []
+        for i, key in enumerate(PANELS[title]):
+            for name, entries in logs.items() if key in COMPARED else [("", log)]:
+                values = _series(entries, key.split())
+                last = next(filter(is_finite, reversed(values)), None)
+                if last is not None:
+                    label = f"{key.split()[-1]} {name[:20]} {last:.3g}"
+                    curves.append((last, label, values, f"C{i}" if entries is log else "grey"))
+        for _, label, values, color in sorted(curves, reverse=True):
+            ax.plot(values, ".-", color=color, lw=1.6, ms=2.5, label=label)
+        _dress(ax, title, log)
+    figure.savefig(path)
 
 
-def _draw_miou(ax, logs):
-    """Val mIoU of the run and of the others given, with the last value in the label."""
-    curves = []
-    for i, (name, log) in enumerate(logs.items()):
-        final = final_miou(log)
-        curves.append((_short(name) + (f" {final[1]:.3f}" if final else ""), _series(log, lambda e: e.get("val_miou")),
-                       BLUE if i == 0 else FAINT))
-    _draw_lines(ax, curves)
-    ax.set_ylim(bottom=0)
-    ax.set_title("Validation mIoU")
-    ax.set_ylabel("mIoU")
-
-
-def _short(name, length=12):
-    """A name cut to what the margin has room for."""
-    return name if len(name) <= length else name[: length - 1] + "\u2026"
-
-
-def _draw_average_precision(ax, logs):
-    """Val AP, AP50 and AP25 of the run, AP50 of the others."""
-    (_, log), *others = logs.items()
-    curves = [(label, _series(log, lambda e, k=key: e.get(k)), color) for label, key, color in
-              (("AP25", "val_ap25", "#2c8c57"), ("AP50", "val_ap50", BLUE), ("AP", "val_ap", INK))]
-    curves += [(f"AP50 {_short(name, 9)}", _series(theirs, lambda e: e.get("val_ap50")), FAINT)
-               for name, theirs in others]
-    ax.set_ylim(0, 1.03)
-    if any(map(math.isfinite, curves[0][1])):
-        _draw_lines(ax, curves)
+def _dress(ax, title, log):
+    """Title, scale and legend of a panel, and the stages behind its curves."""
+    if title in LOGARITHMIC:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
     else:
-        ax.text(0.5, 0.5, "no instances in this run so far", transform=ax.transAxes, ha="center", va="center",
-                color=INK)
-    ax.set_title("Validation AP of instances")
-    ax.set_ylabel("average precision")
+        ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
+    ax.margins(x=0)
+    ax.set_title(title, fontweight="bold", pad=18)
+    ax.set_xlabel("epoch")
+    ax.grid(axis="y", color="#d5d9de", lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
+        epochs, (name, tint) = [entry["epoch"] for entry in entries], STAGES.get(stage, ("", "white"))
+        ax.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=tint, lw=0, zorder=0)
+        ax.text((epochs[0] + epochs[-1]) / 2, 1.01, name, color="grey", fontsize=8.5, ha="center",
+                transform=ax.get_xaxis_transform())
 
 
-def _draw_range(ax, log):
-    """RMS of each branch's feature before the blend, and their cosine."""
-    curves = [(label, _series(log, lambda e, k=key: e.get(k)), color) for label, key, color in
-              (("rms 2d", "rms_2d", COLORS["2d"]), ("rms 3d", "rms_3d", COLORS["3d"]), ("cosine", "cosine", INK))]
-    if any(map(math.isfinite, curves[0][1])):
-        _draw_lines(ax, curves)
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    else:
-        ax.text(0.5, 0.5, "no fusion in this run so far", transform=ax.transAxes, ha="center", va="center", color=INK)
-    ax.set_title("Range and agreement of the branches")
-    ax.set_ylabel("over seen voxels, mean of the epoch")
-
-
-def _draw_fusion(ax, log):
-    """fusion_2d_ratio with its band; epochs after the ramp outside the band get a red dot."""
-    low, high = FUSION_BAND
-    ax.axhspan(low, high, color="#2c8c57", alpha=0.16, lw=0, zorder=0.5)
-    ax.text(0.01, high - 0.015, f"goal {low} to {high}", transform=ax.get_yaxis_transform(), fontsize=8, va="top",
-            color="#2c6e49")
-    ratio = _series(log, lambda e: e.get("fusion_2d_ratio"))
-    ax.set_ylim(0, 1.03)
-    if any(map(math.isfinite, ratio)):
-        _draw_lines(ax, [("ramp", _series(log, lambda e: e.get("fusion_ramp")), FAINT), ("ratio", ratio, BLUE)])
-        outside = [(e, r) for e, r in fusion_epochs(log) if is_finite(r) and not low <= r <= high]
-        ax.plot([e for e, _ in outside], [r for _, r in outside], "o", color=RED, ms=3.5, zorder=4)
-    else:
-        ax.text(0.5, 0.5, "no fusion in this run so far", transform=ax.transAxes, ha="center", va="center", color=INK)
-    ax.set_title("Share of the 2D branch: fusion_2d_ratio")
-    ax.set_ylabel("mean alpha over seen voxels")
-
-
-def _draw_gradients(ax, log):
-    """Gradient norm of every branch before clipping."""
-    branches = sorted({branch for entry in log for branch in entry.get("grad_norm") or {}})
-    curves = [(branch, _series(log, lambda e, b=branch: (e.get("grad_norm") or {}).get(b)), COLORS.get(branch, FAINT))
-              for branch in branches]
-    _draw_lines(ax, curves)
-    _log_scale_if_wide(ax, curves, factor=3)
-    ax.set_title("Gradient norm by branch, before clipping")
-    ax.set_ylabel("norm, mean of the epoch")
-
-
-def _series(log, value_of):
-    """A value for each epoch from 0 to the last, NaN where it is null or the epoch is missing."""
+def _series(log, keys):
+    """The value under those nested keys for each epoch from 0 to the last, NaN where it is null or missing."""
     values = [math.nan] * (log[-1]["epoch"] + 1)
     for entry in log:
-        value = value_of(entry)
+        value = entry
+        for key in keys:
+            value = (value or {}).get(key)
         values[entry["epoch"]] = value if is_finite(value) else math.nan
     return values
-
-
-def _draw_lines(ax, curves):
-    """Draw (name, values by epoch, color) curves; each is labelled at its end by `_label_ends`, in `_dress`."""
-    for name, values, color in curves:
-        seen = [math.isfinite(v) for v in [math.nan, *values, math.nan]]
-        alone = [i for i in range(len(values)) if seen[i + 1] and not seen[i] and not seen[i + 2]]  # no line to either
-        if any(seen):
-            ax.plot(range(len(values)), values, color=color, lw=1.6, marker="o", ms=3.5, markevery=alone or [],
-                    label=name)
-
-
-def _log_scale_if_wide(ax, curves, factor=10):
-    """Logarithmic y axis where all values are positive and span more than the factor."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    values = [v for _, series, _ in curves for v in series if math.isfinite(v)]
-    if not values or min(values) <= 0 or max(values) < factor * min(values):
-        return
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _dress(ax, log):
-    """Shade the stages, set the axes' looks, label the curves at their ends."""
-    from matplotlib.ticker import MaxNLocator
-
-    last = max([log[-1]["epoch"], *(line.get_xdata()[-1] for line in ax.lines if len(line.get_xdata()))])
-    ax.set_xlim(-0.5, last + 0.5)
-    stages = {}
-    for entry in log:
-        stages.setdefault(entry.get("stage"), []).append(entry["epoch"])
-    for stage, epochs in stages.items():
-        left, right = epochs[0] - 0.5, epochs[-1] + 0.5
-        ax.axvspan(left, right, color=STAGE_TINTS.get(stage, "white"), lw=0, zorder=0)
-        if (right - left) / (last + 1) > 0.14:  # narrower than its name otherwise
-            ax.text((left + right) / 2, 1.015, STAGE_NAMES.get(stage, f"stage {stage}"), fontsize=8.5, color=FAINT,
-                    ha="center", transform=ax.get_xaxis_transform())
-    ax.set_title(ax.get_title(), loc="center", fontsize=11.5, fontweight="bold", color=INK, pad=20)
-    ax.set_xlabel("epoch", fontsize=9, color=INK)
-    ax.set_ylabel(ax.get_ylabel(), fontsize=9, color=INK)
-    ax.tick_params(labelsize=8.5, colors="#555555", length=3)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=8))
-    ax.grid(axis="y", color="#d5d9de", lw=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    _label_ends(ax)
-
-
-def _label_ends(ax, gap=0.05):
-    """Write each curve's name right of the axes at the height where it ends, at least gap (of the axes) apart."""
-    lines = [line for line in ax.lines if not line.get_label().startswith("_")]
-    ends = []
-    for line in lines:
-        y = [v for v in line.get_ydata() if math.isfinite(v)][-1]
-        height = ax.transAxes.inverted().transform(ax.transData.transform((0, y)))[1]
-        ends.append((height, line))
-    ends.sort(key=lambda end: end[0])
-    heights = [height for height, _ in ends]
-    for i in range(1, len(heights)):  # push up, then the whole stack down into the axes
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    for (_, line), height in zip(ends, heights):
-        ax.text(1.012, height, line.get_label(), color=line.get_color(), fontsize=9, va="center",
-                transform=ax.transAxes)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def report_failures(path):
-    """Run the experiments of failures.py: table, picture at path, exit code."""
-    import failures  # spconv, open_clip and training: only for those who ask for this table
-
-    findings = [experiment() for experiment in failures.EXPERIMENTS]
-    print(failures.table(findings))
-    try:
-        failures.draw(findings, path)
-    except OSError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
-    print(f"picture: {path}")
-    return int(not all(finding.holds for finding in findings))
-
-
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Judge runs by the three success criteria; exits 1 if one fails.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, such as runs/fused")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/fused")
     parser.add_argument("--against", nargs="+", default=[], metavar="BASELINE",
                         help="baseline run folder; several are paired with the runs by seed")
     parser.add_argument("--classes", action="store_true", help="print the IoU of every class too")
-    parser.add_argument("--failures", action="store_true", help="instead of runs: reproduce the failure modes, each "
-                        "without its cure and with it; exits 1 if one is not as promised")
-    parser.add_argument("--out", help="picture of --failures (default failures.png)")
     args = parser.parse_args(argv)
-    if args.failures and not args.runs:
-        return report_failures(args.out or "failures.png")
-    if args.failures or args.out or not args.runs:
-        parser.error("give run folders, such as runs/fused, or --failures alone, with --out")
     try:
-        runs = [read_run(folder) for folder in args.runs]
-        baselines = [read_run(folder) for folder in args.against]
-        partners = pair_by_seed(runs, baselines)
+        runs, against = [read_run(folder) for folder in args.runs], [read_run(folder) for folder in args.against]
+        baselines = {run["config"].get("seed"): run for run in against}
+        if len(baselines) < len(against):
+            raise ValueError(f"two baselines have the same seed, of {list(baselines)}; give one baseline a seed")
     except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
 
-    everything = list({run["folder"].resolve(): run for run in runs + baselines}.values())  # each folder once
+    everything = list({run["folder"].resolve(): run for run in runs + against}.values())  # each folder once
     for run in everything:
         for note in run["notes"]:
             print(f"note: {note}")
@@ -513,22 +399,21 @@ def main(argv=None):
             print(f"note: {run['name']} has logged {len(run['log'])} of {planned} epochs; the verdicts cover these")
     print(summary_table(everything))
     if len(runs) > 1:
-        comparable = [(run, baseline) for run, baseline in zip(runs, partners)
-                      if baseline and not config_differences(run["config"], baseline["config"])]
-        print("\n" + seeds_summary(everything, comparable))
+        print("\n" + seeds_summary(everything, baselines))
     if args.classes:
         print("\n" + class_table(everything))
 
     failed = False
-    for run, baseline in zip(runs, partners):
+    for run in runs:
+        baseline = baselines.get(run["config"].get("seed"))
         print(f"\n{run['name']}" + (f" against {baseline['name']}" if baseline else ""))
-        for number, entry in enumerate(judge(run, baseline, bool(baselines)), 1):
+        for number, entry in enumerate(judge(run, baselines), 1):
             detail = f"  [{entry['detail']}]" if entry["detail"] else ""
             print(f"  {number} {entry['name']:<11}  {VERDICTS[entry['passed']]:<4}  {entry['figure']}{detail}")
             failed |= entry["passed"] is False
-        logs = {run["name"]: run["log"]} | ({baseline["name"]: baseline["log"]} if baseline else {})
-        draw_curves(logs, run["folder"] / "curves.png")
-        print(f"  curves: {run['folder'] / 'curves.png'}")
+        path = run["folder"] / "curves.png"
+        draw_curves({each["name"]: each["log"] for each in (run, baseline) if each}, path)
+        print(f"  curves: {path}")
     return int(failed)
 
 

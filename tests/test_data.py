@@ -1,78 +1,17 @@
 """Tests of data.py: scene folders good and bad, voxels, the camera under augmentation, superpoints, batches."""
-import io
-import pickle
-import struct
-import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_folder import write_scene
 
 import data
-from conftest import Payload
 from data import EpochBatches, SceneDataset, collate, loader, scene_item
 from scenes.folder import IGNORE, load_frames, load_scene
-from scenes.points import voxelise
 
 AUGMENTATIONS = ("flip", "rotate", "scale", "elastic", "jitter")
 CAMERA_KEYS = ("depth", "world_to_camera", "intrinsics")
-
-
-def camera_to_world(yaw=0.0):
-    """A level camera (4, 4), 3 m before the middle of the scenes below; yaw 0 looks along world +y."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.array([[c, s, 0], [0, 0, -1], [-s, c, 0]]).T        # columns: right, down, forward
-    matrix[:3, 3] = np.array([2.0, 3.0, 1.0]) - 3 * matrix[:3, 2]
-    return matrix
-
-
-def write_scene(folder, points=200, frames=(), color_size=(64, 48), depth_size=(64, 48), seed=0, **arrays):
-    """Write a scene folder: points in a box around (2, 3, 1) m and frames that look at it; return the folder.
-
-    frames: ids; frame i has a depth map of 1000 + 10 i mm.  arrays: .npy files by name, in place of those made here
-    (None = leave out); normals, labels and instances are made, superpoints are not.
-    """
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    coord = rng.uniform((1, 2.2, 0.4), (3, 3.8, 1.6), (points, 3)).astype(np.float32)
-    normal = rng.normal(size=coord.shape)
-    made = {"coord": coord, "color": rng.integers(0, 256, (points, 3)).astype(np.uint8),
-            "normal": (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
-            "segment20": rng.integers(-1, 20, points), "instance": rng.integers(-1, 4, points)}
-    for name, array in {**made, **arrays}.items():
-        if array is not None:
-            np.save(folder / f"{name}.npy", array)
-    for name in ("color", "depth", "pose", "intrinsic"):
-        (folder / name).mkdir()
-    width, height = color_size
-    camera = np.eye(4)
-    camera[:2, :3] = [[0.9 * width, 0, 0.47 * width], [0, 0.85 * width, 0.52 * height]]
-    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", camera)
-    for i in frames:
-        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        Image.fromarray(image).save(folder / "color" / f"{i}.jpg")
-        depth = np.full(depth_size[::-1], 1000 + 10 * i, np.uint16)
-        Image.fromarray(depth).save(folder / "depth" / f"{i}.png")
-        np.savetxt(folder / "pose" / f"{i}.txt", camera_to_world(0.2 * i))
-    return folder
-
-
-def truncate(path, keep):
-    """Cut a file after a share (float) or a number (int) of its bytes."""
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
-
-
-def members_by_cell(coord, voxel_size):
-    """Slow voxels: {cell (x, y, z): list of its points}, in ascending order of the cells."""
-    low, cells = coord.min(0), {}
-    for i, point in enumerate(coord):
-        cell = tuple(int(v) for v in np.floor((point - low) / np.float32(voxel_size)))
-        cells.setdefault(cell, []).append(i)
-    return dict(sorted(cells.items()))
 
 
 def same(one, two):
@@ -85,60 +24,6 @@ def same(one, two):
 @pytest.fixture
 def scene_folder(tmp_path):
     return write_scene(tmp_path / "train" / "scene", frames=(0, 1))
-
-
-# -------------------------------------------------------------------------------------------------------------- voxels
-
-
-def test_voxels_have_the_members_means_and_majorities_of_a_slow_loop():
-    rng = np.random.default_rng(0)
-    coord = (rng.uniform(-1, 1, (500, 3)) * (1, 2, 0.5) + (5, -3, 0)).astype(np.float32)
-    labels, values = rng.integers(-1, 4, 500), rng.normal(size=(500, 2)).astype(np.float32)
-    grid, point_to_voxel = voxelise(coord, 0.3)
-    slow = members_by_cell(coord, 0.3)
-    assert 50 < len(slow) < 300
-    np.testing.assert_array_equal(grid, list(slow))
-    mean = data.voxel_means(values, point_to_voxel, len(grid))
-    majority = data.voxel_majority(labels, point_to_voxel, len(grid), 4)
-    for row, members in enumerate(slow.values()):
-        np.testing.assert_array_equal(np.flatnonzero(point_to_voxel == row), members)
-        np.testing.assert_allclose(mean[row], values[members].mean(0), atol=1e-5)
-        votes = [int((labels[members] == k).sum()) for k in range(4)]
-        assert majority[row] == (votes.index(max(votes)) if max(votes) else IGNORE)
-
-
-def test_the_order_of_the_points_does_not_matter():
-    rng = np.random.default_rng(1)
-    coord = rng.uniform(0, 2, (300, 3)).astype(np.float32)
-    order = rng.permutation(300)
-    grid, point_to_voxel = voxelise(coord, 0.25)
-    other_grid, other_row = voxelise(coord[order], 0.25)
-    np.testing.assert_array_equal(grid, other_grid)
-    np.testing.assert_array_equal(point_to_voxel[order], other_row)
-
-
-def test_a_point_leads_to_its_voxel_and_back():
-    coord = np.random.default_rng(2).uniform(-3, 3, (400, 3)).astype(np.float32)
-    grid, point_to_voxel = voxelise(coord, 0.1)
-    assert grid.min() == 0 and set(point_to_voxel) == set(range(len(grid)))
-    inside = (coord - coord.min(0)) / 0.1 - grid[point_to_voxel]
-    assert inside.min() > -1e-4 and inside.max() < 1 + 1e-4
-    again, rows = voxelise((grid + 0.5).astype(np.float32), 1.0)
-    np.testing.assert_array_equal(again, grid)
-    np.testing.assert_array_equal(rows, np.arange(len(grid)))
-
-
-@pytest.mark.parametrize("far", [1e7, 1e18, 1e30, 3e38])
-def test_too_many_voxels_say_what_to_do(far):
-    coord = np.array([[0, 0, 0], [far, far, far], [-far, 0, 0]], np.float32)
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"overflows; take a larger voxel size.*metres"):
-        voxelise(coord, 0.02)
-
-
-def test_ignored_points_have_no_vote_unless_there_is_no_other():
-    labels = np.array([-1, -1, -1, 3, -1, -1, 2, 1, 2, 0, 0, 2, 2])
-    rows = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3])
-    assert data.voxel_majority(labels, rows, 4, 4).tolist() == [3, -1, 2, 0]
 
 
 # ----------------------------------------------------------------------------------------- the camera and augmentation
@@ -272,152 +157,6 @@ def test_colours_stay_in_their_range_under_augmentation(scene_folder):
         np.testing.assert_allclose(np.linalg.norm(item["normal"], axis=1), 1, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def test_a_written_scene_is_read_back(scene_folder):
-    scene = load_scene(scene_folder)
-    assert scene["name"] == "scene" and scene["frame_ids"] == [0, 1] and scene["frames_skipped"] == 0
-    for key, file, kind in (("coord", "coord", "f4"), ("color", "color", "u1"), ("normal", "normal", "f4"),
-                            ("segment", "segment20", "i8"), ("instance", "instance", "i8")):
-        np.testing.assert_allclose(scene[key], np.load(scene_folder / f"{file}.npy"), atol=1e-6)
-        assert scene[key].dtype == np.dtype(kind), key
-
-
-def test_a_scannet_folder_prepared_by_pointcept_is_taken_as_it_is(tmp_path):
-    rng = np.random.default_rng(5)
-    coord, color = rng.uniform(0, 3, (60, 3)), rng.integers(0, 256, (60, 3)).astype(np.float32)
-    segment = rng.integers(-1, 20, (60, 1)).astype(np.int16)
-    folder = tmp_path / "val" / "scene0011_00"
-    folder.mkdir(parents=True)
-    for name, array in {"coord": coord, "color": color, "segment20": segment, "instance": segment[:, 0].astype("i4"),
-                        "segment200": segment, "normal": np.tile([0, 0, 1.0], (60, 1))}.items():
-        np.save(folder / f"{name}.npy", array)
-    item = SceneDataset(tmp_path, "val", voxel_size=0.01, views=4)[0]
-    assert item["name"] == "scene0011_00" and item["image"].shape == (0, 3, 120, 160)
-    np.testing.assert_array_equal(item["point_segment"], segment[:, 0])
-    np.testing.assert_allclose(item["world_coord"][item["point_to_voxel"]], coord, atol=0.01)
-    np.testing.assert_allclose((item["color"][item["point_to_voxel"]] + 1) * 127.5, color, atol=0.01)
-
-
-def npy(name, array, match):
-    """A case: this array in place of <name>.npy."""
-    return pytest.param(lambda folder: np.save(folder / f"{name}.npy", array), match, id=f"{name} {match[:28]}")
-
-
-def cut(file, keep, match):
-    return pytest.param(lambda folder: truncate(folder / file, keep), match, id=f"{file} cut at {keep}")
-
-
-def text(file, content, match):
-    return pytest.param(lambda folder: (folder / file).write_text(content), match, id=f"{file} {content[:12]!r}")
-
-
-def holed(shape, rows, value):
-    array = np.ones(shape, np.float32)
-    array[rows, 1] = value
-    return array
-
-
-@pytest.mark.parametrize("spoil, match", [
-    *[cut(f"{name}.npy", keep, rf"{name}\.npy: expected.*cannot be read")
-      for name in ("coord", "color", "normal", "segment20", "instance", "superpoint") for keep in (0, 30, 0.8)],
-    npy("coord", np.zeros((200, 4)), r"coord\.npy: expected shape \(N, 3\), found \(200, 4\)"),
-    npy("coord", np.zeros(600), r"coord\.npy: expected shape \(N, 3\), found \(600,\)"),
-    npy("coord", np.zeros((0, 3)), r"coord\.npy: expected at least one point"),
-    npy("coord", np.zeros((200, 3), complex), r"coord\.npy: expected numbers, found complex"),
-    npy("color", np.zeros((199, 3)), r"color\.npy: expected shape \(200, 3\), found \(199, 3\)"),
-    npy("normal", np.zeros((201, 3)), r"normal\.npy: expected shape \(200, 3\), found \(201, 3\)"),
-    npy("segment20", np.zeros(100, int), r"segment20\.npy: expected shape \(200,\), found \(100,\)"),
-    npy("instance", np.zeros((200, 2), int), r"instance\.npy: expected shape \(200,\), found \(200, 2\)"),
-    npy("superpoint", np.zeros(7, int), r"superpoint\.npy: expected shape \(200,\), found \(7,\)"),
-    npy("segment20", np.array([None] * 200), r"segment20\.npy: .*cannot be read: .*bject"),
-    npy("segment20", np.full(200, 20), r"segment20\.npy: expected labels -1\.\.19, found 20\.\.20"),
-    npy("segment20", np.full(200, -2), r"segment20\.npy: expected labels -1\.\.19, found -2\.\.-2"),
-    npy("segment20", np.full(200, 255, np.uint8), r"expected labels -1\.\.19, found 255"),
-    npy("coord", holed((200, 3), [3, 7], np.nan), "scene scene: 2 of 200 points have coordinates"),
-    npy("coord", holed((200, 3), range(9), -np.inf), "scene scene: 9 of 200 points have coordinates that are not fin"),
-    npy("color", holed((200, 3), [5], np.inf), "scene scene: 1 of 200 points have colours"),
-    npy("color", holed((200, 3), [1, 2, 3], np.nan), "scene scene: 3 of 200 points have colours that are not finite"),
-    npy("color", holed((200, 3), [5], 256), r"color\.npy: expected colours in 0\.\.255, found 1.*256"),
-    npy("color", holed((200, 3), [5], -1), r"color\.npy: expected colours in 0\.\.255, found -1"),
-    text("pose/1.txt", "1 0 0\n0 1 0\n0 0 1\n", r"1\.txt: expected 4x4 numbers, found \(3, 3\)"),
-    text("pose/1.txt", "1 0 0 0\n0 1 0\n", r"1\.txt: expected a matrix as text"),
-    text("pose/1.txt", "no pose", r"1\.txt: expected a matrix as text"),
-])
-def test_a_bad_file_of_points_or_poses_is_named_with_what_is_wrong(spoil, match, scene_folder):
-    np.save(scene_folder / "superpoint.npy", np.arange(200) // 10)
-    spoil(scene_folder)
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match=match):
-        load_scene(scene_folder)
-
-
-@pytest.mark.parametrize("size", [(64, 48), (32, 24)], ids=["as it is", "resized"])
-@pytest.mark.parametrize("spoil, match", [
-    *[cut("color/1.jpg", keep, r"1\.jpg: expected an image") for keep in (0, 10, 300, 0.5, 0.9)],
-    *[cut("depth/1.png", keep, r"1\.png: expected an image") for keep in (0, 10, 20, 33, 40, 50, 0.7, 0.8)],
-    pytest.param(lambda folder: Image.new("RGB", (64, 48)).save(folder / "depth" / "1.png"),
-                 r"1\.png: expected an image.*one channel of 16 bit, found mode RGB", id="depth in colour"),
-    pytest.param(lambda folder: Image.new("L", (64, 48)).save(folder / "depth" / "1.png"),
-                 r"1\.png: expected an image.*one channel of 16 bit, found mode L", id="depth of 8 bit"),
-    text("intrinsic/intrinsic_color.txt", "1 0\n0 1\n", r"intrinsic_color\.txt: expected 3x3 or 4x4 numbers"),
-    text("intrinsic/intrinsic_color.txt", "nan 0 1\n0 1 1\n0 0 1\n", r"intrinsic_color\.txt: expected finite numbers"),
-    pytest.param(lambda folder: (folder / "intrinsic" / "intrinsic_color.txt").unlink(),
-                 r"intrinsic_color\.txt: expected a matrix", id="no intrinsics"),
-])
-def test_a_bad_file_of_a_frame_is_named_with_what_is_wrong(spoil, match, size, scene_folder):
-    spoil(scene_folder)
-    with pytest.raises(ValueError, match=match):
-        load_frames(scene_folder, [0, 1], size)
-
-
-@pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png"])
-def test_an_image_of_absurd_size_is_refused_before_it_is_unpacked(name, scene_folder):
-    out = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(out, "PNG")
-    content = bytearray(out.getvalue())
-    content[16:24] = struct.pack(">II", 9000, 9000)  # Pillow itself allows that
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    (scene_folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}: expected an image, .* 9000x9000 pixels, more than"):
-        load_frames(scene_folder, [0], (64, 48))
-
-
-@pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png"])
-def test_a_postscript_file_in_place_of_an_image_is_refused_and_starts_no_ghostscript(name, scene_folder, monkeypatch):
-    started = []
-    real = Image.new("RGB", (64, 48))
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: started.append(args) or real.im)
-    real.save(scene_folder / name, "EPS")
-    with pytest.raises(ValueError, match=f"{name}: expected an image"):
-        load_frames(scene_folder, [0], (64, 48))
-    assert not started
-    with Image.open(scene_folder / name) as image:
-        image.load()
-    assert started  # the test can fail: this is what happens otherwise
-
-
-@pytest.mark.parametrize("name", ["coord", "color", "normal", "segment20", "instance", "superpoint"])
-@pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
-def test_no_array_of_a_scene_ever_runs_what_is_pickled_in_it(name, form, scene_folder, tmp_path):
-    touched, path = tmp_path / "touched", scene_folder / f"{name}.npy"
-    if form == "bare pickle":
-        path.write_bytes(pickle.dumps(Payload(touched)))
-    else:
-        np.save(path, np.array([Payload(touched)], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=f"{path}: expected an array of numbers, found a file that cannot be read"):
-        load_scene(scene_folder)
-    assert not touched.exists()
-    np.load(path, allow_pickle=True)
-    assert touched.exists()  # the test can fail: this is what happens otherwise
-
-
-def test_a_jpeg_in_place_of_a_depth_map_is_refused(scene_folder):
-    (scene_folder / "depth" / "0.png").write_bytes((scene_folder / "color" / "0.jpg").read_bytes())
-    with pytest.raises(ValueError, match=r"depth/0\.png: expected an image"):
-        load_frames(scene_folder, [0], (64, 48))
-
-
 @pytest.mark.parametrize("unit", [1000, 1e6], ids=["millimetres", "micrometres"])
 def test_coordinates_in_other_units_than_metres_are_named_before_they_fill_the_memory(unit, tmp_path):
     coord = np.random.default_rng(6).uniform(0, 5, (50, 3)) * unit
@@ -433,133 +172,6 @@ def test_what_is_missing_is_named(scene_folder, tmp_path):
     for root, split in ((tmp_path / "nowhere", "train"), (tmp_path / "empty", "train"), (tmp_path, "val")):
         with pytest.raises(FileNotFoundError, match=rf"no scene in .*{split}.*python rooms\.py --out"):
             SceneDataset(root, split, voxel_size=0.1)
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no scene folder: it has no coord\.npy"):
-        load_scene(tmp_path / "nowhere")
-    (scene_folder / "color.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"color\.npy is missing"):
-        load_scene(scene_folder)
-
-
-def test_frames_whose_pose_is_lost_are_skipped_and_counted(tmp_path):
-    folder = write_scene(tmp_path / "scene", frames=range(5))
-    for i, value in ((1, -np.inf), (3, np.nan)):
-        np.savetxt(folder / "pose" / f"{i}.txt", np.full((4, 4), value))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scene = load_scene(folder)
-    assert scene["frame_ids"] == [0, 2, 4] and scene["frames_skipped"] == 2
-
-
-def test_a_scene_without_any_finite_pose_warns_once_and_is_used_3d_only(tmp_path):
-    folder = write_scene(tmp_path / "train" / "lost", frames=(0, 1))
-    for i in (0, 1):
-        np.savetxt(folder / "pose" / f"{i}.txt", np.full((4, 4), -np.inf))
-    dataset = SceneDataset(tmp_path, "train", voxel_size=0.1, augment=True, views=2)
-    with pytest.warns(UserWarning, match="lost: none of its 2 images") as caught:
-        items = [dataset[(epoch, 0)] for epoch in range(3)]
-    assert len(caught) == 1
-    assert all(item["image"].shape == (0, 3, 120, 160) for item in items)
-
-
-def test_frames_are_in_numeric_order_and_need_image_depth_and_pose(tmp_path):
-    folder = write_scene(tmp_path / "scene", frames=(10, 2, 1, 30, 4, 5))
-    (folder / "depth" / "4.png").unlink()
-    (folder / "color" / "5.jpg").unlink()
-    (folder / "pose" / "30.txt").unlink()
-    (folder / "pose" / "notes.txt").write_text("not a pose")
-    scene = load_scene(folder)
-    assert scene["frame_ids"] == [1, 2, 10] and scene["frames_skipped"] == 0
-
-
-def test_images_intrinsics_and_depth_of_scannet_sizes_come_to_one_size(tmp_path):
-    folder = write_scene(tmp_path / "scene", frames=(0,), color_size=(1296, 968), depth_size=(640, 480))
-    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt",
-               [[1170.0, 0, 650, 0], [0, 1160, 480, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    image = np.zeros((968, 1296, 3), np.uint8)
-    image[:, 648:] = 255                                                      # both halved at the same place
-    Image.fromarray(image).save(folder / "color" / "0.jpg", quality=95)
-    depth = np.full((480, 640), 1000, np.uint16)
-    depth[:, 320:] = 2345
-    Image.fromarray(depth).save(folder / "depth" / "0.png")
-    frames = load_frames(folder, [0], (160, 120))
-    assert {key: (value.shape, value.dtype.str[1:]) for key, value in frames.items()} == {
-        "image": ((1, 3, 120, 160), "u1"), "depth": ((1, 120, 160), "f4"), "world_to_camera": ((1, 4, 4), "f4"),
-        "intrinsics": ((1, 3, 3), "f4")}
-    expected = [[1170 / 8.1, 0, 650.5 / 8.1 - 0.5], [0, 1160 * 120 / 968, 480.5 * 120 / 968 - 0.5], [0, 0, 1]]
-    np.testing.assert_allclose(frames["intrinsics"][0], expected, rtol=1e-6)
-    np.testing.assert_array_equal(frames["depth"][0] == np.float32(1), np.tile(np.arange(160) < 80, (120, 1)))
-    np.testing.assert_array_equal(frames["depth"][0] == np.float32(2.345), np.tile(np.arange(160) >= 80, (120, 1)))
-    assert frames["image"][..., :78].max() < 30 and frames["image"][..., 82:].min() > 225
-
-
-def test_depth_is_millimetres_zero_stays_zero_and_nothing_is_interpolated(tmp_path):
-    folder = write_scene(tmp_path / "scene", frames=(0,))
-    depth = np.random.default_rng(7).choice(np.array([0, 1000, 3001, 65535], np.uint16), (48, 64))
-    Image.fromarray(depth).save(folder / "depth" / "0.png")
-    np.testing.assert_array_equal(load_frames(folder, [0], (64, 48))["depth"][0], depth.astype(np.float32) / 1000)
-    for size in ((32, 24), (50, 37), (100, 90)):
-        values = np.unique(load_frames(folder, [0], size)["depth"])
-        np.testing.assert_array_equal(values, np.array([0, 1000, 3001, 65535], np.float32) / 1000)
-
-
-def test_world_to_camera_inverts_the_pose(tmp_path):
-    folder = write_scene(tmp_path / "scene", frames=range(4))
-    matrices = load_frames(folder, [3, 0, 2], (64, 48))["world_to_camera"]
-    for matrix, i in zip(matrices, (3, 0, 2)):
-        np.testing.assert_allclose(matrix @ camera_to_world(0.2 * i), np.eye(4), atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------- normals, superpoints, edges
-
-
-def plane(axis, at=0.0, size=2.0, spacing=0.05):
-    """Points (n, 3) f32 of a square across this axis from the origin on, and its normals."""
-    u, v = (a.ravel() for a in np.meshgrid(*[np.arange(spacing / 2, size, spacing)] * 2))
-    coord = np.insert(np.stack([u, v], 1), axis, at, axis=1).astype(np.float32)
-    return coord, np.tile(np.eye(3, dtype=np.float32)[axis], (len(coord), 1))
-
-
-def test_estimated_normals_stand_on_a_plane_and_point_into_a_room(tmp_path):
-    floor = plane(2)[0]
-    np.testing.assert_allclose(np.abs(data.estimate_normals(floor)[:, 2]), 1, atol=1e-5)
-    corner, expected = (np.concatenate(parts) for parts in zip(plane(0), plane(1), plane(2)))
-    inner = (corner > 0.2).sum(1) == 2                                        # off the edges
-    for sign, shift in ((1, 0), (-1, 7)):                                     # the corner below and the one above
-        normal = data.estimate_normals(sign * corner + shift, chunk=700)      # several chunks
-        assert ((normal * expected * sign).sum(1)[inner] > 0.999).all()
-    write_scene(tmp_path / "scene", len(corner), coord=corner, normal=None)
-    np.testing.assert_array_equal(load_scene(tmp_path / "scene")["normal"], data.estimate_normals(corner))
-
-
-@pytest.mark.parametrize("second", [plane(0), plane(2, at=0.045)], ids=["perpendicular", "parallel, 4.5 cm apart"])
-def test_superpoints_keep_surfaces_apart(second):
-    first = plane(2)
-    coord, normal = (np.concatenate(parts) for parts in zip(first, second))
-    coord = coord + np.random.default_rng(8).normal(0, 0.001, coord.shape).astype(np.float32)
-    ids = data.superpoints_from_points(coord, normal)
-    assert ids.dtype == np.int64 and ids.shape == (len(coord),)
-    assert not set(ids[: len(first[0])]) & set(ids[len(first[0]):])
-    np.testing.assert_array_equal(np.unique(ids), np.arange(ids.max() + 1))
-    assert 8 <= ids.max() + 1 <= 24                    # 2 m planes on a 1 m grid: about four pieces each
-    assert np.bincount(ids).min() >= 20
-
-
-def test_tiny_pieces_join_the_nearest_superpoint():
-    coord, normal = plane(2)
-    coord = np.concatenate([coord, [[0.5, 0.5, 0.4], [1.5, 1.5, 0.5], [1.5, 1.52, 0.5]]]).astype(np.float32)
-    normal = np.concatenate([normal, [[1, 0, 0], [0, 1, 0], [0, 1, 0]]]).astype(np.float32)
-    ids = data.superpoints_from_points(coord, normal)
-    assert ids.max() + 1 == 4
-    near = [np.linalg.norm(coord[:-3] - point, axis=1).argmin() for point in coord[-3:]]
-    np.testing.assert_array_equal(ids[-3:], ids[near])
-
-
-def test_stored_superpoints_are_kept_and_absent_ones_are_computed(tmp_path):
-    stored = np.random.default_rng(9).integers(5, 900, 200).astype(np.int32)
-    scene = load_scene(write_scene(tmp_path / "stored", superpoint=stored))
-    np.testing.assert_array_equal(np.unique(stored)[scene["superpoint"]], stored)  # numbered 0..S-1, in the same order
-    scene = load_scene(write_scene(tmp_path / "absent"))
-    np.testing.assert_array_equal(scene["superpoint"], data.superpoints_from_points(scene["coord"], scene["normal"]))
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -588,12 +200,6 @@ def test_a_scene_without_a_label_file_is_refused_in_training(tmp_path):
     write_scene(tmp_path / "train" / "scene", segment20=None)
     with pytest.raises(ValueError, match=r"scene has no segment20.npy: it can be predicted but not trained on"):
         SceneDataset(tmp_path, "train", voxel_size=0.3, augment=True)[0]
-
-
-def test_colours_between_zero_and_one_are_refused_instead_of_turning_black(tmp_path):
-    write_scene(tmp_path / "scene", color=np.random.default_rng(0).random((200, 3)).astype(np.float32))
-    with pytest.raises(ValueError, match=r"color.npy: expected colours in 0..255"):
-        load_scene(tmp_path / "scene")
 
 
 # ------------------------------------------------------------------------------------------------------ items, batches

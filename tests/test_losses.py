@@ -6,21 +6,8 @@ import math
 import pytest
 import torch
 
-from losses import (
-    IGNORE,
-    LOSS_WEIGHTS,
-    NO_OBJECT,
-    OUTSIDE,
-    alignment_loss,
-    gate_prior,
-    instance_loss,
-    layer_loss,
-    mask_costs,
-    match,
-    scene_mean,
-    semantic_loss,
-    weighted_sum,
-)
+from losses import (IGNORE, INSTANCE, LOSS_WEIGHTS, NO_OBJECT, OUTSIDE, alignment_loss, gate_prior, instance_loss,
+                    layer_loss, mask_costs, match, scene_mean, semantic_loss, weighted_sum)
 
 
 def example(sizes=(40, 25), classes=4, scale=1.0):
@@ -29,9 +16,6 @@ def example(sizes=(40, 25), classes=4, scale=1.0):
     logits = (scale * torch.randn(count, classes)).requires_grad_()
     labels = torch.randint(-1, classes, (count,))
     return logits, labels, torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-
-
-INSTANCE = ["instance_cls", "instance_bce", "instance_dice", "instance_score"]
 
 
 def queries(q=7, s=12, classes=5, scale=2.0):
@@ -96,70 +80,43 @@ def slow_semantic(logits, labels):
     return entropy + sum(dice) / len(dice)
 
 
-def test_semantic_loss_agrees_with_its_formula():
-    logits, labels, _ = example((60,))
-    loss = semantic_loss(logits, labels, torch.zeros(60, dtype=torch.long), 1)
-    assert loss.item() == pytest.approx(slow_semantic(logits, labels), abs=1e-5)
-
-
-def test_a_class_absent_from_the_scene_does_not_count_in_dice():
+def test_semantic_loss_agrees_with_its_formula_and_a_class_absent_from_the_scene_does_not_count_in_dice():
     logits, labels, index = example((60,), classes=6)
-    labels[labels > 2] = 0
-    assert semantic_loss(logits, labels, index, 1).item() == pytest.approx(slow_semantic(logits, labels), abs=1e-5)
+    for held in (labels, labels.where(labels <= 2, 0)):
+        assert semantic_loss(logits, held, index, 1).item() == pytest.approx(slow_semantic(logits, held), abs=1e-5)
 
 
-def test_loss_of_a_batch_is_the_mean_of_its_scenes_losses():
+def test_loss_of_a_batch_is_the_mean_of_its_scenes_losses_in_any_order_of_voxels():
     logits, labels, index = example((60, 7, 21))
-    loss = semantic_loss(logits, labels, index, 3)
-    single = [semantic_loss(logits[index == s], labels[index == s], index[index == s] * 0, 1) for s in range(3)]
-    assert torch.allclose(loss, torch.stack(single).mean(), atol=1e-6)
-    mixed = torch.randperm(88)
-    assert torch.allclose(semantic_loss(logits[mixed], labels[mixed], index[mixed], 3), loss, atol=1e-6)
-
-
-def test_alignment_of_a_batch_is_the_mean_over_its_scenes_too():
-    feat_3d, _, index = example((60, 7, 21))
     feat_2d, seen = torch.randn(88, 4), torch.rand(88) < 0.5
-    alignment = []
-    for s in range(3):
-        here = index == s
-        zero = index[here] * 0
-        alignment.append(alignment_loss(feat_3d[here], feat_2d[here], seen[here], zero, 1))
-    assert torch.allclose(alignment_loss(feat_3d, feat_2d, seen, index, 3), torch.stack(alignment).mean(), atol=1e-6)
+    for loss, voxels in ((semantic_loss, (logits, labels)), (alignment_loss, (logits, feat_2d, seen))):
+        whole = loss(*voxels, index, 3)
+        single = [loss(*(v[index == s] for v in voxels), index[index == s] * 0, 1) for s in range(3)]
+        assert torch.allclose(whole, torch.stack(single).mean(), atol=1e-6)
+        mixed = torch.randperm(88)
+        assert torch.allclose(loss(*(v[mixed] for v in voxels), index[mixed], 3), whole, atol=1e-6)
 
 
-def test_ignored_voxels_change_neither_loss_nor_gradient():
-    logits, labels, index = example((60,))
-    loss = semantic_loss(logits, labels, index, 1)
-    loss.backward()
-    ignored = labels == IGNORE
-    assert ignored.any()
-    assert not logits.grad[ignored].any()
-    kept = semantic_loss(logits[~ignored], labels[~ignored], index[~ignored], 1)
-    assert torch.allclose(loss, kept, atol=1e-6)
-
-
-def test_a_scene_without_labels_adds_zero_and_counts():
+def test_ignored_voxels_change_neither_loss_nor_gradient_and_a_scene_without_labels_adds_zero_and_counts():
     logits, labels, index = example()
     labels[index == 1] = IGNORE
-    alone = semantic_loss(logits[index == 0], labels[index == 0], index[index == 0], 1)
-    assert torch.allclose(semantic_loss(logits, labels, index, 2), alone / 2, atol=1e-6)
+    loss = semantic_loss(logits, labels, index, 2)
+    loss.backward()
+    ignored = labels == IGNORE
+    assert ignored[index == 0].any() and not logits.grad[ignored].any()
+    kept = semantic_loss(logits[~ignored], labels[~ignored], index[~ignored], 1)
+    assert torch.allclose(loss, kept / 2, atol=1e-6)
 
 
-def test_loss_is_zero_with_a_zero_gradient_when_every_label_is_ignored():
-    logits, labels, index = example()
-    labels = torch.full_like(labels, IGNORE)
-    for loss in (semantic_loss(logits, labels, index, 2),
-                 alignment_loss(logits, logits.detach(), torch.zeros(65, dtype=torch.bool), index, 2)):
-        assert loss.item() == 0
-        (gradient,) = torch.autograd.grad(loss, logits)
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_losses_of_no_voxel_at_all_are_zero():
-    empty, labels, index = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    assert semantic_loss(empty, labels, index, 1) == 0
-    assert alignment_loss(empty, empty, labels.bool(), index, 1) == 0
+def test_loss_is_zero_with_a_zero_gradient_when_every_label_is_ignored_and_of_no_voxel_at_all():
+    logits, _, index = example()
+    for count in (65, 0):
+        feat, none = logits[:count], torch.full((count,), IGNORE)
+        for loss in (semantic_loss(feat, none, index[:count], 2),
+                     alignment_loss(feat, feat.detach(), none > 0, index[:count], 2)):
+            assert loss.item() == 0
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            assert not gradient.any()
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e8, 1e30])
@@ -192,13 +149,17 @@ def test_half_precision_logits_are_computed_in_single_precision():
     assert torch.equal(semantic_loss(half, labels, index, 2), semantic_loss(half.float(), labels, index, 2))
 
 
-def test_alignment_is_one_minus_the_cosine_over_seen_voxels():
+def test_alignment_is_one_minus_the_cosine_over_seen_voxels_and_finite_for_zero_features():
     feat_3d, feat_2d = torch.randn(30, 8), torch.randn(30, 8)
     seen = torch.arange(30) % 3 == 0
     expected = [1 - (a @ b / a.norm() / b.norm()).item() for a, b, s in zip(feat_3d, feat_2d, seen) if s]
     loss = alignment_loss(feat_3d, feat_2d, seen, torch.zeros(30, dtype=torch.long), 1)
     assert loss.item() == pytest.approx(sum(expected) / 10, abs=1e-6)
     assert alignment_loss(feat_3d, 3 * feat_3d, seen, torch.zeros(30, dtype=torch.long), 1).abs() < 1e-6
+    zero = torch.zeros(30, 8, requires_grad=True)
+    loss = alignment_loss(zero, feat_2d, seen, torch.zeros(30, dtype=torch.long), 1)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(zero.grad).all()
 
 
 def test_alignment_moves_the_3d_side_alone_and_only_where_seen():
@@ -208,14 +169,6 @@ def test_alignment_moves_the_3d_side_alone_and_only_where_seen():
     assert feat_2d.grad is None
     assert feat_3d.grad[:10].abs().sum(1).gt(0).all()
     assert not feat_3d.grad[10:].any()
-
-
-def test_alignment_of_zero_features_is_finite():
-    feat_3d = torch.zeros(4, 8, requires_grad=True)
-    loss = alignment_loss(feat_3d, torch.randn(4, 8), torch.ones(4, dtype=torch.bool), torch.zeros(4).long(), 1)
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(feat_3d.grad).all()
 
 
 def test_scene_mean_agrees_with_a_loop():
@@ -229,7 +182,7 @@ def test_the_five_weights_of_bifusion_are_the_documented_ones():
     five = {"semantic": 0.4, "instance_cls": 1.0, "instance_bce": 0.8, "instance_dice": 0.6, "instance_score": 0.3}
     assert {name: weights[name] for name in five} == five
     assert sum(five.values()) == pytest.approx(3.1)
-    assert LOSS_WEIGHTS["baseline"] == dict.fromkeys(["semantic", *INSTANCE], 1.0)
+    assert LOSS_WEIGHTS["baseline"] == dict.fromkeys(["semantic", *INSTANCE], 1.0) and set(INSTANCE) < set(five)
 
 
 def test_weighted_sum_multiplies_adds_and_refuses_a_term_without_weight():
@@ -249,14 +202,8 @@ def test_gate_prior_is_the_squared_distance_of_each_scenes_mean_from_one_half():
     assert (alpha.grad[:3].abs() < 1e-6).all()  # single voxels far from 0.5 are free as long as the mean is there
     assert (alpha.grad[3:5] < 0).all()  # down the gradient: up, towards 0.5
     assert alpha.grad[5] == 0
-
-
-def test_gate_prior_is_zero_and_finite_where_nothing_is_seen():
-    alpha = torch.zeros(4, requires_grad=True)
-    loss = gate_prior(alpha, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), 1)
-    loss.backward()
-    assert loss == 0
-    assert (alpha.grad == 0).all()
+    loss = gate_prior(alpha, torch.zeros(6, dtype=torch.bool), index, 3)
+    assert loss == 0 and not torch.autograd.grad(loss, alpha)[0].any()  # nothing is seen
 
 
 # ---- instances
@@ -270,15 +217,19 @@ def test_mask_costs_agree_with_their_formulas():
         assert (bce[q, g].item(), dice[q, g].item()) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["from superpoints", "learned"])
 @pytest.mark.parametrize("q, g", [(5, 3), (3, 5), (4, 4), (1, 3)])
-def test_the_matching_is_the_cheapest_of_all_one_to_one_assignments(q, g):
+def test_the_matching_is_the_cheapest_of_all_one_to_one_assignments_with_and_without_origin(q, g, learned):
     for _ in range(5):
         prediction, (labels, masks) = queries(q), instances(g)
+        outside = [[0 if learned or masks[b, o] else OUTSIDE for b in range(g)] for o in prediction["origin"].tolist()]
+        if learned:
+            del prediction["origin"]
         query, instance = match(prediction, labels, masks)
         assert len(query) == len(set(query.tolist())) == len(set(instance.tolist())) == min(q, g)
         probability = prediction["class_logits"].softmax(1)
         cost = [[-0.5 * probability[a, labels[b]].item() + sum(slow_costs(prediction["mask_logits"][a], masks[b]))
-                 + (0 if masks[b, prediction["origin"][a]] else OUTSIDE) for b in range(g)] for a in range(q)]
+                 + outside[a][b] for b in range(g)] for a in range(q)]
         pairs = ([zip(chosen, range(g)) for chosen in itertools.permutations(range(q), g)] if q >= g else
                  [zip(range(q), chosen) for chosen in itertools.permutations(range(g), q)])
         best = min(sum(cost[a][b] for a, b in assignment) for assignment in pairs)
@@ -321,26 +272,20 @@ def test_true_masks_and_classes_cost_nothing_and_a_wrong_class_or_mask_costs_muc
     assert layer_loss(perfect | {"score": torch.zeros(7)}, labels, masks)["instance_score"] == 1
 
 
-def test_without_instances_only_the_class_is_supervised_and_the_gradient_is_finite():
-    prediction = queries()
-    losses = layer_loss(prediction, torch.zeros(0, dtype=torch.long), torch.zeros(0, 12, dtype=torch.bool))
+def test_without_instances_only_the_class_is_supervised():
+    losses = layer_loss(queries(), torch.zeros(0, dtype=torch.long), torch.zeros(0, 12, dtype=torch.bool))
     assert [losses[name].item() for name in INSTANCE[1:]] == [0, 0, 0]
     assert losses["instance_cls"] > 0
+
+
+@pytest.mark.parametrize("sizes, g", [({}, 0), ({"q": 2}, 9), ({"q": 1, "s": 1}, 1), ({"scale": 1e4}, 4)],
+                         ids=["no instances", "more than queries", "one superpoint", "huge logits"])
+def test_instance_losses_and_their_gradients_are_finite(sizes, g):
+    prediction, (labels, masks) = queries(**sizes), instances(g, sizes.get("s", 12))
+    losses = layer_loss(prediction, labels, masks)
     sum(losses.values()).backward()
-    assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
-
-
-def test_more_instances_than_queries_and_a_single_superpoint_give_finite_losses_and_gradients():
-    for prediction, (labels, masks) in ((queries(2), instances(9)), (queries(1, s=1), instances(1, s=1))):
-        losses = layer_loss(prediction, labels, masks)
-        sum(losses.values()).backward()
-        assert all(torch.isfinite(v) for v in losses.values())
-        assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
-
-
-def test_huge_query_logits_give_finite_instance_losses():
-    losses = layer_loss(queries(scale=1e4), *instances())
     assert all(torch.isfinite(v) for v in losses.values())
+    assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
 
 
 def test_a_nan_in_a_prediction_reaches_the_loss_instead_of_stopping_the_matcher():
@@ -360,20 +305,14 @@ def batch_of_scenes(counts, superpoints=(12, 9, 5)):
             number.repeat_interleave(torch.tensor(counts)), torch.ones(len(counts), dtype=torch.bool)), scenes
 
 
-def test_instance_loss_of_a_batch_is_the_mean_of_its_scenes_and_of_their_layers():
+def test_instance_loss_is_the_mean_over_scenes_and_layers_and_a_scene_without_annotation_adds_zero_and_counts():
     arguments, scenes = batch_of_scenes((4, 0, 5))
-    loss = instance_loss(*arguments)
-    for name in INSTANCE:
-        single = [layer_loss(layer, *scene)[name] for layers, scene in zip(arguments[0], scenes) for layer in layers]
-        assert torch.allclose(loss[name], torch.stack(single).mean(), atol=1e-6)
-
-
-def test_a_scene_whose_instances_are_not_annotated_adds_zero_and_counts():
-    arguments, scenes = batch_of_scenes((4, 3))
-    loss = instance_loss(*arguments[:-1], torch.tensor([True, False]))
-    for name in INSTANCE:
-        expected = sum(layer_loss(layer, *scenes[0])[name] for layer in arguments[0][0]) / 2 / 2
-        assert torch.allclose(loss[name], expected, atol=1e-6)
+    for annotated in ([True, True, True], [True, True, False]):
+        loss = instance_loss(*arguments[:-1], torch.tensor(annotated))
+        for name in INSTANCE:
+            single = [layer_loss(layer, *scene)[name] * known
+                      for layers, scene, known in zip(arguments[0], scenes, annotated) for layer in layers]
+            assert torch.allclose(loss[name], torch.stack(single).mean(), atol=1e-6)
 
 
 def test_the_score_learns_only_where_the_mask_is_good_and_learns_the_iou():

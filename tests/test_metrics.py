@@ -1,12 +1,9 @@
-"""metrics.py: IoU and AP against the reference vectors and slow loops; every way in which a criterion can fail."""
+"""metrics.py: IoU and AP against the reference vectors and slow loops, edges, errors."""
 
 import copy
 import json
 import math
 import pickle
-import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 import metrics
-from metrics import MIN_REGION, InstanceAP, criteria, instance_ap, iou_of, semantic_iou
+from metrics import MIN_REGION, InstanceAP, instance_ap, iou_of, semantic_iou
 
 VECTORS = Path(__file__).parent / "metric_vectors"
 CASES = sorted(path.stem for path in VECTORS.glob("p*.json"))
@@ -84,9 +81,7 @@ def test_semantic_iou_agrees_with_a_slow_loop(class_ids):
 def test_torch_and_numpy_inputs_give_the_same():
     scenes = random_scenes(2, range(5))
     as_torch = [(torch.from_numpy(gt), torch.from_numpy(pred).to(torch.int16)) for gt, pred in scenes]
-    as_int16 = [(gt.astype(np.int16), pred) for gt, pred in scenes]
-    for other in (as_torch, as_int16):
-        np.testing.assert_array_equal(semantic_iou(scenes, range(5))["iou"], semantic_iou(other, range(5))["iou"])
+    np.testing.assert_array_equal(semantic_iou(scenes, range(5))["iou"], semantic_iou(as_torch, range(5))["iou"])
 
 
 def test_scenes_are_streamed_one_at_a_time():
@@ -118,14 +113,10 @@ def test_a_sum_of_confusion_matrices_gives_the_iou_over_all_scenes():
         np.testing.assert_array_equal(value, semantic_iou(scenes, range(4))[key])
 
 
-def test_a_prediction_outside_the_classes_is_a_false_negative_and_no_false_positive():
-    result = semantic_iou([(np.array([0, 0, 1, 1]), np.array([0, -1, 1, 1]))], [0, 1])
+def test_a_prediction_outside_the_classes_is_a_false_negative_and_a_point_without_a_class_is_ignored():
+    result = semantic_iou([(np.array([0, 0, 1, 1, -1, 9]), np.array([0, -1, 1, 1, 0, 1]))], [0, 1])
     assert result["iou"].tolist() == [0.5, 1.0]
     assert result["confusion"].tolist() == [[1, 0, 1], [0, 2, 0]]
-
-
-def test_a_point_without_a_class_in_the_ground_truth_is_ignored_whatever_is_predicted():
-    assert semantic_iou([(np.array([0, -1, 9]), np.array([0, 0, 1]))], [0, 1])["confusion"].sum() == 1
 
 
 def test_an_absent_class_is_nan_and_left_out_of_the_mean():
@@ -150,11 +141,6 @@ def test_no_scene_and_an_empty_scene_give_nan_without_a_warning():
 def test_wrong_labels_are_named(gt, pred, message):
     with pytest.raises(ValueError, match=message):
         semantic_iou([(np.array(gt), np.array(pred))], [0, 1])
-
-
-def test_repeated_class_ids_are_refused():
-    with pytest.raises(ValueError, match="distinct"):
-        semantic_iou([], [1, 1])
 
 
 # ---------------------------------------------------------------------------------------------- instance segmentation
@@ -284,28 +270,27 @@ def assert_same_counts(scenes, class_ids, min_region):
     ap = evaluator.result()["ap"]
     for (c, t), (hits, false_alarms, missed) in slow_instance_counts(scenes, class_ids, min_region).items():
         row, column = list(class_ids).index(c), metrics.OVERLAPS.tolist().index(t)
-        assert sorted(evaluator.hits[row][column]) == sorted(hits)
-        assert sorted(evaluator.false_alarms[row][column]) == sorted(false_alarms)
-        assert evaluator.missed[row][column] == len(missed)
+        assert sorted(evaluator.hits[row, column]) == sorted(hits)
+        assert sorted(evaluator.false_alarms[row, column]) == sorted(false_alarms)
+        assert evaluator.missed[row, column] == len(missed)
         expected = slow_average_precision(hits, false_alarms, missed)
         np.testing.assert_allclose(ap[row, column], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("table", [2**21, 0])  # ids compacted by a table, by a sort
-def test_instance_ap_agrees_with_a_slow_loop_on_small_scenes(monkeypatch, table):
+def test_instance_ap_agrees_with_a_slow_loop_on_small_scenes(monkeypatch):
     monkeypatch.setattr(metrics, "MIN_REGION", 6)
-    monkeypatch.setattr(metrics, "MAX_TABLE", table)
     for seed in range(150):
         assert_same_counts(list(instance_scenes(seed, [5, 3, 40])), [5, 3, 40], 6)
 
 
-def test_instances_are_counted_alike_however_many_there_are():
+def test_shared_points_agree_with_a_slow_loop_and_ids_out_of_range_count_as_0():
     rng = np.random.default_rng(0)
-    for distinct in (3, 300, 5000):  # the last one mask by mask
-        instance, masks = rng.integers(0, distinct, 9000), rng.random((19, 9000)) < 0.1
-        rows = np.array([0, *range(3, 19)])
-        slow = [np.bincount(instance[masks[row]], minlength=distinct) for row in rows]
-        np.testing.assert_array_equal(metrics._intersections(masks, rows, instance, distinct), slow)
+    gt, masks = rng.choice([-7, 0, 3, 5001, 5002, 9_999_999, 10_000_000, 2**62], 900), rng.random((9, 900)) < 0.1
+    ids, size, shared = metrics.overlaps(gt, masks)
+    assert ids.tolist() == [0, 3, 5001, 5002, 9_999_999]
+    known = np.where(np.isin(gt, ids), gt, 0)
+    assert size.tolist() == [(known == i).sum() for i in ids]
+    np.testing.assert_array_equal(shared, [[(mask & (known == i)).sum() for i in ids] for mask in masks])
 
 
 def test_a_perfect_prediction_has_an_ap_of_one_and_an_iou_at_the_threshold_does_not_match():
@@ -316,36 +301,36 @@ def test_a_perfect_prediction_has_an_ap_of_one_and_an_iou_at_the_threshold_does_
 
 def test_a_duplicate_gives_its_lower_score_to_a_false_positive_and_stays_free():
     evaluator = one_class([200], [(0, 200), (0, 200), (0, 199)], [0.2, 0.9, 0.5])
-    assert evaluator.hits[0][0] == [0.9] and sorted(evaluator.false_alarms[0][0]) == [0.2, 0.5]
+    assert evaluator.hits[0, 0] == [0.9] and sorted(evaluator.false_alarms[0, 0]) == [0.2, 0.5]
     # at 0.25 the second mask is a duplicate of the first instance, then the match of the second one
     evaluator = one_class([100, 100], [(0, 100), (40, 160)], [0.9, 0.5])
-    assert evaluator.hits[0][9] == [0.9, 0.5] and evaluator.false_alarms[0][9] == [0.5]
+    assert evaluator.hits[0, 9] == [0.9, 0.5] and evaluator.false_alarms[0, 9] == [0.5]
 
 
 def test_the_order_of_predictions_decides_what_is_matched():
     both, first = (40, 160), (0, 100)  # `both` overlaps either instance by 60 / 160
     in_order, reverse = (one_class([100, 100], order, [0.5, 0.5]) for order in ([first, both], [both, first]))
-    assert in_order.missed[0][9] == 0 and reverse.missed[0][9] == 1
+    assert in_order.missed[0, 9] == 0 and reverse.missed[0, 9] == 1
 
 
 def test_a_prediction_on_void_or_small_instances_is_left_out():
     for sizes in ([-100, 200], [99, -1, 200]):  # void, or an instance of 99 points
         evaluator = one_class(sizes, [(0, 100)])
-        assert not any(evaluator.false_alarms[0]) and evaluator.missed[0] == [1] * 10
+        assert not any(evaluator.false_alarms.values()) and evaluator.missed == {(0, o): 1 for o in range(10)}
     evaluator = one_class([-50, 200], [(0, 100)])  # 50 of 100 on void: not above 0.5, but above 0.25; IoU 0.2
-    assert evaluator.false_alarms[0][0] == [0] and evaluator.false_alarms[0][9] == []
+    assert evaluator.false_alarms[0, 0] == [0] and evaluator.false_alarms[0, 9] == []
 
 
 def test_predictions_and_instances_below_the_least_size_are_left_out():
-    assert one_class([200], [(0, 99)]).result()["AP25"] == 0 and not one_class([200], [(0, 99)]).hits[0][9]
-    assert one_class([200], [(0, 100)]).hits[0][9] == [0]
+    assert one_class([200], [(0, 99)]).result()["AP25"] == 0 and not one_class([200], [(0, 99)]).hits[0, 9]
+    assert one_class([200], [(0, 100)]).hits[0, 9] == [0]
     assert math.isnan(one_class([99], [(0, 99)]).result()["AP"])
     assert one_class([100], [(0, 100)]).result()["AP"] == 1
 
 
 def test_precision_is_not_raised_to_its_envelope():
     evaluator = InstanceAP([5])
-    evaluator.hits[0][0], evaluator.false_alarms[0][0] = [4.0, 2.0, 1.0], [3.0]
+    evaluator.hits[0, 0], evaluator.false_alarms[0, 0] = [4.0, 2.0, 1.0], [3.0]
     # recall 1, 2/3, 1/3, 1/3, 0 at precision 3/4, 2/3, 1/2, 1, 1
     steps = np.array([1 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3]) / 2
     assert evaluator.result()["AP50"] == pytest.approx(float(steps @ [3 / 4, 2 / 3, 1 / 2, 1, 1]), abs=1e-12)
@@ -366,30 +351,23 @@ def test_empty_scenes_and_empty_masks_work():
 
 
 def test_ids_outside_the_classes_are_void_whatever_they_are():
-    for other in (0, 999, -1, -5000, 6001, 4999, 2**62, -2**62):
+    for other in (0, 999, -1, -5000, 6001, 4999, 10_005_001, 2**62, -2**62):
         gt = np.array([5001] * 100 + [other] * 120)
         masks = np.stack([gt == 5001, gt == other])
         assert instance_ap([{"gt": gt, "masks": masks, "labels": [5, 5], "scores": [1, 2]}], [5])["AP"] == 1
 
 
-def test_torch_predictions_give_the_same():
+def test_torch_and_strided_predictions_give_the_same_and_are_left_as_they_were():
     scenes = list(reference_scenes("p02"))
     as_torch = [{key: torch.from_numpy(array) for key, array in scene.items()} for scene in scenes]
     for scene in as_torch:
         scene["scores"].requires_grad_()
+    before = copy.deepcopy(scenes)
     found, expected = instance_ap(as_torch, [3, 4, 5]), instance_ap(scenes, [3, 4, 5])
     np.testing.assert_array_equal(found["ap"], expected["ap"])
     strided = [{**scene, "masks": np.asfortranarray(scene["masks"])} for scene in scenes]
     np.testing.assert_array_equal(instance_ap(strided, [3, 4, 5])["ap"], expected["ap"])
-
-
-def test_instance_ap_leaves_its_inputs_as_they_were():
-    scenes = list(reference_scenes("p03"))
-    before = copy.deepcopy(scenes)
-    instance_ap(scenes, [3, 4, 5])
-    for scene, old in zip(scenes, before):
-        for key in scene:
-            np.testing.assert_array_equal(scene[key], old[key])
+    assert all(np.array_equal(scene[key], old[key]) for scene, old in zip(scenes, before) for key in scene)
 
 
 def test_instance_scenes_are_streamed_and_only_scores_are_kept():
@@ -420,7 +398,7 @@ def test_instance_scenes_are_streamed_and_only_scores_are_kept():
     ({"scores": [1.0, 2.0, 3.0]}, "2 masks, 2 labels and 3 scores"),
     ({"scores": [[1.0], [2.0]]}, r"scores must be \(P,\)"),
     ({"scores": ["a", "b"]}, r"scores must be \(P,\) numbers"),
-    ({"scores": [1.0, math.nan]}, "score of prediction 1 is NaN"),
+    ({"scores": [1.0, math.nan]}, "no NaN"),
     ({"labels": [5.0, 5.0]}, r"labels must be \(P,\) integers"),
     ({"gt": [0.0, 1, 2, 3]}, r"gt must be \(N,\) integers"),
     ({"gt": [[0, 1, 2, 3]]}, r"gt must be \(N,\) integers"),
@@ -452,153 +430,11 @@ def test_shares_of_the_scenes_merge_into_the_ap_over_all_of_them(monkeypatch):
         first.merge(InstanceAP([5, 3]))
 
 
-def test_instance_classes_must_be_distinct_and_above_zero():
-    for bad, message in (([], "distinct"), ([3, 3], "distinct"), ([0, 1], "1 or larger")):
+@pytest.mark.parametrize("bad, message", [([], "distinct"), ([3, 3], "distinct"), ([0, 1], "must lie in 1..9999"),
+                                          ([10_000], "must lie in 1..9999")])
+def test_class_ids_must_be_distinct_and_those_of_instances_in_range(bad, message):
+    with pytest.raises(ValueError, match=message):
+        InstanceAP(bad)
+    if message == "distinct":
         with pytest.raises(ValueError, match=message):
-            InstanceAP(bad)
-
-
-# ---------------------------------------------------------------------------------------------------------- criteria
-
-
-def make_log(epochs=40, ramp_from=10, miou=0.5, ratio=0.5):
-    """A clean log: fusion ramps in over four epochs from ramp_from on."""
-    return [{
-        "epoch": e, "loss": 1.0, "losses": {"semantic": 0.6, "alignment": 0.4}, "grad_norm": {"3d": 1.0, "2d": 0.1},
-        "skipped_steps": 0, "val_miou": miou * (e + 1) / epochs,
-        "fusion_ramp": min(1.0, max(0, e - ramp_from) / 4), "fusion_2d_ratio": ratio if e >= ramp_from else None,
-    } for e in range(epochs)]
-
-
-def verdict(name, log, baseline_log=None):
-    """The entry of one criterion."""
-    return {entry["name"]: entry for entry in criteria(log, baseline_log)}[name]
-
-
-def test_a_clean_run_above_its_baseline_passes_all_three():
-    entries = criteria(make_log(), make_log(miou=0.4))
-    assert [(e["name"], e["passed"]) for e in entries] == [("stability", True), ("performance", True), ("fusion", True)]
-    assert "0.5000" in entries[1]["figure"] and "+0.1000" in entries[1]["figure"]
-
-
-@pytest.mark.parametrize("change", [
-    {"loss": None}, {"loss": math.nan}, {"loss": math.inf}, {"losses": {"semantic": 0.5, "alignment": None}},
-    {"grad_norm": {"3d": None}}, {"skipped_steps": 1},
-])
-@pytest.mark.parametrize("epoch", [0, 30, 39])
-def test_stability_fails_on_one_bad_epoch_even_beside_a_long_streak(change, epoch):
-    log = make_log()
-    log[epoch].update(change)
-    entry = verdict("stability", log)
-    assert entry["passed"] is False
-    assert f"epoch {epoch}:" in entry["detail"]
-    assert "39 of 40" in entry["figure"]
-
-
-@pytest.mark.parametrize("key", ["loss", "skipped_steps"])
-def test_stability_fails_where_the_log_does_not_say(key):
-    log = make_log()
-    del log[5][key]
-    assert verdict("stability", log)["passed"] is False
-
-
-@pytest.mark.parametrize("missing", [0, 25])
-def test_stability_fails_on_a_missing_epoch(missing):
-    log = make_log()
-    del log[missing]
-    entry = verdict("stability", log)
-    assert entry["passed"] is False
-    assert f"epoch {missing}: missing" in entry["detail"]
-
-
-def test_a_missing_epoch_breaks_the_streak():
-    log = make_log()
-    del log[25]
-    assert "longest streak 25 " in verdict("stability", log)["figure"]
-
-
-@pytest.mark.parametrize("epochs, passed", [(19, False), (20, True), (1, False)])
-def test_stability_needs_twenty_epochs(epochs, passed):
-    entry = verdict("stability", make_log(epochs))
-    assert entry["passed"] is passed
-    assert passed or "too short" in entry["detail"]
-
-
-@pytest.mark.parametrize("baseline_miou, passed", [(0.5, False), (0.6, False), (0.49, True)])
-def test_performance_needs_more_than_the_baseline(baseline_miou, passed):
-    assert verdict("performance", make_log(), make_log(miou=baseline_miou))["passed"] is passed
-
-
-def test_performance_compares_the_last_evaluated_epoch_and_not_the_best():
-    log, baseline_log = make_log(miou=0.5), make_log(miou=0.6)
-    log[20]["val_miou"], baseline_log[20]["val_miou"] = 0.9, 0.8
-    entry = verdict("performance", log, baseline_log)
-    assert entry["passed"] is False
-    assert "0.5000 at epoch 39, baseline 0.6000" in entry["figure"]
-
-
-def test_performance_fails_as_not_comparable_when_the_last_epochs_differ():
-    entry = verdict("performance", make_log(), make_log(30, miou=0.1))
-    assert entry["passed"] is False and entry["figure"] == "not comparable"
-    assert "epoch 39" in entry["detail"] and "epoch 29" in entry["detail"]
-
-
-def test_performance_cannot_be_judged_without_a_baseline_or_without_an_evaluation():
-    assert verdict("performance", make_log())["passed"] is None
-    blind = [{**entry, "val_miou": None} for entry in make_log()]
-    assert verdict("performance", make_log(), blind)["passed"] is None
-    assert verdict("performance", blind, make_log())["passed"] is None
-
-
-@pytest.mark.parametrize("ratio, passed", [(0.29, False), (0.71, False), (0.2999, False), (None, False),
-                                           (math.nan, False), (0.3, True), (0.7, True)])
-@pytest.mark.parametrize("epoch", [14, 25, 39])
-def test_fusion_is_judged_at_every_epoch_after_the_ramp(ratio, passed, epoch):
-    log = make_log()
-    assert log[14]["fusion_ramp"] == 1 and log[13]["fusion_ramp"] < 1
-    log[epoch]["fusion_2d_ratio"] = ratio
-    entry = verdict("fusion", log)
-    assert entry["passed"] is passed
-    assert passed or f"epoch {epoch}: {ratio}" in entry["detail"]
-
-
-def test_fusion_is_not_judged_during_the_ramp():
-    log = make_log()
-    log[11]["fusion_2d_ratio"] = 0.05
-    assert verdict("fusion", log)["passed"] is True
-    assert "over 26 epochs" in verdict("fusion", log)["figure"]
-
-
-def test_fusion_cannot_be_judged_without_an_epoch_after_the_ramp():
-    assert verdict("fusion", make_log(12))["passed"] is None  # ends within the ramp
-    baseline = [{k: v for k, v in entry.items() if not k.startswith("fusion")} for entry in make_log()]
-    assert verdict("fusion", baseline)["passed"] is None
-
-
-def test_fusion_fails_when_no_view_ever_sees_a_voxel():
-    judged = verdict("fusion", make_log(ratio=None))  # the ramp is over, and there is nothing to fuse
-    assert judged["passed"] is False
-    assert "no voxel was seen" in judged["figure"]
-
-
-def test_criteria_refuse_an_empty_log_and_a_repeated_epoch():
-    log = make_log()
-    for bad in ([], [*log, log[-1]], log[::-1]):
-        with pytest.raises(ValueError, match="ascending epochs"):
-            criteria(bad)
-        with pytest.raises(ValueError, match="baseline_log"):
-            criteria(log, bad)
-
-
-def test_criteria_leave_the_log_as_it_was():
-    log = make_log()
-    before = copy.deepcopy(log)
-    criteria(log, make_log(30))
-    assert log == before
-
-
-def test_metrics_works_copied_alone_into_an_empty_folder(tmp_path):
-    shutil.copy(metrics.__file__, tmp_path)
-    code = "import metrics, numpy as np; print(metrics.semantic_iou([(np.array([1]), np.array([1]))], [1])['miou'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1.0"
+            semantic_iou([], bad)

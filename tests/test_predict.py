@@ -1,10 +1,8 @@
 """predict.py: labels, .ply and picture of scenes with and without labels and frames; errors in one line."""
 
-import pickle
 import shutil
 import sys
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from plyfile import PlyData, PlyElement
 
 import data
 import predict
-from conftest import Payload
 from data import collate, scene_item
 from metrics import instance_ap
 from model import build_model
@@ -267,44 +264,6 @@ def write_with_plyfile(path, coord, color=None, normal=None, faces=None, text=Fa
     return path
 
 
-@pytest.mark.parametrize("style", ["binary", "big endian", "ascii"])
-def test_a_ply_of_another_library_is_read_with_what_it_has(points, tmp_path, style):
-    coord, color, normal, faces = points
-    form = {"text": style == "ascii", "byte_order": {"ascii": "=", "big endian": ">"}.get(style, "<")}
-    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "a.ply", coord, color, normal, faces, **form))
-    assert scene["name"] == "a" and np.array_equal(scene["color"], color)
-    np.testing.assert_allclose(scene["coord"], coord, atol=1e-6)
-    np.testing.assert_allclose(scene["normal"], normal, atol=1e-6)
-    assert notes == ["no superpoints: computed", "no frames: 3D only"]
-    assert not set(scene["superpoint"][:1600]) & set(scene["superpoint"][1700:])  # the wall's foot may join the floor
-
-
-def test_what_a_scan_lacks_is_computed_and_said(points, tmp_path):
-    coord, color, normal, faces = points
-    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "bare.ply", coord))
-    assert notes == ["no colours: taken as grey", "no normals: estimated", "no superpoints: computed",
-                     "no frames: 3D only"]
-    assert (scene["color"] == 127).all() and (np.abs((scene["normal"] * normal).sum(1)) > 0.9).mean() > 0.9
-    scene, notes = predict.read_scan(write_with_plyfile(tmp_path / "mesh.ply", coord, color, faces=faces))
-    assert "no normals: from the faces" in notes
-    np.testing.assert_allclose((scene["normal"] * normal).sum(1), 1, atol=1e-5)
-
-
-def test_npy_and_npz_of_points_are_read(points, tmp_path):
-    coord, color, normal, _ = points
-    np.save(tmp_path / "xyz.npy", coord)
-    np.save(tmp_path / "xyzrgb.npy", np.concatenate([coord, color], 1))
-    np.savez(tmp_path / "all.npz", points=coord, colors=color / 255, normals=normal)
-    assert np.array_equal(predict.read_scan(tmp_path / "xyz.npy")[0]["coord"], coord)
-    scene, notes = predict.read_scan(tmp_path / "xyzrgb.npy")
-    assert np.array_equal(scene["color"], color) and notes[0] == "columns 4 to 6 taken as colours"
-    np.save(tmp_path / "mm.npy", coord * 1000)
-    assert predict.read_scan(tmp_path / "mm.npy")[1][0] == "2050 m long: are the units metres?"
-    scene, notes = predict.read_scan(tmp_path / "all.npz")
-    assert np.abs(scene["color"].astype(int) - color).max() <= 1 and np.array_equal(scene["normal"], normal)
-    assert notes == ["no superpoints: computed", "no frames: 3D only"]
-
-
 def test_a_folder_with_points_and_frames_is_seen_by_its_frames(checkpoints, room, tmp_path, capsys):
     folder = tmp_path / "phone"
     shutil.copytree(room, folder, ignore=shutil.ignore_patterns("*.npy"))
@@ -360,92 +319,6 @@ def test_a_scan_in_tiles_gets_the_labels_of_the_whole(checkpoints, room, monkeyp
     assert (np.diff(parts["scores"]) <= 0).all()
 
 
-def test_normals_and_superpoints_of_many_points_are_those_of_small_cells(points, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "FINE_POINTS", 1500)
-    coord, color, normal, _ = points
-    scene, _ = predict.read_scan(write_with_plyfile(tmp_path / "many.ply", coord, color))
-    assert scene["normal"].shape == coord.shape and len(scene["superpoint"]) == len(coord)
-    assert (np.abs((scene["normal"] * normal).sum(1)) > 0.9).mean() > 0.9
-
-
-@pytest.mark.parametrize(("name", "content", "reason"), [
-    ("a.txt", b"1 2 3", "expected one of"), ("a.ply", b"ply\nnonsense", "a.ply"), ("a.npy", b"\x93NUMPY", "a.npy"),
-    ("b.npy", np.zeros((5, 2)), "(N, 3)"), ("c.npy", np.array([[0, 0, np.nan]]), "1 of 1"),
-    ("d.npy", np.zeros((0, 3)), "0 points"),
-    ("e.npz", {"coord": np.zeros((4, 3)), "color": np.zeros((3, 3))}, "(N, 3)"),
-    ("f.npz", {"colour": np.zeros((4, 3))}, "coord"), ("g.npz", b"PK\x03\x04", "g.npz"),
-    ("h.npz", {"coord": np.zeros((4, 3)), "color": np.full((4, 3), 300.0)}, "0..255"),
-    ("i.npy", np.array([["a"] * 3]), "(N, 3)"), ("j.npy", np.zeros((5, 4)), "(5, 4)")])
-def test_a_file_that_holds_no_scan_ends_in_one_line(checkpoints, tmp_path, name, content, reason):
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, dict):
-        np.savez(path, **content)
-    else:
-        np.save(path, content)
-    message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
-    assert name in message and reason in message
-
-
-@pytest.mark.parametrize(("encoding", "spoil", "reason"), [
-    ("<", lambda content: content[: len(content) // 2], "rows of vertex, at least"),
-    ("<", lambda content: content[:-1], "lists with their length"),
-    ("ascii", lambda content: content[: len(content) // 2], "expected"),
-    ("<", lambda content: content[:40], "expected")], ids=["half", "a byte short", "half a text", "half a header"])
-def test_a_truncated_ply_ends_in_one_line_with_expected_and_found(checkpoints, points, tmp_path, encoding, spoil,
-                                                                  reason):
-    coord, color, normal, faces = points
-    path = write_with_plyfile(tmp_path / "cut.ply", coord, color, normal, faces, text=encoding == "ascii")
-    path.write_bytes(spoil(path.read_bytes()))
-    before, message = path.read_bytes(), failure(checkpoints["baseline"], path, out=tmp_path / "out")
-    assert str(path) in message and reason in message and "expected" in message and "found" in message
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", ["ply", "npy", "npz", "folder"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_coordinates_that_are_not_finite_are_counted_whatever_the_form(checkpoints, points, tmp_path, kind, value):
-    coord, color, *_ = points
-    coord[[5, 9], 1] = value
-    path = tmp_path / f"scan.{kind}"
-    if kind == "ply":
-        write_with_plyfile(path, coord, color)
-    elif kind == "npy":
-        np.save(path, coord)
-    elif kind == "npz":
-        np.savez(path, coord=coord, color=color)
-    else:
-        path = tmp_path / "scan"
-        path.mkdir()
-        np.save(path / "coord.npy", coord)
-        np.save(path / "color.npy", color)
-    message = failure(checkpoints["baseline"], path, out=tmp_path / "out")
-    assert "scan" in message and "2 of 3200" in message and "finite" in message
-
-
-def test_colours_that_are_not_finite_end_in_one_line(checkpoints, points, tmp_path):
-    coord, color = points[0], points[1].astype(float)
-    color[7] = np.nan
-    np.savez(tmp_path / "scan.npz", coord=coord, color=color)
-    message = failure(checkpoints["baseline"], tmp_path / "scan.npz", out=tmp_path / "out")
-    assert "scan.npz: expected colours in 0..255 or 0..1" in message
-
-
-@pytest.mark.parametrize(("name", "said"), [("segment20.npy", "expected labels -1..19, found 77..77"),
-                                           ("color/*.jpg", "expected an image, found a file that cannot be read"),
-                                           ("depth/*.png", "expected an image, found a file that cannot be read")])
-def test_a_scene_folder_with_a_bad_file_ends_in_one_line(checkpoints, room, tmp_path, name, said):
-    scene = shutil.copytree(room, tmp_path / "scene")
-    for path in scene.glob(name):
-        if path.suffix == ".npy":
-            np.save(path, np.full(len(np.load(path)), 77))
-        else:
-            path.write_bytes(path.read_bytes()[:60])
-    message = failure(checkpoints["bifusion"], scene, out=tmp_path / "out")
-    assert said in message and str(scene) in message
-
-
 def test_frames_whose_pose_is_lost_are_counted_on_the_screen_and_without_any_the_scan_is_3d_only(
         checkpoints, room, tmp_path, capsys):
     scene = shutil.copytree(room, tmp_path / "scene")
@@ -459,29 +332,6 @@ def test_frames_whose_pose_is_lost_are_counted_on_the_screen_and_without_any_the
         assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in capsys.readouterr().out
         assert [str(w.message) for w in caught if "used 3D-only" in str(w.message)] == (
             [] if len(lost) == 2 else [str(caught[-1].message)])
-
-
-@pytest.mark.parametrize("name", ["scan.npy", "bare.npy", "scan.npz", "color.npz", "member.npz"])
-def test_no_scan_ever_runs_what_is_pickled_in_it(name, checkpoints, tmp_path):
-    touched, path, coord = tmp_path / "touched", tmp_path / name, np.zeros((5, 3), np.float32)
-    objects = np.array([Payload(touched)], dtype=object)
-    if name == "scan.npy":
-        np.save(path, objects, allow_pickle=True)
-    elif name == "bare.npy":
-        path.write_bytes(pickle.dumps(Payload(touched)))
-    elif name == "member.npz":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("coord.npy", pickle.dumps(Payload(touched)))
-    else:
-        np.savez(path, **({"coord": objects} if name == "scan.npz" else {"coord": coord, "color": objects}))
-    assert str(path) in failure(checkpoints["baseline"], path, out=tmp_path / "out")
-    assert not touched.exists()
-    found = np.load(path, allow_pickle=True)
-    if name == "member.npz":
-        return  # NumPy hands out the bytes of a member that is no array: nothing to run
-    if name.endswith(".npz"):
-        found["color" if name == "color.npz" else "coord"]
-    assert touched.exists()  # the test can fail: this is what happens otherwise
 
 
 def test_frames_encoded_once_for_all_tiles_give_the_logits_of_their_images(make_model, make_batch, train_steps):

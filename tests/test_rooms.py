@@ -83,29 +83,32 @@ def test_a_scene_folder_has_all_files_in_the_agreed_form(scene):
     assert np.loadtxt(intrinsic / "intrinsic_color.txt").shape == (4, 4)
 
 
-def test_labels_instances_and_superpoints_are_consistent(scene):
-    segment, instance, superpoint = scene["segment20"], scene["instance"], scene["superpoint"]
-    assert segment.min() >= 0 and segment.max() < len(CLASS_NAMES)
-    shell = (segment == rooms.WALL) | (segment == rooms.FLOOR)
-    np.testing.assert_array_equal(instance == -1, shell)
-    for i in range(instance.max() + 1):
-        assert len(np.unique(segment[instance == i])) == 1
+def assert_consistent(segment, instance, superpoint):
+    """Superpoints are numbered without gaps and lie in one class and one instance; instances have one class."""
+    np.testing.assert_array_equal(instance == -1, (segment == rooms.WALL) | (segment == rooms.FLOOR))
     np.testing.assert_array_equal(np.unique(superpoint), np.arange(superpoint.max() + 1))
-    rows = np.unique(np.stack([superpoint, segment, instance]), axis=1)
-    assert rows.shape[1] == superpoint.max() + 1          # one class and one instance each
+    assert len(np.unique([superpoint, segment, instance], axis=1).T) == superpoint.max() + 1
+    things = np.unique([instance, segment], axis=1)[0]
+    np.testing.assert_array_equal(things[things >= 0], np.arange(instance.max() + 1))
+
+
+def test_labels_instances_and_superpoints_are_consistent(scene):
+    assert scene["segment20"].min() >= 0 and scene["segment20"].max() < len(CLASS_NAMES)
+    superpoint = scene["superpoint"]
+    assert_consistent(scene["segment20"], scene["instance"], superpoint)
     low, high = np.full((superpoint.max() + 1, 3), np.inf), np.full((superpoint.max() + 1, 3), -np.inf)
     np.minimum.at(low, superpoint, scene["coord"])
     np.maximum.at(high, superpoint, scene["coord"])
     assert np.linalg.norm(high - low, axis=1).max() < 1.5
 
 
-def test_every_class_has_a_sampler_and_the_members_of_a_group_wear_different_patterns():
+def test_every_class_has_a_shape_and_the_members_of_a_group_differ_in_nothing_but_their_pattern():
     assert set(rooms.CLASSES) | {"wall", "floor"} == set(CLASS_NAMES)
-    assert sum(len(names) for names, _, _ in rooms.GROUPS) == len(CLASS_NAMES) - 2
-    for names, _, sampler in rooms.GROUPS:
-        assert {rooms.CLASSES[name][1] for name in names} == {sampler}
+    assert sum(len(names) for names, *_ in rooms.GROUPS) == len(CLASS_NAMES) - 2
+    for names, *rest in rooms.GROUPS:
+        assert {rooms.CLASSES[name][:3] for name in names} == {tuple(rest)}
         if len(names) > 1:
-            assert len({rooms.CLASSES[name][2] for name in names}) == len(names) <= len(rooms.PATTERNS)
+            assert len({rooms.CLASSES[name][3] for name in names}) == len(names) <= len(rooms.PATTERNS)
 
 
 def test_all_patterns_have_the_same_mean_and_variance():
@@ -133,6 +136,7 @@ def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
     for _ in range(25):
         room = rooms.make_room(rng)
         points = rooms.sample_points(room, rng)
+        assert_consistent(points["segment20"], points["instance"], points["superpoint"])
         for thing in range(2, len(room["thing_label"])):
             mine = points["instance"] == thing - 2
             color = (points["color"][mine] / 255 - room["thing_color"][thing]).mean(axis=1)
@@ -237,8 +241,18 @@ def test_an_interrupted_run_leaves_no_half_made_scene_and_the_next_completes_it(
     assert folder_bytes(tmp_path) == folder_bytes(root)
 
 
-def test_a_second_run_makes_only_what_is_missing(root):
-    assert rooms.generate(root, train=1, val=1, seed=3) == 0
+def test_the_command_makes_only_what_is_missing(root, capsys, monkeypatch):
+    small = root.parent / "small"
+    command = ["rooms", "--out", str(small), "--train", "1", "--val", "0", "--seed", "3"]
+    for said in ("1 rooms made, 0 were there", "0 rooms made, 1 were there"):
+        monkeypatch.setattr("sys.argv", command)
+        rooms.main()
+        assert capsys.readouterr().out == f"{small}: {said}\n"
+    assert folder_bytes(small / "train") == folder_bytes(root / "train")
+    monkeypatch.setattr("sys.argv", [*command[:-1], "4"])
+    with pytest.raises(SystemExit):
+        rooms.main()
+    assert "holds rooms made with {'generator': 1, 'seed': 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"image_size": (320, 240)}])
