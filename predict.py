@@ -14,8 +14,12 @@ CloudCompare and MeshLab open the .ply files. A large scan is predicted in tiles
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+if "OMP_WAIT_POLICY" not in os.environ:  # as in train.py: threads that wait leave the core to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
@@ -23,13 +27,12 @@ from plyfile import PlyData, PlyElement
 
 from data import collate, evenly_spread, instance_targets, scene_item
 from metrics import semantic_iou
-from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, read_scan
+from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, load_frames, read_scan
+from scenes.picture import class_colors, draw, instance_colors
 from scenes.points import complete, voxelise
 from tower import VIEW_CHUNK
 from train import RECIPES, instances_of_scene, load_model, to_device
 
-NO_LABEL = np.array([90, 90, 90], np.uint8)
-NO_INSTANCE = np.array([225, 225, 225], np.uint8)
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
 POINTWISE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # of a scene
@@ -37,9 +40,9 @@ MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
 def open_checkpoint(path, device="cpu"):
-    """train.load_model with every fault of the file or the device as one clear error.
+    """train.load_model with every fault of the file or the device as one FileNotFoundError or ValueError.
 
-    Returns: model, Config.  Raises: FileNotFoundError, ValueError.
+    Returns: model, Config.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found; a checkpoint is made by: python train.py")
@@ -48,12 +51,9 @@ def open_checkpoint(path, device="cpu"):
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on the kind of device
         raise ValueError(f"device {device!r} cannot be used ({error}); try --device cpu") from error
     try:
-        model, config, state = load_model(path, device)
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:  # a field of it is missing, unknown or odd
+        return load_model(path, device)[:2]
+    except (TypeError, KeyError, AttributeError) as error:  # a field of it is missing, unknown or odd
         raise ValueError(f"{path} is no checkpoint of this version of train.py: {error}") from error
-    if state["num_classes"] != len(CLASS_NAMES):
-        raise ValueError(f"{path} predicts {state['num_classes']} classes, expected the {len(CLASS_NAMES)} of data.py")
-    return model, config
 
 
 def tiles(coord, voxel_size, limit):
@@ -79,13 +79,6 @@ def tiles(coord, voxel_size, limit):
         low, high = coord[core, :2].min(0) - MARGIN, coord[core, :2].max(0) + MARGIN
         out.append((core, np.flatnonzero(((coord[:, :2] >= low) & (coord[:, :2] <= high)).all(1))))
     return out
-
-
-def scan_frames(scene, path, config, count):
-    """At most count frames of a scan of `read_scan`, as data.load_frames; the cameras see its points as stored."""
-    frames = load_frames(path, evenly_spread(scene["frame_ids"], count), RECIPES[config.preset]["image_size"])
-    frames["world_to_camera"][:, :3, 3] += frames["world_to_camera"][:, :3, :3] @ scene["origin"]
-    return frames
 
 
 def encode_frames(tower, frames, device):
@@ -120,8 +113,10 @@ def predict_scene(model, config, path, device="cpu"):
     notes += computed
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
-    use_images = config.model == "bifusion" and model.setting.fusion != "identity"
-    frames = scan_frames(scene, path, config, 2 * config.views if use_images else 0)  # as many as evaluation takes
+    use_images = config.model == "bifusion" and model.row.fusion != "identity"
+    frames = evenly_spread(scene["frame_ids"], 2 * config.views if use_images else 0)  # as many as evaluation takes
+    frames = load_frames(path, frames, RECIPES[config.preset]["image_size"])
+    frames["world_to_camera"][:, :3, 3] += frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # points are shifted
     n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
     if use_images and len(cut) > 1:
         frames = encode_frames(model.tower, frames, device)
@@ -191,121 +186,15 @@ def instance_table(coord, prediction, instance, rows):
     return "\n".join(lines)
 
 
-def write_ply(path, coord, color, labels=None, instance=None, similarity=None):
-    """Points with colours: x y z (as coord: float or double), red green blue uchar; where they are given, each (N,),
-    label ushort (NYU40 id; 0 = none), instance ushort, similarity float."""
-    fields = [(axis, coord.dtype.str) for axis in "xyz"]
-    fields += [("red", "u1"), ("green", "u1"), ("blue", "u1")]
-    extra = {} if labels is None else {"label": np.array([*NYU40_IDS, 0], np.uint16)[labels]}  # IGNORE is the last
-    extra |= {} if instance is None else {"instance": instance.astype(np.uint16)}
-    extra |= {} if similarity is None else {"similarity": similarity.astype(np.float32)}
-    vertex = np.zeros(len(coord), fields + [(name, values.dtype.str) for name, values in extra.items()])
-    vertex["x"], vertex["y"], vertex["z"] = coord.T
-    vertex["red"], vertex["green"], vertex["blue"] = color.T
-    for name, values in extra.items():
-        vertex[name] = values
+def write_ply(path, coord, color, labels, instance=None):
+    """Points with colours: x y z (as coord: float or double), red green blue uchar, label ushort (NYU40 id; 0 = none),
+    and instance ushort where it is given (N,)."""
+    columns = dict(zip("xyz", coord.T)) | dict(zip(("red", "green", "blue"), color.T))
+    columns["label"] = np.array([*NYU40_IDS, 0], np.uint16)[labels]  # IGNORE is the last
+    if instance is not None:
+        columns["instance"] = instance.astype(np.uint16)
+    vertex = np.rec.fromarrays(list(columns.values()), names=list(columns))
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
-
-
-def class_colors(labels):
-    """(N,) class index or IGNORE -> (N, 3) u8."""
-    return np.vstack([CLASS_COLORS, NO_LABEL])[labels]  # IGNORE, -1, is the last
-
-
-def instance_colors(instance, like=None):
-    """(N,) ids, 0 = none -> (N, 3) u8, neighbouring ids far apart in hue. With like (N,), another labelling of the
-    points, each instance takes the colour of the one there that shares most of its points, if over half of them."""
-    ids, inverse = np.unique(instance, return_inverse=True)
-    key = ids.copy()
-    for i, number in enumerate(ids if like is not None else ()):
-        there, count = np.unique(like[instance == number], return_counts=True)
-        if number and there[count.argmax()] and 2 * count.max() > count.sum():
-            key[i] = there[count.argmax()]
-    hue, level = key * 0.618 % 1, 0.75 + 0.25 * (key * 0.38 % 1)  # steps of the golden ratio
-    ramp = np.clip(np.abs((hue[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
-    color = (255 * level[:, None] * (0.3 + 0.7 * ramp)).astype(np.uint8)
-    color[ids == 0] = NO_INSTANCE
-    return color[inverse.ravel()]
-
-
-def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
-    """Look into a room from above, as into a doll's house: surfaces that turn away from the viewer are left out.
-
-    Orthographic; every point is a small square, the nearest one wins.
-
-    Args:
-        coord, normal: (N, 3) metres and unit.  color: (N, 3) u8.  size: (W, H).  azimuth, elevation: degrees.
-
-    Returns:
-        (H, W, 3) u8 on white.
-    """
-    width, height = size
-    az, el = np.radians([azimuth, elevation])
-    toward = np.array([np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)])  # scene -> viewer
-    right = np.array([-np.sin(az), np.cos(az), 0])
-    up = np.cross(toward, right)
-    facing = normal @ toward
-    front = (facing > 0) | (np.abs(normal).sum(1) == 0)
-    shade = 0.7 + 0.3 * np.clip(normal @ (0.5 * toward + 0.4 * up + 0.6 * right), 0, 1)
-    x, y, near = coord @ right, coord @ up, coord @ toward
-    span = max(np.ptp(x) / width, np.ptp(y) / height, 1e-6) * 1.04  # metres a pixel
-    column = (x - (x.max() + x.min()) / 2)[front] / span + width / 2
-    row = height / 2 - (y - (y.max() + y.min()) / 2)[front] / span
-    square = int(np.clip(round(2.0 * (width * height / max(1, front.sum())) ** 0.5), 1, 9))
-    offsets = np.stack(np.meshgrid(*2 * [np.arange(square) - square // 2]), -1).reshape(-1, 2)
-    order = np.argsort(near[front], kind="stable")  # far to near: the last one written stays
-    paint = (color[front] * shade[front, None]).astype(np.uint8)[order]
-    pixels = np.stack([column, row], 1).astype(int)[order]
-    depth = np.full((height, width), -np.inf)
-    image = np.full((height, width, 3), 255, np.uint8)
-    for offset in offsets:
-        c, r = (pixels + offset).T
-        inside = (c >= 0) & (c < width) & (r >= 0) & (r < height)
-        c, r, z = c[inside], r[inside], near[front][order][inside]
-        win = z >= depth[r, c]
-        c, r, z = c[win], r[win], z[win]
-        depth[r, c] = z  # within one offset the order makes the nearest the last
-        image[r, c] = paint[inside][win]
-    return image
-
-
-def draw(path, scene, prediction, instance, title):
-    """One picture: input colours, classes, instances, below the ground truth where there is one; and a legend."""
-    labels, true_instance = prediction["labels"], prediction["true_instance"]
-    panels = {(0, 0): ("input colours", scene["color"]), (0, 1): ("classes", class_colors(labels)),
-              (0, 2): ("instances", instance_colors(instance, true_instance))}
-    shown = set(labels.tolist())
-    if scene["segment"] is not None:
-        panels |= {(1, 1): ("classes, ground truth", class_colors(scene["segment"])),
-                   (1, 2): ("instances, ground truth", instance_colors(true_instance))}
-        shown |= set(scene["segment"].tolist())
-    legend = {CLASS_NAMES[k]: CLASS_COLORS[k] for k in sorted(shown - {IGNORE})}
-    draw_panels(path, scene, panels, title, legend | ({"no label": NO_LABEL} if IGNORE in shown else {}))
-
-
-def draw_panels(path, scene, panels, title, legend=None):
-    """The scan once for each of panels, {(row, column): (name, color (N, 3))}; legend {name: colour}."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    rows, columns = (1 + max(place[axis] for place in panels) for axis in (0, 1))
-    figure = Figure(figsize=(5.4 * columns, 5.3 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for place, axis in np.ndenumerate(axes):
-        axis.axis("off")
-        if place in panels:
-            name, color = panels[place]
-            axis.imshow(render(scene["coord"], scene["normal"], color))
-            axis.set_title(name, fontsize=13)
-    patches = [Patch(facecolor=color / 255, label=name) for name, color in (legend or {}).items()]
-    figure.suptitle(title, fontsize=14)
-    if patches and (1, 0) not in panels and rows == 2:
-        axes[1, 0].legend(handles=patches, loc="center", ncols=2, frameon=False, fontsize=13)
-    elif patches:
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), frameon=False)
-    figure.savefig(path)
 
 
 def main(argv=None):
@@ -337,7 +226,8 @@ def main(argv=None):
             write_ply(out / f"{name}_semantic.ply", coord, class_colors(prediction["labels"]), prediction["labels"])
             write_ply(out / f"{name}_instances.ply", coord, instance_colors(instance), labels, instance)
             (out / f"{name}_instances.txt").write_text(table + "\n")
-            draw(out / f"{name}.png", scene, prediction, instance, f"{config.model}: {title}")
+            draw(out / f"{name}.png", scene, prediction["labels"], instance, prediction["true_instance"],
+                 f"{config.model}: {title}")
             views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
             sight = views.get(prediction["seen"]) or f"{prediction['seen']:.0%} seen by frames"
             print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, "

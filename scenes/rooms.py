@@ -490,6 +490,13 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
     return len(jobs)
 
 
+def complete(root):
+    """Generate the rooms of a folder that are not there yet; those made with another seed are completed with theirs."""
+    spec = read_spec(root)
+    if spec or not Path(root, "train").exists():
+        generate(root, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m scenes.rooms", description="Generate rooms as scene folders.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -507,10 +514,3 @@ def main():
 
 if __name__ == "__main__":
     main()
-
-
-def complete(root):
-    """Generate the rooms of a folder that are not there yet; those made with another seed are completed with theirs."""
-    spec = read_spec(root)
-    if spec or not Path(root, "train").exists():
-        generate(root, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))

@@ -1,0 +1,106 @@
+"""Pictures of a scan: colours of classes and instances, a look into the room from above.
+
+Axes: N points, H, W image size.
+"""
+
+import numpy as np
+
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE
+
+NO_LABEL = np.array([90, 90, 90], np.uint8)
+NO_INSTANCE = np.array([225, 225, 225], np.uint8)
+
+
+def class_colors(labels):
+    """(N,) class index or IGNORE -> (N, 3) u8."""
+    return np.vstack([CLASS_COLORS, NO_LABEL])[labels]  # IGNORE, -1, is the last
+
+
+def instance_colors(instance, like=None):
+    """(N,) ids, 0 = none -> (N, 3) u8, neighbouring ids far apart in hue. With like (N,), another labelling of the
+    points, each instance takes the colour of the one there that shares most of its points, if over half of them."""
+    ids, inverse = np.unique(instance, return_inverse=True)
+    key = ids.copy()
+    for i, number in enumerate(ids if like is not None else ()):
+        there, count = np.unique(like[instance == number], return_counts=True)
+        if number and there[count.argmax()] and 2 * count.max() > count.sum():
+            key[i] = there[count.argmax()]
+    hue, level = key * 0.618 % 1, 0.75 + 0.25 * (key * 0.38 % 1)  # steps of the golden ratio
+    ramp = np.clip(np.abs((hue[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
+    color = (255 * level[:, None] * (0.3 + 0.7 * ramp)).astype(np.uint8)
+    color[ids == 0] = NO_INSTANCE
+    return color[inverse.ravel()]
+
+
+def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
+    """Look into a room from above, as into a doll's house: surfaces that turn away from the viewer are left out.
+
+    Orthographic; every point is a small square, the nearest one wins.
+
+    Args:
+        coord, normal: (N, 3) metres and unit.  color: (N, 3) u8.  size: (W, H).  azimuth, elevation: degrees.
+
+    Returns:
+        (H, W, 3) u8 on white.
+    """
+    width, height = size
+    az, el = np.radians([azimuth, elevation])
+    toward = np.array([np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)])  # scene -> viewer
+    right = np.array([-np.sin(az), np.cos(az), 0])
+    up = np.cross(toward, right)
+    facing = normal @ toward
+    front = (facing > 0) | (np.abs(normal).sum(1) == 0)
+    shade = 0.7 + 0.3 * np.clip(normal @ (0.5 * toward + 0.4 * up + 0.6 * right), 0, 1)
+    x, y, near = coord @ right, coord @ up, coord @ toward
+    span = max(np.ptp(x) / width, np.ptp(y) / height, 1e-6) * 1.04  # metres a pixel
+    column = (x - (x.max() + x.min()) / 2)[front] / span + width / 2
+    row = height / 2 - (y - (y.max() + y.min()) / 2)[front] / span
+    square = int(np.clip(round(2.0 * (width * height / max(1, front.sum())) ** 0.5), 1, 9))
+    offsets = np.stack(np.meshgrid(*2 * [np.arange(square) - square // 2]), -1).reshape(-1, 2)
+    order = np.argsort(near[front], kind="stable")  # far to near: the last one written stays
+    paint = (color[front] * shade[front, None]).astype(np.uint8)[order]
+    pixels = np.stack([column, row], 1).astype(int)[order]
+    depth = np.full((height, width), -np.inf)
+    image = np.full((height, width, 3), 255, np.uint8)
+    for offset in offsets:
+        c, r = (pixels + offset).T
+        inside = (c >= 0) & (c < width) & (r >= 0) & (r < height)
+        c, r, z = c[inside], r[inside], near[front][order][inside]
+        win = z >= depth[r, c]
+        c, r, z = c[win], r[win], z[win]
+        depth[r, c] = z  # within one offset the order makes the nearest the last
+        image[r, c] = paint[inside][win]
+    return image
+
+
+def draw(path, scene, labels, instance, true_instance, title):
+    """One picture: input colours, classes, instances, below them the ground truth where there is one; and a legend.
+
+    Args:
+        scene:  dict with coord, normal, color and segment (or None) of N points.
+        labels: (N,) class index.  instance, true_instance: (N,), 0 = none.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: it takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = [[("input colours", scene["color"]), ("classes", class_colors(labels)),
+             ("instances", instance_colors(instance, true_instance))]]
+    shown = set(labels.tolist())
+    if scene["segment"] is not None:
+        rows.append([None, ("classes, ground truth", class_colors(scene["segment"])),
+                     ("instances, ground truth", instance_colors(true_instance))])
+        shown |= set(scene["segment"].tolist())
+    figure = Figure(figsize=(16.2, 5.3 * len(rows)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, panel in zip(figure.subplots(len(rows), 3, squeeze=False).flat, [*rows[0], *(rows[1] if len(rows) > 1 else ())]):
+        axis.axis("off")
+        if panel:
+            axis.imshow(render(scene["coord"], scene["normal"], panel[1]))
+            axis.set_title(panel[0], fontsize=13)
+    colors = {name: CLASS_COLORS[k] for k, name in enumerate(CLASS_NAMES) if k in shown}
+    colors |= {"no label": NO_LABEL} if IGNORE in shown else {}
+    figure.legend(handles=[Patch(facecolor=color / 255, label=name) for name, color in colors.items()],
+                  loc="outside lower center", ncols=min(10, len(colors)), frameon=False)
+    figure.suptitle(title, fontsize=14)
+    figure.savefig(path)
