@@ -113,36 +113,28 @@ class SceneDataset(torch.utils.data.Dataset):
     Args:
         root, split: folder and "train", "val" or "test".
         voxel_size:  metres.
-        augment:     True: augmented, and `views` random frames; False: as it is, and `views` evenly spaced frames.
-        views:       frames of a scene (all, where it has fewer); 0 reads no image.
         image_size:  (W, H) of the frames.
+        views:       frames of a scene (all, where it has fewer); 0 reads no image.
+        augment:     True: augmented, and random frames; False: as it is, and evenly spaced frames.
+        maps:        tower.MapCache whose maps stand in for the images; or None.
+        vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
+                     maps every time.
         keep_bytes:  of scenes and frames that each process keeps in memory.
 
     Raises:
         FileNotFoundError: no such folder or no scene in it.
     """
 
-    def __init__(self, root, split, *, voxel_size, image_size, augment=False, views=0, seed=0, keep_bytes=KEPT_BYTES):
+    def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
+                 seed=0, keep_bytes=KEPT_BYTES):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
         if not self.folders:
             raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
                                     "or give --data a folder with train/ and val/ scene folders")
-        self.voxel_size, self.augment, self.image_size, self.seed = voxel_size, augment, tuple(image_size), seed
-        self.keep_bytes = keep_bytes
-        self.use(views)
-
-    def use(self, views, maps=None, vary_images=True):
-        """Other views from here on (before a loader's workers copy the data set); what was kept in memory is forgotten.
-
-        Args:
-            views:       frames of a scene.
-            maps:        tower.MapCache, whose maps stand in for the images; or None.
-            vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
-                         maps every time.
-        """
-        self.views, self.maps, self.vary_images = views, maps, vary_images
-        self.kept, self.room = {}, self.keep_bytes
+        self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
+        self.augment, self.maps, self.vary_images = augment, maps, vary_images
+        self.kept, self.room = {}, keep_bytes
 
     def __len__(self):
         return len(self.folders)
@@ -157,21 +149,23 @@ class SceneDataset(torch.utils.data.Dataset):
         ids = scene["frame_ids"]
         chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views]) if self.augment \
             else evenly_spread(ids, self.views)
-        frames = load_frames(folder, [], self.image_size, colors=self.maps is None)
-        if self.maps is not None:
-            frames |= {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.maps.shapes)}
-        single = [self._once((folder, c), lambda c=c: self._frame(folder, c)) for c in chosen]
+        frames = self._frames(folder, [])
+        single = [self._once((folder, c), lambda c=c: self._frames(folder, [c])) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
         return scene_item(scene, frames, self.voxel_size, rng if self.augment else None, self.vary_images)
 
-    def _frame(self, folder, frame):
-        """`load_frames` of one frame; with maps, without its image but with the tower's levels of it."""
-        frames = load_frames(folder, [frame], self.image_size, colors=self.maps is None)
-        levels = () if self.maps is None else self.maps.read((folder, frame))
-        if levels is None:
-            raise ValueError(f"the tower's maps of frame {frame} of {folder} are gone or damaged; go on with --resume, "
-                             "which makes them anew")
-        return frames | {f"level_{k}": level[None] for k, level in enumerate(levels)}
+    def _frames(self, folder, frames):
+        """`load_frames` of one frame or none; with maps, without the image but with the tower's levels of it."""
+        if self.maps is None:
+            return load_frames(folder, frames, self.image_size)
+        found = load_frames(folder, frames, self.image_size, colors=False)
+        for frame in frames:
+            levels = self.maps.read((folder, frame))
+            if levels is None:
+                raise ValueError(f"the tower's maps of frame {frame} of {folder} are gone or damaged; go on with "
+                                 "--resume, which makes them anew")
+            return found | {f"level_{k}": level[None] for k, level in enumerate(levels)}
+        return found | {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.maps.shapes)}
 
     def _once(self, key, read):
         """What was read before, as long as there is room."""
@@ -184,10 +178,10 @@ class SceneDataset(torch.utils.data.Dataset):
         return self.kept[key]
 
     def view_files(self):
-        """{(folder, frame id): (colour file, depth file)} of every view that an item may take; reads the poses."""
-        return {(folder, frame): frame_files(folder, frame) for folder in self.folders
-                for frame in (usable_frames(folder)[0] if self.augment
-                              else evenly_spread(usable_frames(folder)[0], self.views))}
+        """{(folder, frame id): (colour file, depth file)} of every view that an item may take."""
+        frames = {folder: usable_frames(folder)[0] for folder in self.folders}
+        return {(folder, frame): frame_files(folder, frame) for folder, ids in frames.items()
+                for frame in (ids if self.augment else evenly_spread(ids, self.views))}
 
     def load_view(self, view):
         """Image (3, H, W) u8 and depth (H, W) of a view, as tower.MapCache.fill wants them."""
@@ -273,53 +267,57 @@ class Scenes:
 
     Args:
         root, voxel_size, image_size, seed: as SceneDataset.
-        batch_size: scenes a step, of all processes together.  workers: processes that load, for train and for val each.
+        batch_size: scenes a step, of all processes together.  workers: processes that load, for train and val each.
         device:     torch.device; for a GPU batches lie in page-locked memory.
         cache, cache_gb: folder of the maps and its largest size; 0 = the tower runs in every step.
 
-    Attributes: steps, of an epoch; val, the DataLoader of the val scenes.
+    Attributes: steps, of an epoch; train and val, SceneDataset; val_batches, DataLoader.
     """
 
     def __init__(self, root, voxel_size, image_size, batch_size, workers, seed, device, cache, cache_gb):
-        common = {"voxel_size": voxel_size, "image_size": image_size, "seed": seed,
-                  "keep_bytes": KEPT_BYTES // (2 * max(1, workers))}
-        self.train_set = SceneDataset(root, "train", augment=True, **common)
-        self.val_set = SceneDataset(root, "val", **common)
-        self.root, self.batch_size, self.workers, self.seed, self.device = root, batch_size, workers, seed, device
-        self.cache, self.cache_gb, self.read_now = cache, cache_gb, None
-        self.steps = -(-len(self.train_set) // batch_size)
+        self.common = {"voxel_size": voxel_size, "image_size": image_size, "seed": seed,
+                       "keep_bytes": KEPT_BYTES // (2 * max(1, workers))}
+        self.root, self.batch_size, self.workers, self.device = root, batch_size, workers, device
+        self.cache, self.cache_gb, self.now = cache, cache_gb, None
+        self.make(0)
+        self.steps = -(-len(self.train) // batch_size)
 
     def __str__(self):
-        bare = sum(not (folder / "instance.npy").is_file() for folder in self.train_set.folders)
+        bare = sum(not (folder / "instance.npy").is_file() for folder in self.train.folders)
         note = f" ({bare} train scenes have no instance.npy: they teach classes only)" if bare else ""
-        return f"{len(self.train_set)} train and {len(self.val_set)} val scenes of {self.root}{note}"
+        return f"{len(self.train)} train and {len(self.val)} val scenes of {self.root}{note}"
+
+    def make(self, views, maps=None, vary_images=True):
+        """The data sets, with this many frames a scene, twice as many in val."""
+        common = self.common | {"maps": maps}
+        self.train = SceneDataset(self.root, "train", views=views, augment=True, vary_images=vary_images, **common)
+        self.val = SceneDataset(self.root, "val", views=2 * views, **common)
 
     def read(self, views, frozen_tower, until=iter):
-        """From here on batches hold `views` frames a scene, twice as many in val; nothing happens where nothing changes.
+        """Batches hold this many frames a scene from here on; nothing happens where nothing changes.
 
         frozen_tower: ClipTower that does not train, whose maps stand in for the images where they can be kept; or None.
         until:        as MapCache.fill.
         """
         frozen = views > 0 and frozen_tower is not None
-        if self.read_now == (views, frozen):
+        if self.now == (views, frozen):
             return
-        self.read_now, maps = (views, frozen), None
-        self.train_set.use(views), self.val_set.use(2 * views)
-        share = runs.rank(), runs.world()
+        self.now, maps, share = (views, frozen), None, (runs.rank(), runs.world())
+        self.make(views)
         if frozen and self.cache_gb:
-            maps = MapCache(self.cache, frozen_tower.eval(), self.train_set.image_size, self.cache_gb)
-            filled = maps.fill(self.train_set.view_files() | self.val_set.view_files(), self.train_set.load_view,
-                               self.workers, until, share)
+            maps = MapCache(self.cache, frozen_tower.eval(), self.train.image_size, self.cache_gb)
+            filled = maps.fill(self.train.view_files() | self.val.view_files(), self.train.load_view, self.workers,
+                               until, share)
             maps = None if runs.largest(int(not filled)) else maps  # the same in all processes
-        self.train_set.use(views, maps, vary_images=not frozen), self.val_set.use(2 * views, maps)
-        self.train, self.val = (
+        self.make(views, maps, vary_images=not frozen)
+        self.train_batches, self.val_batches = (
             torch.utils.data.DataLoader(  # its own generator: the training draws the same numbers whoever loads
-                scenes, batch_sampler=EpochBatches(len(scenes), self.batch_size, shuffle, self.seed, share),
+                scenes, batch_sampler=EpochBatches(len(scenes), self.batch_size, shuffle, self.common["seed"], share),
                 num_workers=self.workers, collate_fn=collate, persistent_workers=self.workers > 0,
                 worker_init_fn=start_worker, pin_memory=self.device.type == "cuda", generator=torch.Generator())
-            for scenes, shuffle in ((self.train_set, True), (self.val_set, False)))
+            for scenes, shuffle in ((self.train, True), (self.val, False)))
 
     def batches(self, epoch, first=0):
-        """The batches of an epoch from the step `first` on."""
-        self.train.batch_sampler.set_epoch(epoch, first)
-        return self.train
+        """The train batches of an epoch from the step `first` on."""
+        self.train_batches.batch_sampler.set_epoch(epoch, first)
+        return self.train_batches

@@ -1,10 +1,10 @@
 """The run folder and what may happen to a run: log, checkpoints, where to go on; signals; several processes.
 
-A run folder holds config.json, log.jsonl (a line an epoch), stage{1,2,3}.pt, last.pt, best.pt, skipped.jsonl. last.pt is
-saved before the evaluation and holds the next (epoch, step); the others are copies of it.
+A run folder holds config.json, log.jsonl (a line an epoch), last.pt, its copies stage{1,2,3}.pt and best.pt, and
+skipped.jsonl. last.pt is saved before the evaluation and holds the next (epoch, step).
 
-Several processes share every batch: torchrun --nproc_per_node=2 train.py. In a single one the functions for several do
-nothing, so one loop serves both; all processes must call them in the same order.
+Several processes (torchrun --nproc_per_node=2 train.py) share every batch. The functions for them do nothing in a single
+one, so one loop serves both; all processes call them in the same order.
 
 Needs torch only and imports no other file of this project: copy it and it works.
 """
@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
-
-# -------------------------------------------------------------------------------------------------------- the run folder
 
 
 @contextlib.contextmanager
@@ -96,10 +94,6 @@ class Run:
         last = self.folder / "last.pt"
         return max([-1, *(line["epoch"] for line in self.log), *([read_checkpoint(last)["next"][0]] * last.exists())])
 
-    def last(self, name):
-        """A number of the last line of the log, None where there is none."""
-        return self.log[-1][name] if self.log else None
-
     def start(self, config):
         """Make the folder and write config.json (dict); what a kill left half-written goes."""
         if rank() == 0:
@@ -112,9 +106,8 @@ class Run:
 
     def save(self, state, device):
         """Write last.pt: state (dict) and the random states of all processes, which must all call it."""
-        state = state | {"torch_rng": gather(torch.get_rng_state())}
-        if device.type == "cuda":
-            state["cuda_rng"] = gather(torch.cuda.get_rng_state(device))
+        state = state | {"torch_rng": gather(torch.get_rng_state()),
+                         "cuda_rng": gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None}
         if rank() == 0:
             with whole_file(self.folder / "last.pt") as file:
                 torch.save(state, file)
@@ -138,24 +131,21 @@ class Run:
                       f"skipped; {sum(old['seconds'] for old in lines) / 60:.1f} min; {line['peak_memory_mb']} MB")
 
     def append(self, line):
-        """Add a line to the log and bring it to the disk, on a line of its own where a kill left half of one."""
+        """Add a line to the log and bring it to the disk; half a line that a kill left is cut off."""
         self.log.append(line)
-        path = self.folder / "log.jsonl"
         if rank() == 0:
-            with open(path, "ab+") as file:
+            with open(self.folder / "log.jsonl", "ab+") as file:
                 file.seek(0)
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)  # in place: the whole lines are never rewritten
+                file.truncate(file.read().rfind(b"\n") + 1)  # in place: the whole lines are never rewritten
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
 
 
 class Sums(dict):
-    """Running sums of an epoch, {name: [sum, count]}; a name may be "group/term"."""
+    """Running sums of an epoch, {name: [sum, count]}; a name may be "group/term"; None does not count."""
 
     def add(self, numbers):
-        """numbers: {name: float, or None, which does not count}."""
         for name, value in numbers.items():
             if value is not None:
                 total, count = self.get(name, (0.0, 0))
@@ -202,7 +192,7 @@ def commit():
                               cwd=Path(__file__).parent, check=True).stdout.strip()
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# ---- signals
 
 
 class Stopped(Exception):
@@ -255,7 +245,7 @@ class Stop:
             yield item
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
+# ---- several processes
 
 _alone = []  # not empty within `alone`
 
@@ -332,12 +322,6 @@ def mean(numbers):
     return [sum(column) / len(column) if column else None for column in columns]
 
 
-def own_random_numbers(seed):
-    """From here on every process draws others; rank 0 those that a single process would draw."""
-    if rank():
-        torch.manual_seed(seed + (rank() << 40))
-
-
 def set_random_state(state, device):
     """The random state of this process as Run.save found it, if as many processes train now."""
     if len(state["torch_rng"]) != world():
@@ -345,7 +329,7 @@ def set_random_state(state, device):
               "on, but not with the same random numbers")
         return
     torch.set_rng_state(state["torch_rng"][rank()].cpu())
-    if device.type == "cuda" and "cuda_rng" in state:
+    if device.type == "cuda" and state["cuda_rng"]:
         torch.cuda.set_rng_state(state["cuda_rng"][rank()].cpu(), device)
 
 

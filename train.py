@@ -286,7 +286,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     runs.share_batch_norms(model.unet)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay), fused=True)
     guard = Guard(model, run.folder / "skipped.jsonl" if runs.rank() == 0 else None)
-    runs.own_random_numbers(config.seed)
+    if runs.rank():  # rank 0 draws what a single process would draw
+        torch.manual_seed(config.seed + (runs.rank() << 40))
 
     # ---- where to begin: one position, the next (epoch, step)
     stages, epochs, steps = stage_epochs(rows), rows[-1].last_epoch + 1, scenes.steps
@@ -335,8 +336,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                 bar.write(f"epoch {epoch} step {step}: skipped, not finite: {why['first_not_finite']}; scenes "
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
             step += 1
-            bar.set_postfix_str(f"loss {runs.show(found['loss'])}, mIoU {runs.show(run.last('val_miou'))}, 2D "
-                                f"{runs.show(found.get('fusion_2d_ratio'))}", refresh=False)
+            bar.set_postfix_str(f"loss {runs.show(found['loss'])}, mIoU "
+                                f"{runs.show(run.log[-1]['val_miou'] if run.log else None)}", refresh=False)
             bar.update()
             if guard.gives_up():
                 break
@@ -351,7 +352,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                   "steps": steps, "sums": dict(sums), "skipped_in_a_row": guard.skipped_in_a_row, "row": asdict(row),
                   "ramp": model.ramp, "config": asdict(config)}, device)
         wanted = not stop.agreed() and (evaluated is None or epoch in evaluated)
-        result = evaluate(model, stop.until(scenes.val), device) if wanted else {}
+        result = evaluate(model, stop.until(scenes.val_batches), device) if wanted else {}
         if stop.agreed():  # the checkpoint goes on with the next step, or with the evaluation
             raise runs.Stopped(f"stopped in epoch {epoch} after step {step} of {steps}")
         sums["seconds"] = [time.time() - began, 1]
