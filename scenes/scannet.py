@@ -352,8 +352,8 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
     open_scenes = [scene for scene in scenes if not (scene / "pose" if frames_only else scene).is_dir()]
     jobs = [scene for scene in open_scenes if scene.name in folders]
     make = partial(_make_scene, every=every, ids_200=ids_200, frames_only=frames_only)
-    try:  # Ctrl-C ends a process of the pool without a word; the pool starts none before its first job
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
+    try:  # at Ctrl-C the processes of the pool end the scans they are at; it starts none before its first job
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             run = pool.map if min(workers, len(jobs)) > 1 else map
             done = run(make, jobs, [folders[scene.name] for scene in jobs])
             for name, reason, note in tqdm(done, "scans", len(jobs), unit="scan", disable=not jobs):

@@ -48,14 +48,14 @@ def jpeg_bytes(i, size=COLOR_SIZE):
     return image_bytes(np.full((*size[::-1], 3), (10 * i % 256, 100, 50), np.uint8), "JPEG")
 
 
-def sheet_frames(indices=range(5), lost=(3,), color_size=COLOR_SIZE):
+def sheet_frames(indices=range(5), lost=(3,)):
     """Frames (index, pose, jpeg, depth): frame i stands at (i, 0.5, 1.5) and sees 1 m + i mm; a lost pose is -inf."""
     frames = []
     for i in indices:
         pose = np.eye(4)
         pose[:3, 3] = i, 0.5, 1.5
         pose = np.full((4, 4), -np.inf) if i in lost else pose
-        frames.append((i, pose, jpeg_bytes(i, color_size), np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)))
+        frames.append((i, pose, jpeg_bytes(i), np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)))
     return frames
 
 
