@@ -44,9 +44,8 @@ COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
     "color": ("red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue")}
 SCENE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # arrays of a scene
 TRIANGLES = {"face": {"vertex_indices": 3, "vertex_index": 3}}  # faces of known length are mapped, others read singly
+WARN_ONCE = functools.cache(warnings.warn)  # a scene is read many times, and Python forgets what it has warned of
 ELEMENT = re.compile(rb"\nelement\s+\S+\s+(\d+)(.*?)(?=\nelement|\Z)", re.DOTALL)  # rows and properties, in a .ply
-
-# ---------------------------------------------------------------------------------------------------- errors, numbers
 
 
 def fault(path, expected, found):
@@ -68,8 +67,7 @@ def _checked(path, array, shape):
     if array.ndim == len(shape) + 1 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
-        want = str(tuple("N" if length is None else length for length in shape)).replace("'", "")
-        raise fault(path, f"shape {want}", array.shape)
+        raise fault(path, f"shape {shape}".replace("None", "N"), array.shape)
     if array.dtype.kind not in "iuf":
         raise fault(path, "numbers", array.dtype)
     return array
@@ -109,12 +107,11 @@ def read_ply(path):
     """Read the points and triangles of a .ply. Polygons are cut into triangles.
 
     Returns:
-        dict: coord (N, 3) f32, f64 where the file has more than floats of 32 bit; color (N, 3) u8, normal (N, 3) f32
-        unit, label (N,) i32, faces (F, 3) integer; each of the last four is None where the file has none.
+        dict: coord (N, 3) of the file's type, f32 or f64 as a rule; color (N, 3) u8, normal (N, 3) f32 unit, label (N,)
+        i32, faces (F, 3) integer; each of the last four is None where the file has none.
 
     Raises:
-        FileNotFoundError; ValueError: the file is no .ply, is shorter than its header says, or holds numbers that are
-        not finite or colours out of range.
+        FileNotFoundError; ValueError: no .ply, a damaged one, coordinates that are not finite, colours out of range.
     """
     with open(path, "rb") as file:
         head, end, _ = file.read(2**16).partition(b"end_header")
@@ -123,28 +120,22 @@ def read_ply(path):
         if not end:
             raise ValueError(f"it starts with {head[:20]} and has no end_header")
         numbers = sum(int(rows) * properties.count(b"\nproperty") for rows, properties in ELEMENT.findall(head))
-        if numbers > Path(path).stat().st_size:  # before it asks for memory
+        if numbers > Path(path).stat().st_size:  # each takes a byte or more; told before it asks for memory
             raise ValueError(f"{numbers} numbers announced in {Path(path).stat().st_size} bytes")
         try:
             ply = PlyData.read(str(path), known_list_len=TRIANGLES)
         except PlyElementParseError:  # polygons
             ply = PlyData.read(str(path))
         vertex = ply["vertex"].data
-    raw, names = {"label": None}, vertex.dtype.names or ()
+    raw, names = {}, vertex.dtype.names or ()
     for key, choices in COLUMNS.items():
         for choice in [choice.split() for choice in choices if set(choice.split()) <= set(names)][:1]:
-            raw[key] = np.stack([vertex[name] for name in choice], 1)
-            if raw[key].dtype.kind == "O":
-                raise fault(path, "vertex properties of one number each", f"lists as {' '.join(choice)}")
+            raw[key] = _checked(path, np.stack([vertex[name] for name in choice], 1), (None, len(choice)))
     if "coord" not in raw:
         raise fault(path, "vertex properties x y z", ", ".join(names) or "none")
-    if raw["coord"].dtype != np.float32:
-        raw["coord"] = raw["coord"].astype(np.float64)
-    if raw["label"] is not None:
-        with np.errstate(invalid="ignore"):  # a label that is no number
-            raw["label"] = raw["label"][:, 0].astype(np.int32)
+    label = raw["label"][:, 0].astype(np.int32) if "label" in raw else None
     polygons = next((e[name] for e in ply if e.name == "face" for name in TRIANGLES["face"] if name in e), ())
-    return _points(path, raw) | {"label": raw["label"], "faces": _triangles(path, polygons, len(vertex))}
+    return _points(path, raw) | {"label": label, "faces": _triangles(path, polygons, len(vertex))}
 
 
 def _triangles(path, polygons, vertices):
@@ -165,12 +156,11 @@ def _read_arrays(path):
     if path.suffix.lower() == ".npy":
         values = _read_array(path, (None, None))
         raw = {"coord": values[:, :3], "color": values[:, 3:]} if values.shape[1] == 6 else {"coord": values}
+        n = len(values)
     else:
-        with _reading(path, f"an .npz of points under one of {ARRAYS['coord']}"), open(path, "rb") as file, \
-                np.load(file, allow_pickle=False) as found:
-            raw = {key: np.asarray(found[name]) for key, names in ARRAYS.items() for name in names if name in found}
-            raw["coord"] = np.atleast_1d(raw["coord"])
-    n = len(raw["coord"])
+        with _reading(path, f"an .npz with one of {ARRAYS['coord']}"), open(path, "rb") as file, np.load(file) as found:
+            raw = {key: np.asarray(found[name]) for key, keys in ARRAYS.items() for name in keys[::-1] if name in found}
+            n = len(raw["coord"])
     return _points(path, {key: _checked(f"{path}[{key}]", array, (n, 3)) for key, array in raw.items()})
 
 
@@ -193,7 +183,7 @@ def read_scan(path):
         notes: list of str, what was missing or odd and what was done about it.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_scene` and `read_ply`, and for a path that holds no scan.
+        FileNotFoundError, ValueError: as `load_scene` and `read_ply`; a path that holds no scan.
     """
     path, notes = Path(path), []
     if (path / "coord.npy").is_file():
@@ -237,14 +227,12 @@ def load_scene(folder, num_classes=NUM_CLASSES):
         (frames with image, depth and a usable pose), frames_skipped int (pose not finite or not rigid).
 
     Raises:
-        FileNotFoundError: no such folder, or no coord.npy or color.npy in it.
-        ValueError: a file that is truncated or of another shape, lengths that differ, labels out of range, coordinates
-            or colours that are not finite; the message names the file, what was expected and what was found.
+        FileNotFoundError: no coord.npy or no color.npy.
+        ValueError: a file that is truncated or of another shape, lengths that differ, labels or colours out of range,
+            coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{'segment20' if key == 'segment' else key}.npy" for key in SCENE}
-    if not file["coord"].is_file():
-        raise FileNotFoundError(f"{folder} is no scene folder: it has no coord.npy (N, 3)")
     coord = _finite(file["coord"], "coordinates", _read_array(file["coord"], (None, 3)).astype(np.float32))
     n, scene = len(coord), {"name": folder.name, "coord": coord}
     scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
@@ -279,15 +267,9 @@ def usable_frames(folder):
             usable.append(i)
     images = sum(1 for _ in (folder / "color").glob("*.*"))
     if images and not usable:
-        _warn_once(f"scene {folder}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
-                   "pose/{i}.txt of its number, without leading zeros; used 3D-only")
+        WARN_ONCE(f"scene {folder}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
+                  "pose/{i}.txt of its number, without leading zeros; used 3D-only")
     return usable, len(ids) - len(usable)
-
-
-@functools.cache
-def _warn_once(message):
-    """Warn once in this process: a scene is read many times, and Python itself forgets what it has warned of."""
-    warnings.warn(message, stacklevel=4)
 
 
 def load_frames(folder, frame_ids, image_size, colors=True):
@@ -312,10 +294,8 @@ def load_frames(folder, frame_ids, image_size, colors=True):
               "depth": np.zeros((v, height, width), np.float32),
               "world_to_camera": np.tile(np.eye(4, dtype=np.float32), (v, 1, 1)),
               "intrinsics": np.zeros((v, 3, 3), np.float32)}
-    if v == 0:
-        return frames
     camera_file = folder / "intrinsic" / "intrinsic_color.txt"
-    camera = _read_matrix(camera_file, 3)
+    camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)
     for i, frame in enumerate(frame_ids):

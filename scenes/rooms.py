@@ -45,7 +45,6 @@ PATTERNS = ("stripes", "checks", "dots")
 CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
 
 
-# ---- furniture ----
 # A shape turns its dimensions, drawn from the ranges in GROUPS, into (list of boxes (2, 3): centre and half size;
 # footprint width, depth; low z, high z), metres, in the piece's own frame: origin on the floor in the middle of the
 # footprint, +y is the back, z up.
@@ -110,8 +109,6 @@ def pattern_sign(pattern, u, v):
     dots = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 1 / (2 * math.pi)
     return np.where(np.choose(pattern, (stripes, checks, dots)), np.float32(1), np.float32(-1))
 
-
-# ---- the room ----
 
 def _turn(vectors, yaw):
     """Vectors (N, 3) turned about z by `yaw` rad, one for all or (N,). scipy's Rotation would change the last bits."""
@@ -210,7 +207,7 @@ def inside_boxes(room, points, margin=0.0):
 
 
 def _surface(room, box, axis, local):
-    """Row of the thing (N,) and colour (N, 3) at `local` (N, 3), in the frame of `box` (N,), on a face across `axis`."""
+    """Row of the thing (N,) and colour (N, 3) at local (N, 3) in the frame of box (N,), on a face across axis (N,)."""
     thing = np.where(box == 0, (axis != 2).astype(int), room["box_thing"][box])
     rows = np.arange(len(axis))
     u, v = local[rows, np.array([1, 0, 0])[axis]], local[rows, np.array([2, 2, 1])[axis]]
@@ -218,8 +215,6 @@ def _surface(room, box, axis, local):
     sign = pattern_sign(room["thing_pattern"][thing], u * scale + phase[:, 0], v * scale + phase[:, 1])
     return thing, room["thing_color"][thing] + (CONTRAST * (thing > 1) * sign)[:, None]  # floor and walls are plain
 
-
-# ---- points ----
 
 def sample_points(room, rng):
     """Sample the surfaces of a room (as from make_room) that can be seen from inside it.
@@ -258,7 +253,6 @@ def sample_points(room, rng):
     patch[np.arange(len(axis)), axis] = 0
     side = np.where(np.median(half, axis=1)[box] < 0.05, 0, 1 + 2 * axis + (sign > 0))
     key = np.ravel_multi_index((box, side, *patch.T), (len(half), 7, *patch.max(axis=0) + 1))
-
     normal = normal + rng.normal(0, 0.05, normal.shape)
     return {
         "coord": (coord + rng.normal(0, POINT_NOISE, coord.shape)).astype(np.float32),
@@ -273,8 +267,6 @@ def _to_bytes(color):
     """Colours in [0, 1] to uint8."""
     return np.round(np.clip(color, 0, 1) * 255).astype(np.uint8)
 
-
-# ---- frames ----
 
 def cast_rays(room, origin, directions):
     """First hit of each ray: exact, by the slab method in each box's own frame.
@@ -292,7 +284,7 @@ def cast_rays(room, origin, directions):
     turned = {}                                                       # yaw -> directions (3, R) in frames so turned
     for box, (half, yaw) in enumerate(zip(room["box_half"], room["box_yaw"])):
         if yaw not in turned:
-            d = _turn(directions, -yaw).T.astype(np.float32)
+            d = np.ascontiguousarray(_turn(directions, -yaw).T, np.float32)
             turned[yaw] = np.where(np.abs(d) < 1e-7, np.float32(1e-7), d)        # no division by zero
         inverse, start = 1 / turned[yaw], _to_box(room, box, origin[None])[0]
         a, b = ((side * half - start).astype(np.float32)[:, None] * inverse for side in (-1, 1))  # t at both planes
@@ -341,19 +333,15 @@ def choose_views(room, coord, intrinsics, image_size, rng):
         start = rng.uniform(0, 2 * math.pi)
         for yaw in start + np.arange(12) * math.pi / 6:
             for pitch in (rng.uniform(0, 0.2), rng.uniform(0.3, 0.55)):
-                pose = look(place, yaw, pitch)
-                camera = (coord - place) @ pose[:3, :3]
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    uv = (camera @ intrinsics.T)[:, :2] / camera[:, 2:]
-                inside = ((uv > 0) & (uv < np.array(image_size) - 1)).all(axis=1)
-                poses.append(pose)
-                shown.append(near & (camera[:, 2] > 0) & inside)
+                poses.append(look(place, yaw, pitch))
+                pixel = (coord - place) @ poses[-1][:3, :3] @ intrinsics.T       # (N, 3): u z, v z, z
+                inside = (pixel > 0) & (pixel < pixel[:, 2:] * (image_size[0] - 1, image_size[1] - 1, 2))
+                shown.append(near & inside.all(axis=1))
     shown, chosen = np.array(shown), []
-    missing = np.ones(len(coord), dtype=bool)
     for _ in range(FRAMES):
-        best = int((shown & missing).sum(axis=1).argmax())
+        best = shown.sum(axis=1).argmax()
         chosen.append(poses[best])
-        missing &= ~shown[best]
+        shown &= ~shown[best]
     return chosen
 
 
@@ -376,7 +364,6 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
     rays = (pixels.reshape(-1, 3) @ np.linalg.inv(intrinsics).T) @ rotation.T              # z = 1: t is the depth
     t, box = cast_rays(room, origin, rays)
     depth = np.where(np.isfinite(t[:height * width]), t[:height * width], 0).reshape(height, width)
-
     t, box, rays = t[height * width:], box[height * width:], rays[height * width:]         # (4 H W,)
     color = np.full((len(t), 3), 0.8)                                                      # what lies above the walls
     rows = np.flatnonzero(np.isfinite(t))
@@ -395,8 +382,6 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
         depth[rng.random(depth.shape) < DROPPED_DEPTH] = 0
     return _to_bytes(color), depth.astype(np.float32)
 
-
-# ---- files ----
 
 def write_scene(folder, seed, image_size=(160, 120)):
     """Generate one room and write it as a scene folder, straight into `folder`, which must not exist.
@@ -439,7 +424,7 @@ def _write_whole(image_size, job):
 
 
 def read_spec(root):
-    """What the rooms of a folder were made with: the dict of its rooms.json, {} where it has none. ValueError: broken."""
+    """What the rooms of a folder were made with: the dict of its rooms.json, {} without one; broken: ValueError."""
     spec = Path(root, "rooms.json")
     try:
         found = json.loads(spec.read_text()) if spec.exists() else {}

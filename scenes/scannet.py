@@ -42,8 +42,6 @@ SCANNET200_IDS = [i for first, last in re.findall(r"(\d+)-?(\d*)", (  # of the c
     "130-132 134 136 138-141 145 148 154-157 159 161 163 165-166 168-170 177 180 185 188 191 193 195 202 208 213-214 "
     "221 229-230 232-233 242 250 261 264 276 283 286 300 304 312 323 325 331 342 356 370 392 395 399 408 417 488 540 "
     "562 570 572 581 609 748 776 1156 1163-1176 1178-1191")) for i in range(int(first), int(last or first) + 1)]
-# ------------------------------------------------------------------------------------------------- reading the files
-
 SENS_HEADER = struct.Struct("<64f ii IIII f Q")
 SENS_FRAME = struct.Struct("<16f QQ QQ")
 
@@ -53,8 +51,8 @@ def read_sens(path, every=1):
 
     Returns:
         intrinsics: (4, 4) of the colour images, pixels.
-        frames: generator of (index int, camera_to_world (4, 4) f64, color: the bytes of a JPEG or PNG, depth (H, W)
-                u16, mm, 0 = no reading).
+        frames: generator of (index int, camera_to_world (4, 4) f64, color: the bytes of a JPEG, depth (H, W) u16, mm,
+                0 = no reading).
 
     Raises:
         ValueError: the file is damaged, or packs its images in a way that ScanNet does not use; also on the walk.
@@ -69,10 +67,9 @@ def read_sens(path, every=1):
         *matrices, color_packing, depth_packing, _, _, width, height, unit, count = SENS_HEADER.unpack(
             _take(path, file, SENS_HEADER.size))
         start = file.tell()
-    if color_packing not in (1, 2) or depth_packing not in (0, 1) or unit != 1000:
-        raise fault(path, "colour packed as 1 or 2, depth as 0 or 1, in mm", (color_packing, depth_packing, unit))
-    if not 0 < width * height <= MAX_PIXELS:
-        raise fault(path, f"depth images of 1..{MAX_PIXELS} pixels", f"{width}x{height}")
+    if (color_packing, depth_packing, unit) != (2, 1, 1000) or not 0 < width * height <= MAX_PIXELS:
+        raise fault(path, f"jpeg (2), depth by zlib (1) in mm (1000), depth images of 1..{MAX_PIXELS} pixels",
+                    f"{color_packing}, {depth_packing}, {unit}, {width}x{height}")
 
     def frames():
         with open(path, "rb", buffering=0) as file:  # a buffer would read 8 KB of each frame that is passed over
@@ -83,12 +80,11 @@ def read_sens(path, every=1):
                 if index % every or not np.isfinite(pose).all():
                     _take(what, file, color_bytes + depth_bytes, read=False)
                     continue
-                color, depth = _take(what, file, color_bytes), _take(what, file, depth_bytes)
-                if depth_packing == 1:
-                    try:
-                        depth = zlib.decompressobj().decompress(depth, 2 * width * height + 1)  # never far too much
-                    except zlib.error as error:
-                        raise fault(what, "depth packed by zlib", error) from None
+                color, packed = _take(what, file, color_bytes), _take(what, file, depth_bytes)
+                try:
+                    depth = zlib.decompressobj().decompress(packed, 2 * width * height + 1)  # never far too much
+                except zlib.error as error:
+                    raise fault(what, "depth packed by zlib", error) from None
                 if len(depth) != 2 * width * height:
                     raise fault(what, f"{2 * width * height} bytes of depth", f"{len(depth)} or more")
                 yield index, np.reshape(pose, (4, 4)), color, np.frombuffer(depth, "<u2").reshape(height, width)
@@ -150,23 +146,20 @@ def _axis_alignment(path):
     return matrix
 
 
-def _open_image(what, data, formats):
-    """(W, H) and format of an image file given as bytes; decodes as much as is needed to see that it is whole."""
+def _check_image(what, data, kind):
+    """(W, H) of the bytes of a JPEG, or of a PNG of 16 bit; decodes as much as is needed to see that it is whole."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
-            if formats == ["PNG"] and image.mode not in ("I;16", "I"):
+            if kind == "PNG" and image.mode not in ("I;16", "I"):
                 raise ValueError(f"mode {image.mode}, not 16 bit")
             image.draft(None, (1, 1))  # of a JPEG an eighth of the size is enough
             image.load()
-            return size, image.format
+            return size
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise fault(what, "a whole " + " or ".join(formats), error) from None
-
-
-# ------------------------------------------------------------------------------------------------ one scan
+        raise fault(what, f"a whole {kind}", error) from None
 
 
 def read_scan(folder, labelled, ids_200=None):
@@ -272,11 +265,11 @@ def write_frames(target, folders, every, axis):
         (target / name).mkdir(parents=True)
     count, size = 0, None
     for what, index, pose, color, depth in frames:
-        found, kind = _open_image(what, color, ["JPEG", "PNG"])
+        found = _check_image(what, color, "JPEG")
         size = size or found
         if found != size:
             raise fault(what, f"colour of {size}", found)
-        (target / "color" / f"{index}{'.jpg' if kind == 'JPEG' else '.png'}").write_bytes(color)
+        (target / "color" / f"{index}.jpg").write_bytes(color)
         (target / "depth" / f"{index}.png").write_bytes(depth)
         np.savetxt(target / "pose" / f"{index}.txt", axis @ pose, fmt="%.9g")
         count += 1
@@ -295,16 +288,13 @@ def _png(depth):
 
 
 def _exported(folder, every):
-    """File of the intrinsics, these (4, 4), generator of what write_frames writes, from color/ depth/ pose/.
-
-    Names are like 120.txt, or 000120.txt in scannet_frames_25k.
-    """
+    """File of the intrinsics, these (4, 4), generator of frames from color/ depth/ pose/ with names like 120.txt, or
+    000120.txt in scannet_frames_25k."""
     is_thinned = not (folder / "intrinsic").is_dir()
     camera_file = folder / ("intrinsics_color.txt" if is_thinned else "intrinsic/intrinsic_color.txt")
     files = []
     for pose in (folder / "pose").glob("*.txt"):
         color, depth = folder / "color" / f"{pose.stem}.jpg", folder / "depth" / f"{pose.stem}.png"
-        color = color if color.exists() else color.with_suffix(".png")
         if pose.stem.isdecimal() and color.exists() and depth.exists() and (is_thinned or int(pose.stem) % every == 0):
             files.append((int(pose.stem), color, depth, pose))
     if not files:
@@ -314,13 +304,10 @@ def _exported(folder, every):
         for index, color, depth, pose in sorted(files):
             matrix, png = _matrix(pose, _read_text(pose)), depth.read_bytes()
             if np.isfinite(matrix).all():
-                _open_image(depth, png, ["PNG"])
+                _check_image(depth, png, "PNG")
                 yield color, index, matrix, color.read_bytes(), png
 
     return camera_file, _matrix(camera_file, _read_text(camera_file)), read()
-
-
-# ------------------------------------------------------------------------------------------------ the whole data set
 
 
 def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
@@ -365,8 +352,8 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
     open_scenes = [scene for scene in scenes if not (scene / "pose" if frames_only else scene).is_dir()]
     jobs = [scene for scene in open_scenes if scene.name in folders]
     make = partial(_make_scene, every=every, ids_200=ids_200, frames_only=frames_only)
-    try:  # Ctrl-C ends a process of the pool without a word; the pool starts none before its first job
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
+    try:  # at Ctrl-C the processes of the pool end the scans they are at; it starts none before its first job
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             run = pool.map if min(workers, len(jobs)) > 1 else map
             done = run(make, jobs, [folders[scene.name] for scene in jobs])
             for name, reason, note in tqdm(done, "scans", len(jobs), unit="scan", disable=not jobs):
@@ -417,21 +404,22 @@ def _make_scene(scene, folders, every, ids_200, frames_only):
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        if there := [name for name in FRAME_PARTS if (scene / name).exists()]:
-            raise ValueError(f"{scene} holds {there[0]}/ without pose/; move it away first")
         if frames_only:
+            if there := [name for name in FRAME_PARTS if (scene / name).exists()]:
+                raise ValueError(f"{scene} holds {there[0]}/ without pose/; move it away first")
             axis, note = _axis_of_points(scene, _mesh_of(folders))
         else:
             arrays, axis = read_scan(_mesh_of(folders), scene.parent.name != "test", ids_200)
             for name, array in arrays.items():
                 np.save(part / f"{name}.npy", array)
         count = write_frames(part, folders, every, axis)
-        if frames_only and not count:
-            raise ValueError("no usable frame in a .sens, in color/ and pose/ or in scannet_frames_25k of this scan")
-        for name in FRAME_PARTS if frames_only else ():
-            (part / name).rename(scene / name)
         if not frames_only:
             part.rename(scene)
+        elif count == 0:
+            raise ValueError("no usable frame in a .sens, in color/ and pose/ or in scannet_frames_25k of this scan")
+        else:
+            for name in FRAME_PARTS:
+                (part / name).rename(scene / name)
         return scene.name, None, note if count else "no frames"
     except (OSError, ValueError) as error:
         return scene.name, str(error), None

@@ -1,15 +1,12 @@
-"""Official ScanNet files for tests: a sheet of 30 vertices, or a generated room; ways to damage them."""
+"""Official ScanNet files for tests: a sheet of 30 vertices, or a generated room."""
 
 import io
 import json
 import struct
-import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
@@ -51,24 +48,24 @@ def jpeg_bytes(i, size=COLOR_SIZE):
     return image_bytes(np.full((*size[::-1], 3), (10 * i % 256, 100, 50), np.uint8), "JPEG")
 
 
-def sheet_frames(indices=range(5), lost=(3,), color_size=COLOR_SIZE):
+def sheet_frames(indices=range(5), lost=(3,)):
     """Frames (index, pose, jpeg, depth): frame i stands at (i, 0.5, 1.5) and sees 1 m + i mm; a lost pose is -inf."""
     frames = []
     for i in indices:
         pose = np.eye(4)
         pose[:3, 3] = i, 0.5, 1.5
         pose = np.full((4, 4), -np.inf) if i in lost else pose
-        frames.append((i, pose, jpeg_bytes(i, color_size), np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)))
+        frames.append((i, pose, jpeg_bytes(i), np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)))
     return frames
 
 
-def sens_bytes(frames, camera=CAMERA, packing=1):
-    """A .sens of version 4, jpeg and zlib (or raw depth: packing 0)."""
+def sens_bytes(frames, camera=CAMERA):
+    """A .sens of version 4, jpeg and zlib."""
     sizes = (*Image.open(io.BytesIO(frames[0][2])).size, *frames[0][3].shape[::-1])
     out = struct.pack("<IQ", 4, 15) + b"StructureSensor" + np.array([camera, np.eye(4)] * 2, "<f4").tobytes()
-    out += struct.pack("<2i4IfQ", 2, packing, *sizes, 1000, len(frames))
+    out += struct.pack("<2i4IfQ", 2, 1, *sizes, 1000, len(frames))
     for i, pose, color, depth in frames:
-        depth = zlib.compress(depth.tobytes()) if packing else depth.tobytes()
+        depth = zlib.compress(depth.tobytes())
         out += pose.astype("<f4").tobytes() + struct.pack("<4Q", i, i, len(color), len(depth)) + color + depth
     return out + b"IMU data that nobody reads"
 
@@ -136,40 +133,3 @@ def write_room(folder, room, sens):
         Path(f"{folder}/{folder.name}.sens").write_bytes(sens_bytes(frames, camera))
     else:
         write_exported(folder, frames, camera)
-
-
-# ------------------------------------------------------------------------------------------------------------- damage
-
-
-def damage(data, how, place, value):
-    """The bytes of a file cut short, with bits turned, with bytes replaced by a large number, or swapped about."""
-    at = int(place * len(data))
-    return {"cut": data[:at], "flip": data[:at] + bytes(byte ^ (1 << value % 8) for byte in data[at : at + 1])
-            + data[at + 1 :], "large": data[:at] + b"\xff" * 8 + data[at + 8 :],
-            "digits": data[:at] + b"9" * 12 + data[at:], "swap": data[at:] + data[:at]}[how]
-
-
-def damaged(test):
-    """Run a test with arguments how, place, value of `damage` many times."""
-    quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    return quick(given(how=st.sampled_from(["cut", "flip", "large", "digits", "swap"]), place=st.floats(0, 1),
-                       value=st.integers(0, 255))(test))
-
-
-def goes_through(path, read):
-    """Whether read() raises nothing; where it does, the error is the one form, with the file."""
-    try:
-        read()
-    except ValueError as error:
-        assert str(path) in str(error) and "expected" in str(error) and "found" in str(error)
-        return False
-    return True
-
-
-def peak_memory(function):
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()

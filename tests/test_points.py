@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from scenes import points
-from scenes.points import (
-    IGNORE,
-    complete,
-    estimate_normals,
-    superpoints_from_points,
-    vertex_normals,
-    voxel_majority,
-    voxel_means,
-    voxelise,
-)
+from scenes.points import IGNORE, complete, estimate_normals, superpoints_from_points, vertex_normals
+from scenes.points import voxel_majority, voxel_means, voxelise
 
 
 def plane(axis, at=0.0, size=2.0, spacing=0.05):

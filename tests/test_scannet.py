@@ -7,9 +7,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from scannet_files import (AXIS, CAMERA, COLOR_SIZE, COLUMN, DEPTH_SIZE, GREY, SHEET, damage, damaged, goes_through,
-                           image_bytes, jpeg_bytes, peak_memory, ply_bytes, sens_bytes, sheet_frames, write_exported,
-                           write_groups, write_room, write_scan, write_sheet)
+from scannet_files import (AXIS, CAMERA, COLOR_SIZE, COLUMN, DEPTH_SIZE, GREY, SHEET, image_bytes, jpeg_bytes,
+                           ply_bytes, sens_bytes, sheet_frames, write_exported, write_groups, write_room, write_scan,
+                           write_sheet)
+from test_folder import DAMAGE, QUICK, damage, peak_memory, scene_or_clear_error
 
 from data import scene_item
 from fusion import link_views
@@ -244,10 +245,9 @@ def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(genera
 # ----------------------------------------------------------------------------------------------------------- frames
 
 
-@pytest.mark.parametrize("packing", [0, 1], ids=["raw depth", "zlib"])
-def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path, packing):
+def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path):
     path = tmp_path / "a.sens"
-    path.write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,)), packing=packing))
+    path.write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,))))
     intrinsics, frames = scannet.read_sens(path, every=2)
     frames = list(frames)
     np.testing.assert_array_equal(intrinsics, CAMERA)
@@ -268,23 +268,18 @@ def test_frames_that_are_not_wanted_are_not_even_read(tmp_path):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_exported_frames_and_frames_25k_are_read(download, tmp_path, padded):
+def test_exported_frames_and_frames_25k_are_read_where_there_is_no_sens(download, tmp_path, padded):
+    (download / "scans" / "scene0000_00" / "scene0000_00.sens").unlink()
     for name in ("scene0000_00", "scene0011_00"):
-        (download / "scans" / name / f"{name}.sens").unlink()
-    write_exported(download / ("scannet_frames_25k" if padded else "scans") / "scene0000_00",
-                   sheet_frames((0, 20, 40, 100), lost=(40,)), padded=padded)
+        write_exported(download / ("scannet_frames_25k" if padded else "scans") / name,
+                       sheet_frames((0, 20, 40, 100), lost=(40,)), padded=padded)
     result = scannet.prepare(download, tmp_path / "out", every=50, workers=1)
-    assert result["notes"] == {"scene0011_00": "no frames"}
-    scene = load_scene(tmp_path / "out" / "train" / "scene0000_00")
+    assert (result["made"], result["notes"]) == (3, {})
+    scene, other = (load_scene(tmp_path / "out" / path) for path in ("train/scene0000_00", "val/scene0011_00"))
     assert scene["frame_ids"] == ([0, 20, 100] if padded else [0, 100])  # a thinned set is not thinned again
+    assert other["frame_ids"] == [0]  # of the .sens
     frames = load_frames(tmp_path / "out" / "train" / "scene0000_00", [100], COLOR_SIZE)
     np.testing.assert_allclose(frames["depth"], 1.1, atol=1e-6)
-
-
-def test_a_sens_comes_before_frames_25k(download, tmp_path, run):
-    write_exported(download / "scannet_frames_25k" / "scene0000_00", sheet_frames((0, 20)), padded=True)
-    run("--frames", "1")
-    assert load_scene(tmp_path / "out" / "train" / "scene0000_00")["frame_ids"] == [0, 1, 2, 4]
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -334,16 +329,18 @@ def test_frames_only_says_when_there_is_no_mesh_to_compare_with(download, prepar
 # --------------------------------------------------------------------------------------------------- damaged files
 
 
-@damaged
+@DAMAGE
+@QUICK
 def test_a_damaged_sens_is_read_or_a_clear_error(tmp_path, how, place, value):
     path = tmp_path / "scene0000_00.sens"
     path.write_bytes(damage(sens_bytes(sheet_frames(range(3), lost=(1,))), how, place, value))
-    goes_through(path, lambda: list(scannet.read_sens(path)[1]))
+    scene_or_clear_error(path, lambda: list(scannet.read_sens(path)[1]))
 
 
 @pytest.mark.parametrize("name", ["_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json",
                                   ".aggregation.json", ".txt"])
-@damaged
+@DAMAGE
+@QUICK
 def test_a_scan_with_a_damaged_file_is_a_scene_or_a_clear_error(tmp_path, name, how, place, value):
     scan = tmp_path / "scene0000_00"
     if not scan.is_dir():
@@ -356,11 +353,12 @@ def test_a_scan_with_a_damaged_file_is_a_scene_or_a_clear_error(tmp_path, name, 
         assert all(len(array) == len(scene["coord"]) for array in scene.values()) and np.isfinite(axis).all()
         assert np.isfinite(scene["coord"]).all() and scene["segment20"].max() < 20 and scene["segment20"].min() >= -1
 
-    goes_through(scan, read)
+    scene_or_clear_error(scan, read)
 
 
 @pytest.mark.parametrize("name", ["color/20.jpg", "depth/20.png", "pose/20.txt", "intrinsic/intrinsic_color.txt"])
-@damaged
+@DAMAGE
+@QUICK
 def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how, place, value):
     scan = tmp_path / "scene0000_00"
     if not scan.is_dir():
@@ -368,31 +366,22 @@ def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how,
         (tmp_path / "whole").write_bytes((scan / name).read_bytes())
     (scan / name).write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    goes_through(scan / name, lambda: scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4)))
+    scene_or_clear_error(scan / name, lambda: scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4)))
 
 
-@pytest.mark.parametrize("name", ["color/0.jpg", "depth/0.png", "pose/0.txt", "intrinsic/intrinsic_color.txt"])
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"nan " * 16, image_bytes(sheet_frames()[0][3])[:60]],
-                         ids=["empty", "zeros", "nan", "truncated image"])
-def test_a_frame_with_a_file_of_another_kind_is_refused_or_skipped(tmp_path, name, content):
-    scan, out = tmp_path / "scene0000_00", tmp_path / "out"
-    write_exported(scan, sheet_frames((0, 20)))
-    (scan / name).write_bytes(content)
-    if goes_through(scan / name, lambda: scannet.write_frames(out, [scan], 1, np.eye(4))):
-        assert not (out / "pose" / "0.txt").exists() and name.startswith("pose")  # nan: tracking was lost
-
-
-def test_a_depth_image_of_8_bit_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("color/20.jpg", b"", "expected a whole JPEG"),
+    ("color/20.jpg", jpeg_bytes(20, (32, 24)), r"expected colour of \(64, 48\), found \(32, 24\)"),
+    ("depth/20.png", image_bytes(sheet_frames()[0][3])[:60], "expected a whole PNG"),
+    ("depth/20.png", image_bytes(np.zeros((24, 32), np.uint8)), "expected a whole PNG, found mode L, not 16 bit"),
+    ("pose/20.txt", b"1 2 3", "expected 16 numbers, found '1 2 3'"),
+    ("intrinsic/intrinsic_color.txt", b"nan " * 16, "expected intrinsics of an image of 64x48, found"),
+    ("intrinsic/intrinsic_color.txt", b"1200 0 647.5 0 0 1200 483.5 0 0 0 1 0 0 0 0 1",  # of 1296x968
+     "expected intrinsics of an image of 64x48, found")])
+def test_a_frame_with_a_file_of_another_kind_is_refused(tmp_path, name, content, reason):
     write_exported(tmp_path / "scene0000_00", sheet_frames((0, 20)))
-    (tmp_path / "scene0000_00" / "depth" / "20.png").write_bytes(image_bytes(np.zeros((24, 32), np.uint8)))
-    with pytest.raises(ValueError, match=r"20\.png: expected a whole PNG, found mode L, not 16 bit"):
-        scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
-
-
-def test_intrinsics_of_images_of_another_size_are_refused(tmp_path):
-    write_exported(tmp_path / "scene0000_00", sheet_frames(color_size=(324, 242)),
-                   np.array([[1200, 0, 647.5, 0], [0, 1200, 483.5, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
-    with pytest.raises(ValueError, match=r"intrinsic_color\.txt: expected intrinsics of an image of 324x242"):
+    (tmp_path / "scene0000_00" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: {reason}"):
         scannet.write_frames(tmp_path / "out", [tmp_path / "scene0000_00"], 1, np.eye(4))
 
 
@@ -418,11 +407,11 @@ HEAD = 12 + len("StructureSensor") + 256  # where the compression types stand
 @pytest.mark.parametrize(("offset", "kind", "value", "reason"), [
     (0, "<I", 3, "a .sens of version 4, found version 3"),
     (4, "<Q", 2**63, f"{2**63} bytes at byte 12"),
-    (HEAD, "<i", 9, "colour packed as 1 or 2"),
-    (HEAD + 4, "<i", 2, "depth as 0 or 1"),
+    (HEAD, "<i", 9, "expected jpeg (2), depth by zlib (1) in mm (1000)"),
+    (HEAD + 4, "<i", 2, "found 2, 2, 1000.0, 32x24"),
     (HEAD + 16, "<I", 2**32 - 1, f"depth images of 1..{scannet.MAX_PIXELS} pixels"),
-    (HEAD + 20, "<I", 0, "pixels, found 32x0"),
-    (HEAD + 24, "<f", float("nan"), "in mm"),
+    (HEAD + 20, "<I", 0, "found 2, 1, 1000.0, 32x0"),
+    (HEAD + 24, "<f", float("nan"), "found 2, 1, nan"),
     (HEAD + 28, "<Q", 2**60, "frame 1: expected"),
     (HEAD + 36 + 80, "<Q", 2**62, f"frame 0: expected {2**62} bytes"),
     (HEAD + 36 + 88, "<Q", 2**64 - 1, f"frame 0: expected {2**64 - 1} bytes")])
@@ -460,6 +449,6 @@ def test_an_image_that_says_it_is_huge_is_refused_in_little_memory():
     def read():
         for data, kind in ((jpeg, "JPEG"), (png, "PNG")):
             with pytest.raises(ValueError, match=rf"a: expected a whole {kind}, found .*pixels"):
-                scannet._open_image("a", bytes(data), [kind])
+                scannet._check_image("a", bytes(data), kind)
 
     assert peak_memory(read) < 2**20

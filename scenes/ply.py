@@ -1,2 +1,0 @@
-"""Goes once scannet.py imports from folder.py."""
-from scenes.folder import fault, read_ply  # noqa: F401
