@@ -218,7 +218,7 @@ def read_scan(path):
 # ---------------------------------------------------------------------------------------------------- the scene folder
 
 
-def load_scene(folder, num_classes=NUM_CLASSES):
+def load_scene(folder):
     """Read one scene folder, frames apart.
 
     Returns:
@@ -241,8 +241,8 @@ def load_scene(folder, num_classes=NUM_CLASSES):
         scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None
     if scene["segment"] is not None:
         low, high = scene["segment"].min(), scene["segment"].max()
-        if low < IGNORE or high >= num_classes:
-            raise fault(file["segment"], f"labels {IGNORE}..{num_classes - 1}", f"{low}..{high}")
+        if low < IGNORE or high >= NUM_CLASSES:
+            raise fault(file["segment"], f"labels {IGNORE}..{NUM_CLASSES - 1}", f"{low}..{high}")
     if scene["superpoint"] is not None:
         scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1]
     scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
