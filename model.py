@@ -15,6 +15,7 @@ matrix NMS of SOLOv2 (Wang et al. 2020); ModifiedResNet of CLIP (Radford et al. 
 """
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-import ranks
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
 from tower import SCRATCH, ClipTower, autocast, build_visual
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_QUERIES = 4000  # of a scene in evaluation: a large tile must not ask for (S, S) of memory
+EVERYTHING = SimpleNamespace(parts=("3d", "decoder", "2d", "film", "gate", "tower_ends"), fusion="learned", film=True,
+                             ramp=1.0, blank=0.0)  # a model's `setting` until stages.apply_setting gives it another
 
 PRESETS = {
     "small": {
@@ -57,22 +59,12 @@ def import_spconv():
 
 
 class VoxelBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics.
-
-    Training in several processes, it is one over the voxels of all of them, two at the least.
-    """
+    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics."""
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-3)
 
     def forward(self, feat):
-        if self.training and ranks.world() > 1:
-            feat, mean, variance, count = ranks.batch_norm(feat, self.weight, self.bias, self.eps)
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            return feat
         if self.training and len(feat) < 2:
             return F.batch_norm(feat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(feat)
@@ -166,16 +158,15 @@ class SparseUNet(nn.Module):
 
 def superpoint_means(feat, batch):
     """(M, D) -> (S, D): the mean over a superpoint's points, each with the feature of its voxel."""
-    points = batch["piece_points"]  # (L,)
-    zeros = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
-    total = zeros.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * points[:, None])
+    total = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
+    total = total.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * batch["piece_points"][:, None])
     return total / superpoint_sizes(batch)[:, None]
 
 
 def superpoint_sizes(batch):
     """(S,) float: number of points."""
-    points = batch["piece_points"]
-    return points.new_zeros(len(batch["superpoint_batch"])).index_add(0, batch["piece_superpoint"], points)
+    zeros = batch["piece_points"].new_zeros(len(batch["superpoint_batch"]))
+    return zeros.index_add(0, batch["piece_superpoint"], batch["piece_points"])
 
 
 def mlp(in_channels, hidden, out_channels):
@@ -337,7 +328,7 @@ class Baseline3D(nn.Module):
         self.standardise_3d = Standardise(unet.out_channels, dim)
         self.semantic_head = nn.Linear(dim, num_classes)
         self.decoder = decoder
-        self.setting = None  # stages.Setting in force; None: everything is on
+        self.setting = EVERYTHING  # of the curriculum's moment: what is on
         self.precision = "fp32"  # of the decoder; "bf16" runs its matrix products in bfloat16
 
     def forward(self, batch):
@@ -357,7 +348,7 @@ class Baseline3D(nn.Module):
     def segment(self, feat, batch):
         """(M, D) -> logits of the voxels and instances of the scenes, as `forward` returns them."""
         out = {"logits": self.semantic_head(feat)}
-        if self.setting is None or "decoder" in self.setting.parts:
+        if "decoder" in self.setting.parts:
             superpoint, scene = superpoint_means(feat, batch), batch["superpoint_batch"]
             with autocast(feat, self.precision):
                 out["instances"] = [self.decoder(superpoint[scene == i]) for i in range(len(batch["names"]))]
@@ -393,7 +384,8 @@ class BiFusion(Baseline3D):
             batch: as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8,
                    depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64;
                    in place of the image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode
-                   gives for it (cache.py).
+                   gives for it (tower.MapCache). FiLM reads coord, which is augmented as the 3D branch sees it; frames
+                   are linked by world_coord, which is not.
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
@@ -454,14 +446,14 @@ class BiFusion(Baseline3D):
         else:
             levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
             maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
-            size = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
+            extent = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
             rows = [(batch["batch_index"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             views = [(batch["view_batch"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             parts = []
             for row, view in zip(rows, views):
                 links = link_views(voxels[row], batch["world_to_camera"][view], batch["intrinsics"][view],
                                    depth[view], self.depth_tolerance)
-                parts.append(sample_views(maps[view], links, size, len(row)))
+                parts.append(sample_views(maps[view], links, extent, len(row)))
             feat_2d, seen = (torch.cat(values) for values in zip(*parts))  # scene by scene
             order = torch.cat(rows)
             if not torch.equal(order, torch.arange(len(order), device=order.device)):  # not as collate orders them
@@ -478,7 +470,7 @@ class BiFusion(Baseline3D):
     def train(self, mode=True):
         """As nn.Module.train, but the batch norm of a protected tower keeps its pretrained statistics."""
         super().train(mode)
-        if self.setting is None or "tower" not in self.setting.parts:
+        if "tower" not in self.setting.parts:
             self.tower.visual.eval()
         return self
 
