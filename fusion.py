@@ -3,14 +3,15 @@
 Needs torch only and imports no other file of this project: copy it and it works. The use in short:
 
     links = link_views(points, world_to_camera, intrinsics, depth)       # which view sees which point, where
-    feat_2d, seen = sample_views(feature_maps, links, image_size, len(points))
+    feat_2d, seen = sample_views(feature_maps, links, extent, len(points))
     feat_2d, feat_3d = standardise_2d(feat_2d), standardise_3d(feat_3d)  # Standardise: equal width, equal RMS
     feat_2d, feat_3d = film(feat_2d, feat_3d, coord, normal)             # FiLM: geometry modulates both
     alpha = gate(feat_2d, feat_3d, seen)                                 # SimpleFusion or LiteFusionGate
     fused = blend(feat_2d, feat_3d, alpha)                               # alpha f2d + (1 - alpha) f3d
 
 Axes: N points (voxels), V views, L links (pairs of a point and a view that sees it), C, D channels, H, W image size.
-Project the coordinates of the scan itself, never augmented ones: the cameras do not turn with the augmentation.
+Project the coordinates of the scan itself, never augmented ones: the cameras do not turn with the augmentation. FiLM
+reads the augmented ones, as the 3D branch does.
 
 Sources: gate and FiLM as BiFusion defines them; FiLM after Perez et al. (2018); LayerNorm after Ba et al. (2016);
 visibility by comparing with a depth map as in BPNet (Hu et al. 2021) and OpenScene (Peng et al. 2023), with z > 0.
@@ -140,15 +141,16 @@ def _chunks_in_view(chunks, camera):
     return ~outside
 
 
-def sample_views(feature_maps, links, image_size, num_points):
+def sample_views(feature_maps, links, extent, num_points):
     """Bring image features to the points: bilinear in every view that sees a point, then the mean over its views.
 
     The whole is one product of a sparse matrix (4 corners a link) with the maps; no (V, N, C) tensor is made.
 
     Args:
         feature_maps: (V, C, h, w) float; may be coarser than the image.
-        links:        Links into images of image_size.
-        image_size:   (W, H) of the images in which links.uv counts pixels.
+        links:        Links; their uv counts the pixels of the images.
+        extent:       (W, H), the pixels that a map covers from the image's upper left corner on: the image's size, or
+                      more where a tower pads the image to a multiple of its stride.
         num_points:   N.
 
     Returns:
@@ -157,7 +159,7 @@ def sample_views(feature_maps, links, image_size, num_points):
     """
     _, channels, h, w = feature_maps.shape
     count = torch.bincount(links.point, minlength=num_points)  # (N,) views that see the point
-    scale = links.uv.new_tensor([w / image_size[0], h / image_size[1]])
+    scale = links.uv.new_tensor([w / extent[0], h / extent[1]])
     position = (links.uv + 0.5) * scale - 0.5  # (L, 2) in map pixels
     position = position.clamp(min=0).minimum(position.new_tensor([w - 1, h - 1]))  # the border repeats outside
     low = position.floor()
@@ -249,7 +251,8 @@ class FiLM(nn.Module):
 
         Args:
             feat_2d, feat_3d: (N, D) float.
-            coord:  (N, 3) float, metres, xy from the middle of the scene, z = height above the floor.
+            coord:  (N, 3) float, metres, xy from the middle of the scene, z = height above the floor; augmented as
+                    the 3D branch sees it, unlike the world coordinates that link_views takes.
             normal: (N, 3) float, unit, 0 where unknown.
 
         Returns:
@@ -276,7 +279,7 @@ def geometry_code(coord, normal):
 
 def blend(feat_2d, feat_3d, alpha):
     """fused = alpha feat_2d + (1 - alpha) feat_3d; (N, D), (N, D), (N,) -> (N, D). alpha 0 gives feat_3d exactly."""
-    return torch.lerp(feat_3d, feat_2d, alpha[:, None])
+    return torch.lerp(feat_3d, feat_2d, alpha[:, None].to(feat_3d.dtype))  # under autocast a gate gives less precision
 
 
 @torch.no_grad()

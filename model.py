@@ -57,10 +57,7 @@ def import_spconv():
 
 
 class VoxelBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics.
-
-    Training in several processes, it is one over the voxels of all of them, two at the least.
-    """
+    """BatchNorm over voxels that also trains on a level of a single voxel, by its running statistics."""
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-3)
@@ -159,16 +156,15 @@ class SparseUNet(nn.Module):
 
 def superpoint_means(feat, batch):
     """(M, D) -> (S, D): the mean over a superpoint's points, each with the feature of its voxel."""
-    points = batch["piece_points"]  # (L,)
-    zeros = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
-    total = zeros.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * points[:, None])
+    total = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
+    total = total.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * batch["piece_points"][:, None])
     return total / superpoint_sizes(batch)[:, None]
 
 
 def superpoint_sizes(batch):
     """(S,) float: number of points."""
-    points = batch["piece_points"]
-    return points.new_zeros(len(batch["superpoint_batch"])).index_add(0, batch["piece_superpoint"], points)
+    zeros = batch["piece_points"].new_zeros(len(batch["superpoint_batch"]))
+    return zeros.index_add(0, batch["piece_superpoint"], batch["piece_points"])
 
 
 def mlp(in_channels, hidden, out_channels):
@@ -340,7 +336,7 @@ class Baseline3D(nn.Module):
         self.standardise_3d = Standardise(unet.out_channels, dim)
         self.semantic_head = nn.Linear(dim, num_classes)
         self.decoder = decoder
-        self.row, self.ramp = CURRICULUM[-1], 1.0
+        self.row, self.ramp = CURRICULUM[-1], 1.0  # what is on; stages.apply_row gives it another
         self.precision = "fp32"  # of the decoder; "bf16" runs its matrix products in bfloat16
 
     def forward(self, batch):
@@ -379,7 +375,7 @@ class Baseline3D(nn.Module):
 
 
 class BiFusion(Baseline3D):
-    """Baseline3D with an image tower, FiLM and a gate. What is active is read from `setting` (stages.apply_setting)."""
+    """Baseline3D with an image tower, FiLM and a gate. `row` and `ramp` say what is on (stages.apply_row)."""
 
     def __init__(self, unet, tower, decoder, dim, num_classes, depth_tolerance):
         super().__init__(unet, decoder, dim, num_classes)
@@ -396,23 +392,24 @@ class BiFusion(Baseline3D):
             batch: as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8,
                    depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64;
                    in place of the image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode
-                   gives for it (cache.py).
+                   gives for it (tower.MapCache). FiLM reads coord, which is augmented as the 3D branch sees it; frames
+                   are linked by world_coord, which is not.
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
             stats (fusion.fusion_stats). Scenes that `blank` has blanked count as unseen in seen and are left out of
             stats: alignment and gate prior pass them by.
         """
-        setting = self.row
+        row = self.row
         batch, whole = self.blank(batch)
         feat_3d = self.encode_3d(batch)
-        if setting.fusion == "identity":
+        if row.fusion == "identity":
             return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
         feat_2d, seen = self.encode_2d(batch)
         out = {"feat_3d": feat_3d, "feat_2d": feat_2d, "seen": seen}
-        if setting.film:
+        if row.film:
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
-        out["alpha"] = alpha = self.ramp * self.gates[setting.fusion](feat_2d, feat_3d, seen)  # (M,)
+        out["alpha"] = alpha = self.ramp * self.gates[row.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
         rows = slice(None) if whole is None else whole
         out["stats"] = fusion_stats(feat_2d[rows], feat_3d[rows], alpha[rows], seen[rows])
@@ -421,7 +418,7 @@ class BiFusion(Baseline3D):
         return out | self.segment(fused, batch)
 
     def blank(self, batch):
-        """In training, some scenes without what one branch reads: setting.blank of them with images of one grey, as
+        """In training, some scenes without what one branch reads: row.blank of them with images of one grey, as
         many with points of one grey and no normals. So the gate meets an empty branch, and each branch learns to do
         without the other.
 
@@ -457,14 +454,14 @@ class BiFusion(Baseline3D):
         else:
             levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
             maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
-            size = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
+            extent = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
             rows = [(batch["batch_index"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             views = [(batch["view_batch"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
             parts = []
             for row, view in zip(rows, views):
                 links = link_views(voxels[row], batch["world_to_camera"][view], batch["intrinsics"][view],
                                    depth[view], self.depth_tolerance)
-                parts.append(sample_views(maps[view], links, size, len(row)))
+                parts.append(sample_views(maps[view], links, extent, len(row)))
             feat_2d, seen = (torch.cat(values) for values in zip(*parts))  # scene by scene
             order = torch.cat(rows)
             if not torch.equal(order, torch.arange(len(order), device=order.device)):  # not as collate orders them
@@ -486,13 +483,13 @@ class BiFusion(Baseline3D):
         return self
 
 
-def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip_weights=None, load=True):
+def build_model(name, preset, num_classes, depth_tolerance=0.05, tower=None, tower_weights=None, load=True):
     """Build "baseline" or "bifusion" in a preset.
 
     Args:
         name: "baseline" or "bifusion".  preset: a key of PRESETS.  num_classes: K.
         depth_tolerance: metres by which a voxel may differ from a depth map and count as seen.
-        clip, clip_weights, load: name and weights of the image tower, None = the preset's, and whether to load them
+        tower, tower_weights, load: name and weights of the image tower, None = the preset's, and whether to load them
             (tower.build_visual).
 
     Raises:
@@ -507,8 +504,8 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05, clip=None, clip
     decoder = QueryDecoder(sizes["dim"], num_classes=num_classes, **sizes["decoder"])
     if name == "baseline":
         return Baseline3D(unet, decoder, sizes["dim"], num_classes)
-    weights = clip_weights or sizes["tower_weights"]
+    weights = tower_weights or sizes["tower_weights"]
     with torch.random.fork_rng(devices=[]):  # so the 3D part starts from the same weights as the baseline's
-        visual, mean, std = build_visual(clip or sizes["tower"], weights, load)
-        tower = ClipTower(visual, sizes["dim"], mean, std, pretrained=weights != SCRATCH)
-    return BiFusion(unet, tower, decoder, sizes["dim"], num_classes, depth_tolerance)
+        visual, mean, std = build_visual(tower or sizes["tower"], weights, load)
+        clip_tower = ClipTower(visual, sizes["dim"], mean, std, pretrained=weights != SCRATCH)
+    return BiFusion(unet, clip_tower, decoder, sizes["dim"], num_classes, depth_tolerance)

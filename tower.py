@@ -1,8 +1,11 @@
-"""The image tower: any open_clip image tower as dense RGB-D maps, and where its weights come from.
+"""Any open_clip image tower as dense RGB-D maps; its weights; the maps of a frozen tower, kept on disk.
 
     visual, mean, std = build_visual("ViT-B-16", "laion2b_s34b_b88k")  # a pretrained tag, a local file, or SCRATCH
     tower = ClipTower(visual, out_channels=256, mean=mean, std=std, pretrained=True)
     maps = tower(image, depth)                                          # (V, 256, h, w), a pixel every tower.stride
+    cache = MapCache("data/clip_cache", tower, image_size=(320, 240), limit_gb=50)
+    if cache.fill({view: (colour file, depth file), ...}, load):        # computes what is missing, once
+        levels = cache.read(view)                                       # instead of tower.encode
 
 Copy it beside clip_small.json and it works: needs torch and open_clip (with timm and safetensors, which it brings).
 
@@ -15,58 +18,38 @@ Sources: CLIP (Radford et al. 2021) as open_clip builds it; resized position emb
 """
 
 import contextlib
-import logging
-import warnings
+import copy
+import functools
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trains from stage 2 on
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
 LAST_BLOCKS = 2  # of a transformer, that train in stage 3
-
-
-@contextlib.contextmanager
-def import_open_clip():
-    """open_clip, without its notes and warnings of random weights on the screen, knowing this project's clip_small."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        try:
-            import open_clip
-
-            if "clip_small" not in open_clip.list_models():
-                open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
-            yield open_clip
-        finally:
-            logging.disable(level)
+FORMAT = 2  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
+CHECKSUM = 16  # bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def describe(name, weights):
-    """How an open_clip model was trained, by what is known of these weights.
+def import_open_clip():
+    """The module open_clip, which then knows this project's clip_small too."""
+    import open_clip
 
-    Returns dict: config (open_clip's), tags (list of its pretrained tags), quick_gelu (bool), mean, std (three floats
-    each). Of a file neither is known: its activation is that of the model's name (OpenAI's files are "-quickgelu"), its
-    normalisation that of the model's first tag. Raises KeyError: unknown name.
-    """
-    with import_open_clip() as open_clip:
-        if name not in open_clip.list_models():
-            raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
-        config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-        known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
-        quick = known.get("quick_gelu", False) if weights in tags else config.get("quick_gelu", False)
-        return {"config": config, "tags": tags, "quick_gelu": quick,
-                "mean": known.get("mean") or open_clip.OPENAI_DATASET_MEAN,
-                "std": known.get("std") or open_clip.OPENAI_DATASET_STD}
+    if "clip_small" not in open_clip.list_models():
+        open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
+    return open_clip
 
 
 def build_visual(name, weights, load=True):
@@ -79,95 +62,76 @@ def build_visual(name, weights, load=True):
         load:    False leaves random numbers in it: a checkpoint will fill it.
 
     Returns:
-        visual: open_clip ModifiedResNet, VisionTransformer or TimmModel.
-        mean, std: three floats each, the normalisation of colours in 0..1 that the tower was trained with.
+        visual: open_clip ModifiedResNet, VisionTransformer or TimmModel, with the activation of the tag; of a file,
+                with that of the name (OpenAI's are "-quickgelu").
+        mean, std: three floats each, of colours in 0..1 as the tag (of a file the name's first) was trained with.
 
     Raises:
         KeyError: unknown name.
         ValueError: weights that cannot be had, read or fitted; the message names them, the reason and the ways out.
     """
-    about = describe(name, weights)
-    config = about["config"]
-    with import_open_clip():
-        from open_clip.model import _build_vision_tower
-
-        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
-                                     about["quick_gelu"])
+    open_clip = import_open_clip()
+    if name not in open_clip.list_models():
+        raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
+    config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+    known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
+    visual = open_clip.model._build_vision_tower(
+        config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
+        quick_gelu=(known if weights in tags else config).get("quick_gelu", False))
     if load and weights != SCRATCH:
-        path = weights_file(name, weights)
-        fill(visual, read_weights(path), name, path)
-    return visual, about["mean"], about["std"]
+        load_weights(visual, name, weights_file(name, weights, tags))
+    mean, std = known.get("mean"), known.get("std")
+    return visual, mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
 
 
-def weights_file(name, weights):
-    """The file of a pretrained tag (downloaded by open_clip where it is not cached yet), or of a path, here or beside
-    this module. Raises ValueError where there is none, with the ways out."""
-    with import_open_clip() as open_clip:
-        from open_clip.pretrained import download_pretrained
+def weights_file(name, weights, tags):
+    """Path of the file of a pretrained tag, or of weights itself, here or beside this module."""
+    if weights in tags:
+        from open_clip import get_pretrained_cfg, pretrained
 
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if weights in tags:
-            try:
-                return download_pretrained(open_clip.get_pretrained_cfg(name, weights))
-            except Exception as error:  # whatever the hub, the network or the disk raises
-                raise ValueError(
-                    f"CLIP weights {weights!r} of {name} could not be had ({_first_line(error)}); download them "
-                    f"elsewhere and give the file by --clip-weights PATH, or train the tower from random weights by "
-                    f"--clip-weights {SCRATCH}") from error
-    path = next((path for path in (Path(weights), Path(__file__).parent / weights) if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
-                         f"{', '.join(tags) or 'none'}; or --clip-weights {SCRATCH} for random weights")
-    return path
+        try:
+            return Path(pretrained.download_pretrained(get_pretrained_cfg(name, weights)))
+        except Exception as error:  # whatever the hub, the network or the disk raises
+            raise ValueError(f"CLIP weights {weights!r} of {name} could not be had ({_one_line(error)}); download "
+                             "them elsewhere and give the file by --tower-weights PATH, or train the tower from random "
+                             f"weights by --tower-weights {SCRATCH}") from error
+    for path in (Path(weights), Path(__file__).parent / weights):
+        if path.is_file():
+            return path
+    raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
+                     f"{', '.join(tags) or 'none'}; or --tower-weights {SCRATCH} for random weights")
 
 
-def read_weights(path):
-    """A file of tensors -> {key: tensor}, without running any code of it. Raises ValueError where it is broken."""
+def load_weights(visual, name, path):
+    """Fill visual from a file of tensors, of which no code is run; the text tower's tensors are passed by."""
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of TorchScript archives, which it refuses
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        state = load(path)
     except Exception as error:  # torch and safetensors raise all kinds on a damaged file
         raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read, truncated "
-                         f"or a program ({_first_line(error)}); a TorchScript archive that you trust becomes one by: "
+                         f"or a program ({_one_line(error)}); a TorchScript archive that you trust becomes one by: "
                          "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
     pairs = state.items() if isinstance(state, dict) else ()
-    state = {str(key).removeprefix("module."): value for key, value in pairs
-             if torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex()
-             and key not in ("input_resolution", "context_length", "vocab_size")}  # of OpenAI's archives
-    if not state:
-        raise ValueError(f"CLIP weights {path}: expected tensors by name, found none")
-    return state
-
-
-def fill(visual, state, name, path):
-    """Put the image tower's part of a state into visual; keys of the text tower are ignored, all else must fit."""
-    own = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    own = own or state  # a file of the image tower alone
-    wanted = visual.state_dict()
-    missing = [key for key in wanted if key not in own]
-    unknown = [key for key in own if key not in wanted]
-    shapes = [f"{key} is {tuple(own[key].shape)} instead of {tuple(wanted[key].shape)}"
-              for key in wanted if key in own and own[key].shape != wanted[key].shape]
-    if missing or unknown or shapes:
-        raise ValueError(f"CLIP weights {path} are not those of {name}: {len(missing)} tensors are missing "
-                         f"{missing[:2]}, {len(unknown)} unknown {unknown[:2]}, {len(shapes)} of another shape "
-                         f"{shapes[:2]}; give the tower that they belong to by --clip NAME, in open_clip's layout (not "
-                         "that of Hugging Face's transformers)")
-    broken = [key for key, value in own.items() if not torch.isfinite(value).all()]
+    found = {str(key).removeprefix("module."): value for key, value in pairs if torch.is_tensor(value)}
+    found = {key[len("visual."):]: found[key] for key in found if key.startswith("visual.")} or found
+    try:
+        visual.load_state_dict(found)
+    except RuntimeError as error:
+        raise ValueError(f"CLIP weights {path} are not those of {name} ({_one_line(error)}); give the tower that they "
+                         "belong to by --tower NAME, in open_clip's layout (not that of Hugging Face's "
+                         "transformers)") from error
+    broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"CLIP weights {path}: {len(broken)} tensors hold numbers that are not finite {broken[:2]}")
-    visual.load_state_dict(own)
 
 
-def _first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _one_line(error):
+    """The message of an error, its first 200 characters without line breaks."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------- dense maps
@@ -181,18 +145,23 @@ def autocast(like, precision):
 class RGBDConv(nn.Module):
     """A convolution on RGB that also reads depth: conv(rgb) + conv_depth(depth), conv_depth starting at zero.
 
-    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added.
+    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added. The depth's is of
+    the same class, so it pads alike ("same" padding is a class of timm's).
     forward: (V, 4, H, W), depth last.
     """
 
     def __init__(self, conv):
         super().__init__()
-        self.rgb = conv
-        self.depth = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.rgb, self.depth = conv, copy.deepcopy(conv)
+        self.depth.in_channels, self.depth.bias = 1, None
+        self.depth.weight = nn.Conv2d(1, conv.out_channels, conv.kernel_size, bias=False).weight
         nn.init.zeros_(self.depth.weight)
 
     def forward(self, rgbd):
         return self.rgb(rgbd[:, :3]) + self.depth(rgbd[:, 3:])
+
+
+# A kind of tower has: net, what is left of open_clip's; strides of its levels; ends, what trains in stage 3
 
 
 class Pyramid(nn.Module):
@@ -201,104 +170,74 @@ class Pyramid(nn.Module):
     def __init__(self, visual):
         super().__init__()
         visual.conv1 = RGBDConv(visual.conv1)
-        visual.layer4 = visual.attnpool = None
-        self.net, self.strides = visual, [4, 8, 16]
+        visual.layer4, visual.attnpool = nn.Identity(), None
+        self.net, self.strides, self.ends = visual, [4, 8, 16], [visual.conv1, visual.layer3]
 
     def forward(self, rgbd):
-        x = self.net.stem(rgbd)  # (V, width, H/4, W/4)
-        levels = []
-        for layer in (self.net.layer1, self.net.layer2, self.net.layer3):
-            x = layer(x)
-            levels.append(x)
-        return levels
-
-    def ends(self):
-        return [self.net.conv1, self.net.layer3]
-
-
-def position_embedding(visual, size):
-    """A VisionTransformer's for maps of size (h, w): (1 + h w, C), bicubic where its own grid differs."""
-    known, grid = visual.positional_embedding, visual.grid_size
-    if tuple(size) == tuple(grid):
-        return known
-    maps = known[1:].T.unflatten(1, grid)[None]  # (1, C, gh, gw)
-    maps = F.interpolate(maps, size, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([known[:1], maps[0].flatten(1).T])
+        return self.net.forward_intermediates(rgbd, [1, 2, 3], intermediates_only=True)["image_intermediates"]
 
 
 class Transformer(nn.Module):
-    """open_clip's VisionTransformer up to half of its blocks: one level, a pixel a patch, for any image size."""
+    """open_clip's VisionTransformer up to half of its blocks: one level, a pixel a patch, for any image size.
 
-    def __init__(self, visual):
-        super().__init__()
-        blocks = visual.transformer.resblocks
-        visual.transformer.resblocks = blocks[: max(1, len(blocks) // 2)]
-        visual.conv1 = RGBDConv(visual.conv1)
-        visual.ln_post = visual.proj = visual.attn_pool = visual.attn_pool_contrastive = None
-        self.net, self.strides = visual, [visual.conv1.rgb.stride[0]]
-
-    def forward(self, rgbd):
-        x = self.net.conv1(rgbd)  # (V, C, h, w)
-        size = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (V, h w, C)
-        x = torch.cat([self.net.class_embedding.expand(len(x), 1, -1), x], 1)  # (V, 1 + h w, C)
-        x = self.net.ln_pre(x + position_embedding(self.net, size))
-        for block in self.net.transformer.resblocks:
-            x = block(x)
-        return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
-
-    def ends(self):
-        return [self.net.conv1, *self.net.transformer.resblocks[-LAST_BLOCKS:]]
-
-
-class TimmTrunk(nn.Module):
-    """A timm tower of open_clip, by timm's own forward_intermediates: a pyramid up to stride 16, or half of the blocks.
-
-    Raises ValueError where timm cannot give maps of any image size.
+    Its own forward_intermediates knows one image size: it adds the position embedding as it is.
     """
 
     def __init__(self, visual):
         super().__init__()
+        visual.conv1 = RGBDConv(visual.conv1)
+        visual.transformer.prune_intermediate_layers([max(1, len(visual.transformer.resblocks) // 2) - 1])
+        visual.ln_post = visual.proj = visual.attn_pool = visual.attn_pool_contrastive = None
+        self.net, self.strides = visual, [visual.conv1.rgb.stride[0]]
+        self.ends = [visual.conv1, *visual.transformer.resblocks[-LAST_BLOCKS:]]
+
+    def forward(self, rgbd):
+        from timm.layers import resample_abs_pos_embed
+
+        x = self.net.conv1(rgbd)  # (V, C, h, w)
+        size = x.shape[-2:]
+        x = torch.cat([self.net.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
+        position = resample_abs_pos_embed(self.net.positional_embedding[None], size, self.net.grid_size)
+        x = self.net.transformer(self.net.ln_pre(x + position))  # (V, 1 + h w, C)
+        return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
+
+
+class TimmTrunk(nn.Module):
+    """A timm tower of open_clip: a pyramid up to stride 16, or half of the blocks."""
+
+    def __init__(self, visual):
+        super().__init__()
         self.net, patch = visual.trunk, getattr(visual.trunk, "patch_embed", None)
-        self.rope = getattr(self.net, "rope", None)  # EVA's rotary positions
-        if hasattr(patch, "strict_img_size"):
-            patch.strict_img_size = False
         if hasattr(patch, "output_fmt") and hasattr(self.net, "dynamic_img_size"):  # timm's plain transformers
             self.net.dynamic_img_size = True
             patch.flatten, patch.output_fmt = False, type(patch.output_fmt)("NHWC")
-        for block in self.net.modules():
-            if hasattr(block, "dynamic_mask"):  # Swin's windows
-                block.dynamic_mask = True
+        for module in self.net.modules():  # for any image size: the patches, and Swin's windows
+            for flag, value in (("strict_img_size", False), ("dynamic_mask", True)):
+                if hasattr(module, flag):
+                    setattr(module, flag, value)
         # a tower of parallel stems (FastViT) reads the image by several convolutions
-        self.first = [n for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-        for name in self.first:
+        first = [n for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+        for name in first:
             self.net.set_submodule(name, RGBDConv(self.net.get_submodule(name)))
-        try:
-            strides = [level["reduction"] for level in self.net.feature_info]
-            if len(set(strides)) == 1:
-                self.indices = [max(1, len(strides) // 2) - 1]
-            else:
-                self.indices = [i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
-            self.strides = [strides[i] for i in self.indices]
-            self.net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-            sides = [3 * max(self.strides), 4 * max(self.strides)]
-            with torch.no_grad():
-                probe = self.eval()(torch.zeros(1, 4, *sides))
-            found, wanted = [level.shape[2:] for level in probe], [[a // s for a in sides] for s in self.strides]
-            assert [list(shape) for shape in found] == wanted, f"{found} in place of {wanted}"
-        except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise ValueError(f"timm's {type(self.net).__name__} gives no maps for images of any size "
-                             f"({_first_line(error)}); take another --clip") from error
-
-    def forward(self, rgbd):
-        if hasattr(self.rope, "update_feat_shape"):
-            self.rope.update_feat_shape([side // self.strides[0] for side in rgbd.shape[2:]])
-        return self.net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
-
-    def ends(self):
+        strides = [level["reduction"] for level in self.net.feature_info]
+        if len(set(strides)) == 1:
+            self.indices = [max(1, len(strides) // 2) - 1]
+        else:
+            self.indices = [i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
+        self.strides = [strides[i] for i in self.indices]
+        self.net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         blocks = next(m for n, m in self.net.named_children() if n in ("stages", "blocks", "layers"))
         blocks = getattr(blocks[-1], "blocks", blocks)  # of the last stage, where there are stages
-        return [*(self.net.get_submodule(name) for name in self.first), *blocks[-LAST_BLOCKS:]]
+        self.ends = [*(self.net.get_submodule(name) for name in first), *blocks[-LAST_BLOCKS:]]
+
+    def forward(self, rgbd):
+        rope = getattr(self.net, "rope", None)  # EVA's rotary positions
+        if hasattr(rope, "update_feat_shape"):
+            rope.update_feat_shape([side // self.strides[0] for side in rgbd.shape[2:]])
+        return self.net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
+
+
+KINDS = {"ModifiedResNet": Pyramid, "VisionTransformer": Transformer, "TimmModel": TimmTrunk}  # open_clip's: ours
 
 
 class ClipTower(nn.Module):
@@ -313,28 +252,36 @@ class ClipTower(nn.Module):
         out_channels: channels of the map.
         mean, std:    of colours in 0..1, three floats each (`build_visual`).
         pretrained:   True where visual holds trained weights: stages.py then protects it.
+
+    Raises:
+        ValueError: another kind of tower, or one that gives no maps of any image size.
     """
 
     def __init__(self, visual, out_channels, mean, std, pretrained=False):
         super().__init__()
-        kinds = {"ModifiedResNet": Pyramid, "VisionTransformer": Transformer, "TimmModel": TimmTrunk}
-        if type(visual).__name__ not in kinds:
-            raise ValueError(f"image tower of type {type(visual).__name__}; expected one of {sorted(kinds)}")
-        self.pretrained, self.out_channels = pretrained, out_channels
-        self.checkpointing, self.precision = False, "fp32"  # set by train.py
-        self.visual = kinds[type(visual).__name__](visual)
+        if type(visual).__name__ not in KINDS:
+            raise ValueError(f"image tower of type {type(visual).__name__}; expected one of {sorted(KINDS)}")
+        self.pretrained, self.out_channels, self.precision = pretrained, out_channels, "fp32"  # train.py sets it
+        try:
+            self.visual = KINDS[type(visual).__name__](visual)
+            strides = self.visual.strides
+            sides = [3 * max(strides), 4 * max(strides)]
+            with torch.no_grad():
+                levels = self.visual.eval()(torch.zeros(1, 4, *sides))
+            found, wanted = [list(level.shape[2:]) for level in levels], [[a // s for a in sides] for s in strides]
+            assert found == wanted, f"{found} in place of {wanted}"
+        except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{type(getattr(visual, 'trunk', visual)).__name__} gives no maps for images of any size "
+                             f"({_one_line(error)}); take another --tower") from error
+        self.train()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self.multiple = max(self.visual.strides)  # sides are padded to multiples of it
-        self.stride = min(self.visual.strides)  # of the map, in pixels
-        with torch.no_grad():
-            widths = [level.shape[1] for level in self.visual.eval()(torch.zeros(1, 4, *[2 * self.multiple] * 2))]
-        self.train()
-        if len(widths) > 1:
-            lateral = [nn.Conv2d(width, out_channels, 1) for width in widths]
+        self.multiple = max(strides)  # sides are padded to multiples of it
+        self.stride = min(strides) if len(strides) > 1 else strides[0] // 2  # of the map, in pixels
+        if len(strides) > 1:
+            lateral = [nn.Conv2d(level.shape[1], out_channels, 1) for level in levels]
         else:
-            self.stride //= 2
-            lateral = [nn.ConvTranspose2d(widths[0], out_channels, 2, stride=2)]
+            lateral = [nn.ConvTranspose2d(levels[0].shape[1], out_channels, 2, stride=2)]
         smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.neck = nn.ModuleDict({"lateral": nn.ModuleList(lateral), "smooth": nn.Sequential(nn.GELU(), smooth)})
 
@@ -343,24 +290,18 @@ class ClipTower(nn.Module):
 
         Args:
             image:  (V, 3, H, W) uint8.  depth: (V, H, W) metres, 0 = no reading.
-            levels: what `encode` gave for these views (a cache's); the image is not looked at then.
+            levels: what `encode` gave for these views (MapCache's); the image is not looked at then.
 
         Returns:
             (V, out_channels, h, w) float32; pixel (0, 0) covers the image's first stride x stride pixels. H and W need
             not be multiples of the stride: the image is padded at its right and lower border, nothing is cropped, so
             the map covers (w * stride, h * stride) pixels.
         """
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
         maps = []
         for start in range(0, len(depth), VIEW_CHUNK):
-            part = slice(start, start + VIEW_CHUNK)
-            if levels is not None:
-                given = [level[part].float() for level in levels]
-            elif trains and self.checkpointing:
-                given = checkpoint(self.encode, image[part], depth[part], use_reentrant=False)
-            else:
-                given = self.encode(image[part], depth[part])
-            maps.append(self.join(given))
+            rows = slice(start, start + VIEW_CHUNK)
+            given = levels and [level[rows].float() for level in levels]
+            maps.append(self.join(given or self.encode(image[rows], depth[rows])))
         return torch.cat(maps)
 
     def encode(self, image, depth):
@@ -378,28 +319,149 @@ class ClipTower(nn.Module):
             x = levels[0].permute(0, 2, 3, 1)  # (V, h, w, C)
             levels = [F.layer_norm(x, x.shape[3:]).permute(0, 3, 1, 2)]  # of its channels a few are huge
         with autocast(levels[0], self.precision):
-            out = 0
-            for level, lateral in zip(levels, self.neck["lateral"]):
-                x = lateral(level)
-                if torch.is_tensor(out):
-                    x = F.interpolate(x, out.shape[-2:], mode="bilinear", align_corners=False)
-                out = out + x
+            out, *coarser = (lateral(level) for lateral, level in zip(self.neck["lateral"], levels))
+            for level in coarser:
+                out = out + F.interpolate(level, out.shape[-2:], mode="bilinear", align_corners=False)
             return self.neck["smooth"](out).float()
 
     def parts(self):
         """Parameters by part of stages.PARTS."""
-        ends = [p for module in self.visual.ends() for p in module.parameters()]
+        ends = [p for module in self.visual.ends for p in module.parameters()]
         known = {id(p) for p in ends}
         return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
                 "2d": list(self.neck.parameters())}
 
 
-class MapCache:  # TEMPORARY
+# -------------------------------------------------------------------------------------------- maps of a frozen tower
+
+
+def digest(*parts):
+    """Checksum of byte strings and arrays, CHECKSUM bytes."""
+    result = hashlib.blake2b(digest_size=CHECKSUM)
+    for part in parts:
+        result.update(part)
+    return result.digest()
+
+
+class MapCache:
+    """What ClipTower.encode gives for single views, on disk: of a frozen tower it is the same every epoch.
+
+    One file a view, in half precision, in a folder named by the tower (its weights, normalisation, precision, the image
+    size); the file's name comes from the bytes of the view's two images. So another tower, size or image never meets an
+    old entry. A file is written beside its place and renamed, and begins with a checksum of the rest: what a kill or a
+    full disk leaves behind is never used. A data loader's worker may hold a copy, which carries no tower.
+
+    Args:
+        root:       folder of the maps of all towers.
+        tower:      ClipTower in evaluation; its weights must not change as long as the cache is in use.
+        image_size: (W, H) of the frames.
+        limit_gb:   largest size of root, in 10^9 bytes.
+
+    Attributes: shapes, list of (C, h, w), one a level; paths, {view: file}, of the views that `fill` was given.
+    """
+
     def __init__(self, root, tower, image_size, limit_gb):
-        from cache import FeatureCache
-        self.inner = FeatureCache(root, tower, image_size, limit_gb)
-        self.shapes = self.inner.shapes
-    def fill(self, files, load, workers, until, share):
-        return self.inner.fill(list(files), torch.device("cpu"), workers, until)
+        self.root, self.limit, self.tower, self.paths = Path(root), limit_gb * 1e9, tower, {}
+        width, height = image_size
+        with torch.no_grad():
+            image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=tower.mean.device)
+            self.shapes = [tuple(level.shape[1:]) for level in tower.encode(image, image[:, 0].float())]
+        self.ends = np.cumsum([np.prod(shape) for shape in self.shapes]).tolist()  # of the levels, in values
+        self.entry_bytes = CHECKSUM + 2 * self.ends[-1]
+        state = {k: v for k, v in tower.visual.state_dict().items() if not k.endswith("num_batches_tracked")}
+        description = (FORMAT, tower.precision, MAX_DEPTH, width, height, list(state), str(tower.visual))
+        numbers = [v.detach().cpu().contiguous().numpy() for v in (*state.values(), tower.mean, tower.std)]
+        self.folder = self.root / digest(repr(description).encode(), *numbers).hex()
+
+    def __getstate__(self):
+        return self.__dict__ | {"tower": None}
+
     def read(self, view):
-        return self.inner.read(*view)
+        """The levels of a view, list of (C, h, w) float16; None where there is no whole entry.
+
+        A damaged entry is removed, so that the next `fill` makes it anew.
+        """
+        path, entry = self.paths.get(view), b""
+        if path is None:
+            return None
+        with contextlib.suppress(OSError):
+            entry = path.read_bytes()
+        if len(entry) != self.entry_bytes or digest(memoryview(entry)[CHECKSUM:]) != entry[:CHECKSUM]:
+            path.unlink(missing_ok=True)
+            return None
+        levels = np.split(np.frombuffer(entry, np.float16, offset=CHECKSUM), self.ends[:-1])
+        return [level.reshape(shape) for level, shape in zip(levels, self.shapes)]
+
+    def write(self, path, levels):
+        """Keep the levels of one view. Raises OSError where the disk is full (nothing half-written stays) and
+        OverflowError where half precision cannot hold them."""
+        values = np.concatenate([level.cpu().half().numpy().ravel() for level in levels])
+        if not np.isfinite(values).all():
+            raise OverflowError("they exceed half precision, 65,504, or are not finite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.root / f"{path.name}.{os.getpid()}.tmp"
+        try:
+            beside.write_bytes(digest(values) + values.tobytes())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def fill(self, files, load, workers=0, until=iter, share=(0, 1)):
+        """Compute every entry that is not there, or not of its size; what is in it `read` checks.
+
+        The last bits of a map depend on the views that went through the tower beside it. So these are always the same:
+        VIEW_CHUNK neighbours in the list, whole where one of them is missing. A fill that was killed, or shared among
+        processes, ends with the same bits.
+
+        Args:
+            files:   {view: (colour file, depth file)}; a view is anything that can be a key. They must not change
+                     until the next fill.
+            load:    function of a view -> image (3, H, W) uint8, depth (H, W) float32 metres, arrays.
+            workers: threads that load.
+            until:   function of an iterable -> its items up to a stop.
+            share:   (rank, world): this process computes the chunks whose number modulo world is rank.
+
+        Returns:
+            True where every view of this process's share has its entry; False, with a line that says why, where not.
+
+        Raises:
+            ValueError, OSError: an image that cannot be read.
+        """
+        self.paths = {view: self.folder / digest(*(digest(Path(file).read_bytes()) for file in pair)).hex()
+                      for view, pair in until(tqdm(files.items(), desc="frozen tower: checking its maps", leave=False,
+                                                   disable=None))}
+        if len(self.paths) < len(files):
+            return False
+        view_of = {path: view for view, path in self.paths.items()}  # of equal bytes one entry
+        sizes = {path: path.stat().st_size for path in self.root.glob("*/*")}
+        missing = {path for path in view_of if sizes.get(path) != self.entry_bytes}
+        used = sum(size for path, size in sizes.items() if path not in missing)  # damaged ones are replaced
+        need = len(missing) * self.entry_bytes
+        if missing and used + need > self.limit:
+            print(f"frozen tower: its maps would need {need / 1e9:.1f} GB beside the {used / 1e9:.1f} GB in "
+                  f"{self.root}, more than --cache-gb {self.limit / 1e9:g}; the tower runs in every step instead. To "
+                  f"make room delete the other subfolders of {self.root}, of other towers (this one's is "
+                  f"{self.folder.name}), or raise --cache-gb")
+            return False
+        paths, device, why = list(view_of), self.tower.mean.device, None
+        chunks = [paths[i : i + VIEW_CHUNK] for i in range(0, len(paths), VIEW_CHUNK)][share[0] :: share[1]]
+        missing.intersection_update(path for chunk in chunks for path in chunk)
+        count = len(missing)
+        with (ThreadPoolExecutor(max(1, workers)) as pool, tqdm(
+                total=count, desc="frozen tower: computing its maps once", unit="view", disable=not missing) as bar):
+            for chunk in until([chunk for chunk in chunks if not missing.isdisjoint(chunk)]):
+                arrays = zip(*pool.map(load, [view_of[path] for path in chunk]))
+                with torch.no_grad():
+                    levels = self.tower.encode(*(torch.from_numpy(np.stack(a)).to(device) for a in arrays))
+                try:
+                    for i, path in enumerate(chunk):
+                        if path in missing:
+                            self.write(path, [level[i] for level in levels])
+                            missing.remove(path)
+                            bar.update()
+                except (OSError, OverflowError) as error:  # of the writing alone
+                    why = f"its maps cannot be kept in {self.root} ({error}); the tower runs in every step instead"
+                    break
+        if missing:
+            print("frozen tower: " + (why or f"stopped after {count - len(missing)} of {count} maps; these are kept"))
+        return not missing

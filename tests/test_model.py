@@ -297,11 +297,16 @@ def test_after_a_few_steps_no_gradient_is_zero_throughout(make_model, make_batch
 
 
 @pytest.mark.parametrize("name", ["baseline", "bifusion"])
-def test_the_small_preset_of_build_model_runs(make_batch, name):
-    model = set_up(build_model(name, "small", 5), 70)
-    batch = make_batch()
-    assert_finite_step(model, batch)
-    assert model(batch)["logits"].shape == (len(batch["segment"]), 5)
+def test_the_small_preset_of_build_model_runs_and_everything_is_on_before_a_stage_is_set(make_batch, name):
+    model, batch = build_model(name, "small", 5), make_batch()
+    out = model.eval()(batch)
+    assert out["logits"].shape == (len(batch["segment"]), 5)
+    apply_setting(model, setting_at(100, pretrained=True))  # the last of the curriculum
+    expected = model(batch)
+    assert out.keys() == expected.keys() and torch.equal(out["logits"], expected["logits"])
+    assert "instances" in out and (name == "baseline" or out["alpha"].any())
+    assert not build_model("bifusion", "small", 5).train().tower.visual.training  # its statistics are protected
+    assert_finite_step(set_up(model, 70), batch)
 
 
 def test_building_a_model_prints_nothing():

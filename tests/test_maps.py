@@ -1,0 +1,498 @@
+"""Tests of tower.MapCache and of training with it: what is read is what the tower computes, or nothing."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tower as tower_module
+import train
+from conftest import Payload
+from stages import apply_setting, setting_at
+from tower import ClipTower, MapCache, import_open_clip
+
+SIZE = (40, 30)
+
+
+class Views:
+    """Five views, each a colour and a depth file of a folder; view: its number."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for i in range(5):
+            self.write(i, seed=i)
+
+    def write(self, i, seed):
+        rng, (width, height) = np.random.default_rng(seed), SIZE
+        np.save(self.folder / f"color{i}.npy", rng.integers(0, 256, (3, height, width), np.uint8))
+        np.save(self.folder / f"depth{i}.npy", rng.uniform(0.5, 4, (height, width)).astype(np.float32))
+
+    def files(self, views=range(5)):
+        return {i: (self.folder / f"color{i}.npy", self.folder / f"depth{i}.npy") for i in views}
+
+    def load(self, i):
+        return tuple(np.load(path) for path in self.files([i])[i])
+
+    def fill(self, cache, views=range(5), **options):
+        return cache.fill(self.files(views), self.load, **options)
+
+    def cache(self, tower, limit_gb=1.0, image_size=SIZE):
+        return MapCache(self.folder / "cache", tower, image_size, limit_gb)
+
+
+@pytest.fixture
+def tower(make_model):
+    return make_model(pretrained=True).tower.eval()
+
+
+@pytest.fixture
+def views(tmp_path):
+    return Views(tmp_path)
+
+
+@pytest.fixture
+def filled(views, tower):
+    cache = views.cache(tower)
+    assert views.fill(cache) is True
+    return cache
+
+
+def is_hit(cache, tower, views, i):
+    with torch.no_grad():
+        expected = tower.encode(*(torch.from_numpy(array)[None] for array in views.load(i)))
+    levels = cache.read(i)
+    return levels is not None and all(
+        level.dtype == np.float16 and np.allclose(level, own[0].numpy(), rtol=1e-3, atol=1e-4)
+        for level, own in zip(levels, expected, strict=True))
+
+
+def entries(cache):
+    return {path: path.read_bytes() for path in sorted(cache.folder.glob("*"))}
+
+
+# ---- a hit
+
+def test_a_hit_is_the_towers_own_output_in_half_precision(views, tower, capsys):
+    cache = views.cache(tower)
+    assert cache.read(0) is None
+    assert views.fill(cache, range(3)) is True
+    assert capsys.readouterr().out == ""
+    assert all(is_hit(cache, tower, views, i) for i in range(3))
+    assert cache.read(3) is None
+    assert [len(entry) for entry in entries(cache).values()] == 3 * [cache.entry_bytes]
+    assert not np.array_equal(cache.read(0)[0], cache.read(1)[0])
+    assert cache.shapes == [level.shape for level in cache.read(0)]
+
+
+def test_a_read_opens_the_entry_and_neither_of_the_images(views, filled, monkeypatch):
+    opened, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or real(path))
+    filled.read(0)
+    assert opened == [filled.paths[0]]
+
+
+def test_only_chunks_of_which_something_is_missing_are_computed_and_only_that_is_written(views, tower, monkeypatch):
+    monkeypatch.setattr(tower_module, "VIEW_CHUNK", 2)
+    views.fill(views.cache(tower), range(3))
+    cache, counted, encode = views.cache(tower), [], tower.encode
+    before = {path: path.stat().st_ino for path in entries(cache)}
+    monkeypatch.setattr(tower, "encode", lambda image, depth: counted.append(len(image)) or encode(image, depth))
+    for _ in range(2):
+        assert views.fill(cache) is True
+        assert counted == [2, 1]
+    assert before == {path: path.stat().st_ino for path in before}
+    monkeypatch.undo()
+    assert all(is_hit(cache, tower, views, i) for i in range(5))
+
+
+def test_views_of_the_same_bytes_share_one_entry(views, tower, monkeypatch):
+    monkeypatch.setattr(tower_module, "VIEW_CHUNK", 2)
+    views.write(5, seed=0)
+    cache = views.cache(tower)
+    for _ in range(2):
+        assert views.fill(cache, range(6)) is True
+        assert len(entries(cache)) == 5 and cache.paths[5] == cache.paths[0]
+        cache.paths[4].unlink()
+    assert is_hit(cache, tower, views, 5)
+
+
+def test_several_threads_fill_it_and_a_pickled_copy_reads_it_without_a_tower(views, tower):
+    cache = views.cache(tower)
+    assert views.fill(cache, workers=3) is True
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.tower is None
+    assert all(is_hit(copy, tower, views, i) for i in range(5))
+
+
+def test_two_processes_share_the_chunks_and_end_with_the_bits_of_one(views, filled, tower, monkeypatch):
+    monkeypatch.setattr(tower_module, "VIEW_CHUNK", 2)
+    shutil.rmtree(filled.root)
+    cache = views.cache(tower)
+    cache.tower.encode = lambda image, depth: [level + len(image) for level in ClipTower.encode(tower, image, depth)]
+    assert views.fill(cache) is True
+    whole = entries(cache)
+    shutil.rmtree(cache.root)
+    assert views.fill(cache, share=(1, 2)) is True  # the second of three chunks
+    assert set(entries(cache)) == {cache.paths[2], cache.paths[3]}
+    assert cache.read(0) is None
+    assert views.fill(cache, share=(0, 2)) is True
+    assert entries(cache) == whole
+
+
+def test_the_model_gives_nearly_the_same_from_the_maps_as_from_the_images(make_model, make_batch):
+    model, batch = make_model(pretrained=True).eval(), make_batch()
+    apply_setting(model, setting_at(50, pretrained=True))
+    with torch.no_grad():
+        expected = model(batch)
+        levels = {f"level_{k}": x.half() for k, x in enumerate(model.tower.encode(batch["image"], batch["depth"]))}
+        out = model(batch | {"image": torch.zeros(4, 3, 0, 0)} | levels)
+    assert torch.allclose(out["feat_2d"], expected["feat_2d"], atol=1e-2)
+    assert torch.allclose(out["logits"], expected["logits"], atol=1e-2)
+    assert not torch.equal(out["logits"], expected["logits"])
+
+
+# ---- what never meets an old entry, and what still does
+
+def test_another_image_or_depth_is_another_entry_and_a_renamed_file_is_not(views, filled, tower):
+    whole = entries(filled)
+    views.write(7, seed=70)
+    for name in ("color0", "depth1"):
+        (views.folder / f"{name}.npy").write_bytes((views.folder / f"{name[:-1]}7.npy").read_bytes())
+    for name in ("color", "depth"):
+        (views.folder / f"{name}3.npy").rename(views.folder / f"{name}8.npy")
+    assert views.fill(filled, (0, 1, 2, 8)) is True
+    assert all(is_hit(filled, tower, views, i) for i in (0, 1, 2, 8))
+    assert len(entries(filled)) == len(whole) + 2
+
+
+@pytest.mark.parametrize("change", ["one weight", "depth kernel", "batch norm statistic", "activation",
+                                    "colours' mean", "precision", "image size", "neck and number of steps"])
+def test_another_tower_or_way_to_run_it_never_meets_an_old_entry_but_another_neck_does(views, filled, tower, change):
+    with torch.no_grad():
+        if change == "one weight":
+            tower.visual.net.layer3[0].conv1.weight[0, 0, 0, 0] += 1e-6
+        elif change == "depth kernel":
+            tower.visual.net.conv1.depth.weight[0] = 0.1
+        elif change == "batch norm statistic":
+            tower.visual.net.bn1.running_var[0] += 0.1
+        elif change == "activation":  # as GELU and QuickGELU of the same weights
+            tower.visual.net.act1 = torch.nn.GELU()
+        elif change == "colours' mean":
+            tower.mean += 0.01
+        elif change == "precision":
+            tower.precision = "bf16"
+        elif change == "neck and number of steps":
+            tower.neck["lateral"][0].weight += 1
+            tower.visual.net.bn1.num_batches_tracked += 1
+    cache = views.cache(tower, image_size=(44, 30) if change == "image size" else SIZE)
+    assert (cache.folder == filled.folder) == (change == "neck and number of steps")
+
+
+# ---- damage, kills, full disks
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "flipped bit", "flipped bit of the checksum",
+                                    "zeros", "pickle"])
+def test_a_damaged_entry_is_not_used_and_is_made_anew(views, filled, tower, damage, tmp_path):
+    path, touched = filled.paths[2], tmp_path / "touched"
+    whole, program = bytearray(path.read_bytes()), pickle.dumps(Payload(touched))
+    if damage.startswith("flipped"):
+        whole[3 if "checksum" in damage else 1000] ^= 4
+    path.write_bytes({"truncated": whole[:-2], "longer": whole + b"\0\0", "empty": b"", "zeros": bytes(len(whole)),
+                      "pickle": program + bytes(len(whole) - len(program))}.get(damage, whole))
+    assert filled.read(2) is None
+    assert not path.exists() and not touched.exists()
+    assert views.fill(filled) is True
+    assert is_hit(filled, tower, views, 2)
+
+
+def test_a_fill_reads_no_entry_and_replaces_one_of_another_size_within_the_limit(views, filled, tower, monkeypatch):
+    filled.limit = 5 * filled.entry_bytes  # the damaged one does not count twice
+    filled.paths[2].write_bytes(filled.paths[2].read_bytes()[:-2])
+    monkeypatch.setattr(filled, "read", lambda *_: pytest.fail("an entry was read"))
+    assert views.fill(filled) is True
+    monkeypatch.undo()
+    assert is_hit(filled, tower, views, 2)
+
+
+def fill_slowly(cache, views):
+    real = os.replace
+
+    def slow(*names):
+        time.sleep(0.2)  # with the file beside its place
+        real(*names)
+
+    os.replace = slow
+    views.fill(cache)
+
+
+def test_a_kill_in_the_middle_leaves_whole_entries_or_none_and_the_next_fill_completes(views, tower):
+    cache = views.cache(tower)
+    child = multiprocessing.get_context("fork").Process(target=fill_slowly, args=(cache, views))
+    child.start()
+    until = time.time() + 60
+    while len(entries(cache)) < 2 and time.time() < until and child.is_alive():
+        time.sleep(0.02)
+    time.sleep(0.05)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = entries(cache)
+    assert 2 <= len(left) < 5
+    assert list(cache.root.glob("*.tmp"))  # it was killed in the middle of one
+    assert views.fill(cache) is True
+    assert all(is_hit(cache, tower, views, i) for i in range(5))
+    assert left.items() <= entries(cache).items()
+
+
+@pytest.mark.parametrize("gone", [(0,), (1, 2), (4, 3, 0)])
+def test_what_a_kill_left_out_comes_back_with_the_bits_of_a_fill_that_was_left_alone(views, filled, tower, gone):
+    shutil.rmtree(filled.root)
+    tower.encode = lambda image, depth: [level + len(image) for level in ClipTower.encode(tower, image, depth)]  # shows
+    views.fill(filled)
+    whole = entries(filled)
+    for i in gone:
+        filled.paths[i].unlink()
+    assert views.fill(filled) is True
+    assert entries(filled) == whole
+
+
+def test_a_stop_ends_a_fill_after_the_chunk_in_hand_and_the_next_one_completes_it_bit_for_bit(
+        views, filled, tower, monkeypatch, capsys):
+    monkeypatch.setattr(tower_module, "VIEW_CHUNK", 2)
+    shutil.rmtree(filled.root)
+    views.fill(filled)
+    whole = entries(filled)
+    shutil.rmtree(filled.root)
+
+    def until(items):
+        for item in items:
+            if entries(filled):
+                return
+            yield item
+
+    assert views.fill(filled, until=until) is False
+    assert capsys.readouterr().out == "frozen tower: stopped after 2 of 5 maps; these are kept\n"
+    assert len(entries(filled)) == 2
+    assert views.fill(filled, until=until) is False  # before it knows what is missing
+    assert views.fill(filled) is True
+    assert entries(filled) == whole
+
+
+@pytest.mark.parametrize("when", ["naming", "loading"])
+def test_an_image_that_cannot_be_read_is_not_blamed_on_the_folder_of_the_maps(views, tower, capsys, when):
+    files = views.files()
+    (views.folder / "color2.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="color2"):
+        views.cache(tower).fill(files if when == "naming" else {2: (files[0])}, views.load)
+    assert capsys.readouterr().out == ""
+
+
+def test_more_than_the_limit_gives_false_and_a_line_and_writes_nothing(views, tower, capsys):
+    entry = views.cache(tower).entry_bytes / 1e9
+    cache = views.cache(tower, 2.5 * entry)
+    assert views.fill(cache) is False
+    said = capsys.readouterr().out
+    assert f"delete the other subfolders of {cache.root}" in said and cache.folder.name in said
+    assert "or raise --cache-gb" in said and said.count("\n") == 1
+    assert not cache.root.exists()
+    assert views.fill(cache, range(2)) is True
+    assert views.fill(cache, range(2, 3)) is False  # the old ones count
+    assert views.fill(cache, range(2)) is True  # and nothing more is needed for these
+    tower.precision = "bf16"
+    assert views.fill(views.cache(tower, 2.5 * entry), range(1)) is False  # those of others too
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming", "making the folder", "a file in its place"])
+def test_a_full_disk_gives_false_and_a_line_and_leaves_no_half_file(views, tower, capsys, monkeypatch, when):
+    cache, count = views.cache(tower), []
+
+    def fails_at_the_third(real):
+        def wrapped(*args, **kwargs):
+            count.append(1)
+            if len(count) >= 3:
+                if when == "writing":
+                    real(args[0], args[1][:100])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
+        return wrapped
+
+    if when == "a file in its place":
+        cache.root.write_text("a file")
+    else:
+        place, name = {"writing": (Path, "write_bytes"), "renaming": (os, "replace"),
+                       "making the folder": (Path, "mkdir")}[when]
+        monkeypatch.setattr(place, name, fails_at_the_third(getattr(place, name)))
+    assert views.fill(cache) is False
+    monkeypatch.undo()
+    assert re.search(r"cannot be kept in .*(Not a directory|File exists|No space left on device).*the tower runs in "
+                     r"every step instead\n", capsys.readouterr().out)
+    assert not list(cache.root.glob("*.tmp"))
+    assert len(entries(cache)) == (2 if when in ("writing", "renaming") else 0)
+    if when == "a file in its place":
+        cache.root.unlink()
+    assert views.fill(cache) is True
+
+
+@pytest.mark.parametrize("value", [1e6, torch.inf, torch.nan])
+def test_maps_that_half_precision_cannot_hold_are_not_kept(views, tower, capsys, value):
+    cache, encode = views.cache(tower), tower.encode
+    tower.encode = lambda image, depth: [level + value for level in encode(image, depth)]
+    assert views.fill(cache) is False
+    assert "half precision" in capsys.readouterr().out
+    assert not entries(cache)
+
+
+# ---- in training
+
+@pytest.fixture(scope="module")
+def encodes():
+    """List of (number of views, takes gradients) of every pass through a tower; clear it at will."""
+    calls, real = [], ClipTower.encode
+
+    def encode(self, image, depth):
+        takes = torch.is_grad_enabled() and any(p.requires_grad for p in self.visual.parameters())
+        calls.append((len(image), takes))
+        return real(self, image, depth)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClipTower, "encode", encode)
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def stage_two(run_train, encodes, tmp_path_factory):
+    """Function: run stage 2 (two epochs) with flags after one and the same stage 1, whose weight file is gone by then.
+
+    -> (run folder, lines of the log, passes through the tower in stage 2); the cache folder is one for all.
+    """
+    folder = tmp_path_factory.mktemp("stage_two")
+    cache, first, weights = folder / "cache", folder / "first", folder / "clip.pt"
+    torch.manual_seed(5)
+    torch.save(import_open_clip().create_model("clip_small").state_dict(), weights)
+    run_train(first, "--stage", 1, "--compress", 21, "--clip", "clip_small", "--clip-weights", weights)
+    weights.unlink()
+
+    def run(name, *flags):
+        out = folder / name
+        out.mkdir()
+        for file in ("config.json", "log.jsonl", "stage1.pt"):
+            (out / file).write_bytes((first / file).read_bytes())
+        encodes.clear()
+        log = run_train(out, "--stage", 2, "--cache", cache, *flags)
+        return out, log, list(encodes)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cached_run(stage_two):
+    return stage_two("cached")
+
+
+def weights_of(run):
+    return torch.load(run[0] / "stage2.pt", weights_only=True)["model"]
+
+
+def test_stage_two_runs_the_tower_once_a_view_and_never_in_a_step(cached_run):
+    _, log, calls = cached_run
+    assert {line["stage"] for line in log} == {1, 2}
+    assert not any(takes for _, takes in calls)
+    assert calls[0] == (1, False)  # the shapes
+    assert len(calls) < sum(line["steps"] for line in log if line["stage"] == 2)
+    assert max(views for views, _ in calls) == tower_module.VIEW_CHUNK
+
+
+def test_a_second_run_meets_the_maps_of_the_first_bit_for_bit_in_worker_processes_too(stage_two, cached_run):
+    again = stage_two("again", "--workers", 2)
+    assert again[2] == [(1, False)]
+    ours, theirs = weights_of(again), weights_of(cached_run)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_without_room_for_the_maps_the_run_says_so_and_the_images_lead_to_the_same_weights(stage_two, cached_run,
+                                                                                           capsys):
+    from_images = stage_two("images", "--cache-gb", 1e-6, "--cache", "elsewhere")
+    assert "more than --cache-gb 1e-06" in capsys.readouterr().out
+    steps = sum(line["steps"] for line in from_images[1] if line["stage"] == 2)
+    assert len(from_images[2]) >= steps
+    start = torch.load(cached_run[0] / "stage1.pt", weights_only=True)["model"]
+    ours, theirs = weights_of(cached_run), weights_of(from_images)
+    trained = [key for key in theirs if theirs[key].is_floating_point() and not torch.equal(theirs[key], start[key])]
+    assert any(key.startswith("tower.neck") for key in trained)
+    assert not any(key.startswith("tower.visual") for key in trained)
+    off = sum((ours[key] - theirs[key]).square().sum() for key in trained).sqrt()
+    way = sum((theirs[key] - start[key]).square().sum() for key in trained).sqrt()
+    assert 0 < off < 0.1 * way
+    for line, other in zip(cached_run[1], from_images[1], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.01)
+
+
+def test_a_damaged_entry_met_in_training_is_an_error_and_resuming_makes_it_anew(stage_two, cached_run, run_train,
+                                                                              tmp_path):
+    cache = shutil.copytree(cached_run[0].parent / "cache", tmp_path / "cache")
+    whole = {path: path.read_bytes() for path in cache.glob("*/*")}
+    for path, content in whole.items():
+        path.write_bytes(content[:-2] + b"\x12\x34")
+    with pytest.raises(SystemExit, match="gone or damaged; go on with --resume, which makes them anew"):
+        stage_two("damaged", "--cache", cache)
+    removed = [path for path in whole if not path.exists()]
+    assert len(removed) == 1
+    for path in whole.keys() - set(removed):
+        path.write_bytes(whole[path])
+    out = cached_run[0].parent / "damaged"
+    shutil.copy(out / "stage1.pt", out / "last.pt")
+    run_train(out, "--resume", "--stage", 2, "--cache", cache)
+    assert whole == {path: path.read_bytes() for path in cache.glob("*/*")}
+    ours, theirs = weights_of([out]), weights_of(cached_run)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_pretrained_run_goes_on_through_stage_three_and_predicts_without_its_weight_file(
+        cached_run, run_train, encodes, tiny_rooms, tmp_path):
+    import predict
+
+    out = tmp_path / "run"
+    shutil.copytree(cached_run[0], out)
+    assert not Path(train.load_model(out / "last.pt")[1].clip_weights).exists()  # gone since stage 1
+    encodes.clear()
+    log = run_train(out, "--resume")
+    assert {line["stage"] for line in log} == {1, 2, 3}
+    assert any(takes for _, takes in encodes)  # images again
+    assert all(line["skipped_steps"] == 0 and line["loss"] is not None for line in log)
+    model, _, _ = train.load_model(out / "last.pt")
+    state, start = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (out, cached_run[0]))
+    visual = [key for key in start if key.startswith("tower.visual")]
+    moved = {key for key in visual if not torch.equal(start[key], state[key])}
+    assert moved and all(key.startswith(("tower.visual.net.conv1", "tower.visual.net.layer3")) for key in moved)
+    assert model.tower.pretrained
+    room = next(tiny_rooms.glob("val/*"))
+    predict.main([str(out / "last.pt"), str(room), "--out", str(tmp_path / "predicted"), "--device", "cpu"])
+    assert list((tmp_path / "predicted").iterdir())
+
+
+def test_another_tower_by_its_name_trains_from_scratch_in_bf16(run_train, encodes, tmp_path):
+    encodes.clear()
+    log = run_train(tmp_path / "run", "--compress", 129, "--clip", "PE-Core-T-16-384", "--clip-weights", "scratch",
+                    "--precision", "bf16")
+    assert [line["stage"] for line in log] == [1, 2, 3]
+    assert all(line["skipped_steps"] == 0 and line["loss"] is not None for line in log)
+    assert any(takes for _, takes in encodes)
+    assert log[-1]["grad_norm"]["2d"] > 0
+    model, config, _ = train.load_model(tmp_path / "run" / "last.pt")
+    assert (config.clip, config.precision) == ("PE-Core-T-16-384", "bf16")
+    assert (model.precision, model.tower.precision, model.tower.stride) == ("bf16", "bf16", 8)
+
+
+def test_an_unknown_tower_stops_with_the_choices(run_train, tmp_path):
+    with pytest.raises(SystemExit, match=r"unknown image tower 'ViT-Z-99'; choose from .*ViT-B-16"):
+        run_train(tmp_path / "run", "--clip", "ViT-Z-99", "--clip-weights", "scratch")
+    assert not (tmp_path / "run").exists()
