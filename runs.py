@@ -3,8 +3,8 @@
 A run folder holds config.json, log.jsonl (a line an epoch), last.pt, its copies stage{1,2,3}.pt and best.pt, and
 skipped.jsonl. last.pt is saved before the evaluation and holds the next (epoch, step).
 
-Several processes (torchrun --nproc_per_node=2 train.py) share every batch. The functions for them do nothing in a single
-one, so one loop serves both; all processes call them in the same order.
+Several processes (torchrun --nproc_per_node=2 train.py) share every batch. The functions for them do nothing in a
+single one, so one loop serves both; all processes call them in the same order.
 
 Needs torch only and imports no other file of this project: copy it and it works.
 """
@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -58,12 +59,15 @@ def read_log(path):
     *lines, _ = Path(path).read_bytes().decode(errors="replace").split("\n") if Path(path).exists() else [""]
     log = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            replaced = [old for old in log if old["epoch"] >= entry["epoch"]]
+            epoch = entry["epoch"] + 0
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}: expected an epoch as a JSON object, found {line[:60]!r}; mend or "
                              "delete this line") from None
+        replaced = [old for old in log if old["epoch"] >= epoch]
         log = [*log[: len(log) - len(replaced)], entry | ({"replaced": replaced} if replaced else {})]
     return log
 
@@ -92,7 +96,7 @@ class Run:
     def reached(self):
         """The last epoch of which anything is saved or logged, -1 for none."""
         last = self.folder / "last.pt"
-        return max([-1, *(line["epoch"] for line in self.log), *([read_checkpoint(last)["next"][0]] * last.exists())])
+        return max([-1, *(line["epoch"] for line in self.log), *([read_checkpoint(last)["next"][0]] if last.exists() else [])])
 
     def start(self, config):
         """Make the folder and write config.json (dict); what a kill left half-written goes."""
@@ -268,7 +272,7 @@ def joined(main):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return main(*args)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else None):
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
             main(*args)
         dist.destroy_process_group()
     return run

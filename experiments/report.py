@@ -20,6 +20,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from runs import read_log
 from scenes.folder import CLASS_NAMES
 
 MIN_STABLE_EPOCHS = 20  # consecutive epochs without a non-finite loss or gradient
@@ -33,7 +34,7 @@ VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
 
 
 def read_run(folder):
-    """Run folder -> dict of name (str, the folder's), folder (Path), config (dict), log and notes (see `read_log`).
+    """Run folder -> dict of name (str, the folder's), folder (Path), config (dict) and log (see runs.read_log).
 
     Raises FileNotFoundError or ValueError where config.json or log.jsonl is missing or cannot be read.
     """
@@ -43,54 +44,10 @@ def read_run(folder):
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no config.json that can be read ({error}); give the folder of a run that "
                          "train.py wrote, such as runs/<name>") from None
-    log, notes = read_log(folder / "log.jsonl")
-    return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log, "notes": notes}
-
-
-# moves to runs.py
-def read_log(path):
-    """Read log.jsonl: one JSON object a line, one line an epoch.
-
-    A half line at the end, as a killed run leaves it, is left out. Where a line goes back to an epoch already written,
-    the run was resumed there: that line and those after it replace everything logged from that epoch on. The replaced
-    lines stay in the line that replaced them, under `replaced`: what happened in them did happen.
-
-    Returns:
-        log:   list of dicts in ascending epoch, each epoch once.
-        notes: list of str saying what was left out or replaced.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError:        a broken line that is not the last one (the message names file and line), or no whole line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; the run has not finished an epoch, or this is no run folder")
-    lines = path.read_bytes().decode("utf-8", errors="replace").rstrip().split("\n")
-    log, notes = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: broken JSON in the middle of the log; "
-                                 "mend or delete this line") from None
-            notes.append(f"{path}, line {number}: half a line at the end, left out")
-            break
-        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
-            raise ValueError(f"{path}, line {number}: expected an object with an integer 'epoch', got {line[:60]}")
-        replaced = [old for old in log if old["epoch"] >= entry["epoch"]]
-        if replaced:
-            notes.append(f"{path}, line {number}: resumed at epoch {entry['epoch']}; the {len(replaced)} earlier "
-                         "line(s) from that epoch on are replaced")
-            log = log[:-len(replaced)]
-            entry["replaced"] = replaced
-        log.append(entry)
+    log = read_log(folder / "log.jsonl")
     if not log:
-        raise ValueError(f"{path} holds no whole line; the run has not finished an epoch")
-    return log, notes
+        raise ValueError(f"{folder / 'log.jsonl'} is missing or holds no whole line; the run has not finished an epoch")
+    return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log}
 
 
 # ---------------------------------------------------------------------------------------------------------- criteria
@@ -263,8 +220,8 @@ def seeds_summary(runs, baselines):
             ours, theirs = final_miou(run["log"]), final_miou(baseline["log"])
             if ours and theirs and ours[0] == theirs[0]:
                 values["paired difference to the baseline"].append(ours[1] - theirs[1])
-    return "\n".join(f"{name}: {statistics.mean(v):.4f} ± {statistics.stdev(v) if len(v) > 1 else math.nan:.4f} "
-                     f"({len(v)} run{'s' * (len(v) > 1)})" for name, v in sorted(values.items()))
+    return "\n".join(f"{name}: {statistics.mean(v):.4f}" + (f" ± {statistics.stdev(v):.4f}" if len(v) > 1 else "")
+                     + f" ({len(v)} run{'s' * (len(v) > 1)})" for name, v in sorted(values.items()))
 
 
 def class_table(runs):
@@ -310,8 +267,6 @@ def draw_curves(logs, path):
         logs: dict name -> log, each as `read_log` returns it: first the run, then what it is compared with.
         path: where the .png goes.
     """
-    if isinstance(logs, list):  # from train.py, until it no longer draws
-        logs = {"this run": logs}
     log, *_ = logs.values()
     figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
@@ -392,8 +347,10 @@ def main(argv=None):
 
     everything = list({run["folder"].resolve(): run for run in runs + against}.values())  # each folder once
     for run in everything:
-        for note in run["notes"]:
-            print(f"note: {note}")
+        for entry in run["log"]:
+            if "replaced" in entry:
+                print(f"note: {run['name']} was resumed at epoch {entry['epoch']}; {len(entry['replaced'])} lines "
+                      "replaced")
         planned = run["config"].get("epochs")
         if is_finite(planned) and len(run["log"]) < planned:
             print(f"note: {run['name']} has logged {len(run['log'])} of {planned} epochs; the verdicts cover these")
