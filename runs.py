@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sys
 from pathlib import Path
 
 import torch
