@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sys
 from pathlib import Path
 
 import torch
@@ -97,7 +96,8 @@ class Run:
     def reached(self):
         """The last epoch of which anything is saved or logged, -1 for none."""
         last = self.folder / "last.pt"
-        return max([-1, *(line["epoch"] for line in self.log), *([read_checkpoint(last)["next"][0]] if last.exists() else [])])
+        saved = [read_checkpoint(last)["next"][0]] if last.exists() else []
+        return max([-1, *saved, *(line["epoch"] for line in self.log)])
 
     def start(self, config):
         """Make the folder and write config.json (dict); what a kill left half-written goes."""
