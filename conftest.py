@@ -124,9 +124,7 @@ def _make_model(name="bifusion", pretrained=False, num_classes=5, seed=0):
 
     visual = ModifiedResNet((1, 1, 1, 1), output_dim=16, heads=4, width=8)
     tower = ClipTower(visual, 16, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, pretrained)
-    model = BiFusion(unet, tower, decoder, 16, num_classes, depth_tolerance=0.05)
-    model.blank = lambda batch: (batch, None)  # no scene by chance; `del model.blank` brings BiFusion's own back
-    return model
+    return BiFusion(unet, tower, decoder, 16, num_classes, depth_tolerance=0.05)
 
 
 def _row(epoch, pretrained=False, **curriculum_flags):

@@ -67,8 +67,21 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
         "point_superpoint": superpoint, "point_instance": point_instance,
         "piece_voxel": piece % m, "piece_superpoint": piece // m, "piece_points": piece_points.astype(np.float32),
         "superpoint_instance": superpoint_instance, "instance_label": instance_label,
-        "has_instances": np.array([scene["instance"] is not None]),
+        "has_instances": np.array([scene["instance"] is not None]), "whole": np.array([True]),
     }
+
+
+def blank(item, share, rng):
+    """In training, a scene without what one branch reads: with probability share its images are one grey, with the same
+    its points are one grey without normals. So the gate meets an empty branch, and each branch learns to do without the
+    other. `whole` says that neither happened."""
+    draw, grey = rng.random(2)
+    images, points = draw < share, draw > 1 - share
+    if images:
+        item = item | {"image": np.full_like(item["image"], 255 * grey)}
+    if points:
+        item = item | {"color": np.full_like(item["color"], 2 * grey - 1), "normal": np.zeros_like(item["normal"])}
+    return item | {"whole": np.array([not (images or points)])}
 
 
 def instance_targets(segment, instance, superpoint):
@@ -119,6 +132,7 @@ class SceneDataset(torch.utils.data.Dataset):
         maps:        tower.MapCache whose maps stand in for the images; or None.
         vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
                      maps every time.
+        blank:       with augment alone; share of the scenes without images, and as many without colours and normals.
         keep_bytes:  of scenes and frames that each process keeps in memory.
 
     Raises:
@@ -126,14 +140,14 @@ class SceneDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
-                 seed=0, keep_bytes=KEPT_BYTES):
+                 blank=0.0, seed=0, keep_bytes=KEPT_BYTES):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
         if not self.folders:
             raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
                                     "or give --data a folder with train/ and val/ scene folders")
         self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
-        self.augment, self.maps, self.vary_images = augment, maps, vary_images
+        self.augment, self.maps, self.vary_images, self.blank = augment, maps, vary_images, blank
         self.kept, self.room = {}, keep_bytes
 
     def __len__(self):
@@ -152,7 +166,9 @@ class SceneDataset(torch.utils.data.Dataset):
         frames = self._frames(folder, [])
         single = [self._once((folder, c), lambda c=c: self._frames(folder, [c])) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
-        return scene_item(scene, frames, self.voxel_size, rng if self.augment else None, self.vary_images)
+        if not self.augment:
+            return scene_item(scene, frames, self.voxel_size)
+        return blank(scene_item(scene, frames, self.voxel_size, rng, self.vary_images), self.blank, rng)
 
     def _frames(self, folder, frames):
         """`load_frames` of one frame or none; with maps, without the image but with the tower's levels of it."""
@@ -204,6 +220,7 @@ def collate(items):
         point_superpoint (N,) int64 row of the batch's superpoints, point_instance (N,) int64 (`instance_targets`);
         superpoint_batch (S,) int64, superpoint_instance (S,) int64, numbered within a scene;
         instance_label (G,) int64, instance_batch (G,) int64, has_instances (B,) bool, False = not annotated;
+        whole (B,) bool, False = blanked;
         piece_voxel, piece_superpoint (L,) int64 rows of the batch, piece_points (L,) f32 points that both share.
     """
     batch, voxels, superpoints = {"names": [item["name"] for item in items]}, 0, 0
@@ -287,29 +304,30 @@ class Scenes:
         note = f" ({bare} train scenes have no instance.npy: they teach classes only)" if bare else ""
         return f"{len(self.train)} train and {len(self.val)} val scenes of {self.root}{note}"
 
-    def make(self, views, maps=None, vary_images=True):
+    def make(self, views, blank=0.0, maps=None, vary_images=True):
         """The data sets, with this many frames a scene, twice as many in val."""
         common = self.common | {"maps": maps}
-        self.train = SceneDataset(self.root, "train", views=views, augment=True, vary_images=vary_images, **common)
+        self.train = SceneDataset(self.root, "train", views=views, augment=True, vary_images=vary_images, blank=blank,
+                                  **common)
         self.val = SceneDataset(self.root, "val", views=2 * views, **common)
 
-    def read(self, views, frozen_tower, until=iter):
-        """Batches hold this many frames a scene from here on; nothing happens where nothing changes.
+    def read(self, views, blank, frozen_tower, until=iter):
+        """From here on batches hold this many frames a scene, some scenes blanked; nothing is made where none changes.
 
         frozen_tower: ClipTower that does not train, whose maps stand in for the images where they can be kept; or None.
         until:        as MapCache.fill.
         """
         frozen = views > 0 and frozen_tower is not None
-        if self.now == (views, frozen):
+        if self.now == (views, blank, frozen):
             return
-        self.now, maps, share = (views, frozen), None, (runs.rank(), runs.world())
+        self.now, maps, share = (views, blank, frozen), None, (runs.rank(), runs.world())
         self.make(views)
-        if frozen and self.cache_gb:
+        if frozen and self.cache_gb and not blank:  # maps cannot be blanked
             maps = MapCache(self.cache, frozen_tower.eval(), self.train.image_size, self.cache_gb)
             filled = maps.fill(self.train.view_files() | self.val.view_files(), self.train.load_view, self.workers,
                                until, share)
             maps = None if runs.largest(int(not filled)) else maps  # the same in all processes
-        self.make(views, maps, vary_images=not frozen)
+        self.make(views, blank, maps, not frozen)
         self.train_batches, self.val_batches = (
             torch.utils.data.DataLoader(  # its own generator: the training draws the same numbers whoever loads
                 scenes, batch_sampler=EpochBatches(len(scenes), self.batch_size, shuffle, self.common["seed"], share),

@@ -24,9 +24,6 @@ import torch.nn.functional as F
 from torch import nn
 
 DEPTH_TOLERANCE = 0.05  # metres between a point and the depth map, BPNet's value
-CHUNK_BITS = 6
-CHUNK = 1 << CHUNK_BITS  # consecutive points that link_views skips together where a view does not see their box
-BLOCK = 2048  # pairs of a chunk and a view that it projects at a time
 
 
 class Links(NamedTuple):
@@ -65,80 +62,56 @@ def project_points(points, world_to_camera, intrinsics):
 
 
 @torch.no_grad()
-def link_views(points, world_to_camera, intrinsics, depth, tolerance=DEPTH_TOLERANCE):
+def link_views(points, world_to_camera, intrinsics, depth=None, *, image_size=None, point_batch=None, view_batch=None,
+               tolerance=DEPTH_TOLERANCE):
     """Find every view that sees a point: in front of the camera, inside the image, agreeing with the depth map.
-
-    Same projection as `project_points`; camera, intrinsics and image size are one 3x4 matrix a view, scaled so that a
-    point is inside the image where max(|x|, |y|) < z: no division, and z > 0 is part of it. A view skips every
-    chunk of consecutive points whose bounding box lies wholly outside one of its image borders: fastest where
-    neighbours in the array are neighbours in space, as voxels in grid order are, though the result does not depend on
-    it. Pairs of a chunk and a view go through in blocks, so memory beyond the links themselves is bounded.
 
     Args:
         points:          (N, 3) float, world frame, metres, NOT augmented. One that is not finite is unseen.
         world_to_camera: (V, 4, 4) float.
         intrinsics:      (V, 3, 3) float, pixels, for the depth maps' size.
-        depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen).
+        depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen). None: no depth
+                         is known, and nothing hides a point.
+        image_size:      (W, H), without depth maps; with them it is theirs.
+        point_batch, view_batch: (N,) and (V,) int, the scene of each; a view sees points of its own scene alone. None:
+                         all are of one scene.
         tolerance:       metres by which a point may differ from the depth map.
 
     Returns:
         Links. No view or no visible point gives empty links.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or neither depth nor image_size.
     """
-    num_views, height, width = depth.shape
-    if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"points must be (N, 3), got {tuple(points.shape)}")
-    if world_to_camera.shape != (num_views, 4, 4) or intrinsics.shape != (num_views, 3, 3):
-        raise ValueError(
-            f"depth holds {num_views} views, so world_to_camera must be ({num_views}, 4, 4) and intrinsics "
-            f"({num_views}, 3, 3); got {tuple(world_to_camera.shape)} and {tuple(intrinsics.shape)}"
-        )
-    if num_views == 0 or len(points) == 0:
-        none = torch.zeros(0, dtype=torch.long, device=points.device)
-        return Links(none, none, points.new_zeros(0, 2))
-    # a pixel reaches half a pixel around its centre, so the image spans -0.5 .. W - 0.5, which becomes -1 .. 1
-    to_unit = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]],
-                           dtype=torch.float64, device=points.device)
-    camera = (to_unit @ intrinsics.double() @ world_to_camera.double()[:, :3]).to(points.dtype)  # (V, 3, 4)
-    chunks = F.pad(points, (0, 0, 0, -len(points) % CHUNK), value=torch.nan)  # padding is never inside an image
-    chunks = chunks.view(-1, CHUNK, 3).transpose(1, 2).contiguous()  # (n, 3, CHUNK)
-    chunk_of, view_of = _chunks_in_view(chunks, camera).nonzero().unbind(1)  # (P,) pairs of a chunk and a view
-
-    found = []
-    for chunk, view in zip(chunk_of.split(BLOCK), view_of.split(BLOCK)):
-        px, py, pz = chunks.index_select(0, chunk).unbind(1)  # (b, CHUNK) each
-        matrix = camera.index_select(0, view)[..., None]  # (b, 3, 4, 1)
-        x, y, z = (torch.addcmul(torch.addcmul(torch.addcmul(matrix[:, row, 3], px, matrix[:, row, 0]),
-                                               py, matrix[:, row, 1]), pz, matrix[:, row, 2]) for row in range(3))
-        inside = (torch.maximum(x.abs(), y.abs()) < z).view(-1).nonzero().squeeze(1)  # (l,) index into (b, CHUNK)
-        x, y, z = (value.view(-1).index_select(0, inside) for value in (x, y, z))
-        u = (x / z).mul_(width / 2).add_((width - 1) / 2)
-        v = (y / z).mul_(height / 2).add_((height - 1) / 2)
-        column, line = u.round().int().clamp_(0, width - 1), v.round().int().clamp_(0, height - 1)
-        pair = inside >> CHUNK_BITS  # inside // CHUNK
-        point = chunk.index_select(0, pair).mul_(CHUNK).add_(inside & (CHUNK - 1))
-        view = view.index_select(0, pair)
-        reading = depth.reshape(-1).index_select(0, (view * height + line) * width + column)
-        keep = (((reading - z).abs_() <= tolerance) & (reading > 0)).nonzero().squeeze(1)
-        if len(keep):  # else what is kept, though empty, would scatter over the heap and hold it open
-            found.append([value.index_select(0, keep) for value in (point, view, u, v)])
-    point, view, u, v = (torch.cat(values) for values in zip(*found)) if found else [points.new_zeros(0)] * 4
-    order = (point.long() * num_views + view.long()).argsort()  # by point, then by view
-    uv = torch.stack([u.index_select(0, order), v.index_select(0, order)], 1)
-    return Links(point.long().index_select(0, order), view.long().index_select(0, order), uv)
-
-
-def _chunks_in_view(chunks, camera):
-    """(n, 3, CHUNK) points, (V, 3, 4) -> (n, V) bool, False where a whole chunk lies outside one border of a view."""
-    x, y, z = camera.unbind(1)  # (V, 4) each
-    border = torch.cat([z - x, z + x, z - y, z + y])  # (4 V, 4) linear in the point, positive inside the image
-    low, high = chunks.amin(2), chunks.amax(2)  # (n, 3)
-    largest = torch.addmm(border[:, 3], (low + high) / 2, border[:, :3].T)  # (n, 4 V) at the box's centre
-    largest.addmm_((high - low) / 2, border[:, :3].abs().T)  # at its best corner
-    outside = (largest.view(len(chunks), 4, -1) <= 0).any(1)  # NaN (a point not finite, padding) is not outside
-    return ~outside
+    if depth is None and image_size is None:
+        raise ValueError("link_views needs depth maps, or image_size=(W, H) where there are none")
+    views = len(world_to_camera if depth is None else depth)
+    if world_to_camera.shape != (views, 4, 4) or intrinsics.shape != (views, 3, 3):
+        raise ValueError(f"{'there are' if depth is None else 'depth holds'} {views} views, so world_to_camera must be "
+                         f"({views}, 4, 4) and intrinsics ({views}, 3, 3); got {tuple(world_to_camera.shape)} and "
+                         f"{tuple(intrinsics.shape)}")
+    if (point_batch is None) != (view_batch is None):
+        raise ValueError("point_batch and view_batch belong together: give both or neither")
+    size = points.new_tensor(image_size if depth is None else depth.shape[:0:-1])  # (W, H)
+    everyone = torch.arange(len(points), device=points.device)
+    found = [(everyone[:0], everyone[:0], points.new_zeros(0, 2))]
+    for view in range(views):
+        point = everyone if view_batch is None else (point_batch == view_batch[view]).nonzero().squeeze(1)
+        with torch.autocast(points.device.type, enabled=False):  # a pixel needs full precision
+            uv, z = project_points(points[point], world_to_camera[view], intrinsics[view])
+        # a pixel reaches half a pixel around its centre
+        inside = ((z > 0) & ((uv >= -0.5) & (uv < size - 0.5)).all(1)).nonzero().squeeze(1)
+        point, uv, z = point[inside], uv[inside], z[inside]
+        if depth is not None:
+            column, row = uv.round().long().unbind(1)
+            reading = depth[view, row, column]
+            agrees = (reading > 0) & ((reading - z).abs() <= tolerance)
+            point, uv = point[agrees], uv[agrees]
+        if len(point):  # else what is kept, though empty, would scatter over the heap and hold it open
+            found.append((point, torch.full_like(point, view), uv))
+    point, view, uv = (torch.cat(values) for values in zip(*found))
+    order = point.argsort(stable=True)  # the views of a point stay in order
+    return Links(point[order], view[order], uv[order])
 
 
 def sample_views(feature_maps, links, extent, num_points):
@@ -289,11 +262,9 @@ def fusion_stats(feat_2d, feat_3d, alpha, seen):
     Returns a dict: fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean over voxels between the branches), and
     seen_share (of all voxels).
     """
-    f2d, f3d = feat_2d.float(), feat_3d.float()
-    norm_2d, norm_3d = torch.linalg.vector_norm(f2d, dim=1), torch.linalg.vector_norm(f3d, dim=1)  # (N,)
-    cosine = (f2d * f3d).sum(1) / (norm_2d.clamp(min=1e-8) * norm_3d.clamp(min=1e-8))  # (N,)
-    rows = torch.stack([alpha.float(), norm_2d.square(), norm_3d.square(), cosine])[:, seen]  # (4, seen voxels)
-    share, ratio, square_2d, square_3d, cosine = [seen.float().mean().item(), *rows.mean(1).tolist()]
-    stats = {"fusion_2d_ratio": ratio, "rms_2d": (square_2d / feat_2d.shape[1]) ** 0.5,
-             "rms_3d": (square_3d / feat_3d.shape[1]) ** 0.5, "cosine": cosine}
+    feat_2d, feat_3d = feat_2d[seen].float(), feat_3d[seen].float()
+    rows = (alpha[seen].float(), feat_2d.square().mean(1), feat_3d.square().mean(1),
+            F.cosine_similarity(feat_2d, feat_3d))  # (seen voxels,) each
+    share, ratio, square_2d, square_3d, cosine = torch.stack([x.mean() for x in (seen.float(), *rows)]).tolist()
+    stats = {"fusion_2d_ratio": ratio, "rms_2d": square_2d**0.5, "rms_3d": square_3d**0.5, "cosine": cosine}
     return {"seen_share": share if len(seen) else None} | (stats if share > 0 else dict.fromkeys(stats))

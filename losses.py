@@ -187,9 +187,7 @@ def alignment_loss(feat_3d, feat_2d, seen, batch_index, num_scenes):
     The gradient stops at the 2D side: 3D moves towards what the images say, the images do not chase a noisy 3D.
     (M, D), (M, D), (M,) bool, (M,) int64, B.
     """
-    feat_3d, feat_2d = feat_3d.float(), feat_2d.detach().float()
-    norm_3d, norm_2d = torch.linalg.vector_norm(feat_3d, dim=1), torch.linalg.vector_norm(feat_2d, dim=1)  # (M,)
-    distance = 1 - (feat_3d * feat_2d).sum(1) / (norm_3d.clamp(min=1e-8) * norm_2d.clamp(min=1e-8))  # (M,)
+    distance = 1 - F.cosine_similarity(feat_3d.float(), feat_2d.detach().float())  # (M,)
     return scene_mean(distance, seen, batch_index, num_scenes)
 
 

@@ -393,15 +393,15 @@ class BiFusion(Baseline3D):
                    depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64;
                    in place of the image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode
                    gives for it (tower.MapCache). FiLM reads coord, which is augmented as the 3D branch sees it; frames
-                   are linked by world_coord, which is not.
+                   are linked by world_coord, which is not. Where it holds whole (B,) bool, False names a scene of
+                   which data.py has blanked the images or the points.
 
         Returns:
             dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
-            stats (fusion.fusion_stats). Scenes that `blank` has blanked count as unseen in seen and are left out of
-            stats: alignment and gate prior pass them by.
+            stats (fusion.fusion_stats). Scenes that are not whole count as unseen in seen and are left out of stats:
+            alignment and gate prior pass them by.
         """
         row = self.row
-        batch, whole = self.blank(batch)
         feat_3d = self.encode_3d(batch)
         if row.fusion == "identity":
             return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
@@ -411,39 +411,12 @@ class BiFusion(Baseline3D):
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
         out["alpha"] = alpha = self.ramp * self.gates[row.fusion](feat_2d, feat_3d, seen)  # (M,)
         fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
-        rows = slice(None) if whole is None else whole
+        whole = batch.get("whole") if self.training and row.blank else None  # (B,), False = blanked by data.py
+        rows = slice(None) if whole is None else whole[batch["batch_index"]]  # (M,)
         out["stats"] = fusion_stats(feat_2d[rows], feat_3d[rows], alpha[rows], seen[rows])
         if whole is not None:
-            out["seen"] = seen & whole
+            out["seen"] = seen & rows
         return out | self.segment(fused, batch)
-
-    def blank(self, batch):
-        """In training, some scenes without what one branch reads: row.blank of them with images of one grey, as
-        many with points of one grey and no normals. So the gate meets an empty branch, and each branch learns to do
-        without the other.
-
-        Returns:
-            batch; (M,) bool, False in the scenes that were blanked, or None where none was.
-
-        Raises:
-            ValueError: the batch holds a cache's maps in place of its images.
-        """
-        share = self.row.blank
-        if not (self.training and share) or self.row.fusion == "identity":
-            return batch, None
-        draw, grey = torch.rand(2, len(batch["names"]))  # on the CPU, as all that is drawn
-        images, points = draw < share, draw > 1 - share
-        if not (images | points).any():
-            return batch, None
-        if not batch["image"].shape[-1]:
-            raise ValueError("the images of a scene cannot be blanked where a cache has their maps: blank belongs to "
-                             "stages in which the tower trains")
-        images, points, grey = (value.to(batch["color"].device) for value in (images, points, grey))
-        scene, view = batch["batch_index"], batch["view_batch"]
-        image = torch.where(images[view].view(-1, 1, 1, 1), (255 * grey[view]).view(-1, 1, 1, 1).byte(), batch["image"])
-        color = torch.where(points[scene][:, None], 2 * grey[scene][:, None] - 1, batch["color"])
-        normal = batch["normal"] * ~points[scene][:, None]
-        return batch | {"image": image, "color": color, "normal": normal}, ~(images | points)[scene]
 
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
@@ -455,18 +428,10 @@ class BiFusion(Baseline3D):
             levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
             maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
             extent = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
-            rows = [(batch["batch_index"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
-            views = [(batch["view_batch"] == s).nonzero().squeeze(1) for s in range(len(batch["names"]))]
-            parts = []
-            for row, view in zip(rows, views):
-                links = link_views(voxels[row], batch["world_to_camera"][view], batch["intrinsics"][view],
-                                   depth[view], self.depth_tolerance)
-                parts.append(sample_views(maps[view], links, extent, len(row)))
-            feat_2d, seen = (torch.cat(values) for values in zip(*parts))  # scene by scene
-            order = torch.cat(rows)
-            if not torch.equal(order, torch.arange(len(order), device=order.device)):  # not as collate orders them
-                back = order.argsort()
-                feat_2d, seen = feat_2d[back], seen[back]
+            links = link_views(voxels, batch["world_to_camera"], batch["intrinsics"], depth,
+                               point_batch=batch["batch_index"], view_batch=batch["view_batch"],
+                               tolerance=self.depth_tolerance)
+            feat_2d, seen = sample_views(maps, links, extent, len(voxels))
         return self.standardise_2d(feat_2d), seen
 
     def parts(self):

@@ -294,8 +294,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     first, end = stages.get(config.stage, (0, epochs - 1))
     epoch, step, sums = go_on(config, run, model, optimizer, guard, first, device) if goes_on else (0, 0, runs.Sums())
     run.start(asdict(config) | {"epochs": epochs, "commit": runs.commit()})
-    print(f"{config.model} ({config.preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-          f"{f', image tower {config.tower} with weights: {config.tower_weights}' if tower else ''}) on {config.device}, "
+    count, words = sum(p.numel() for p in model.parameters()), f", tower {config.tower}: {config.tower_weights}"
+    print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters{words if tower else ''}) on {config.device}, "
           f"{runs.world()} process(es); {scenes}; epochs {epoch}-{end} of {epochs}; {run.folder}/")
     bar = tqdm(total=(end + 1 - epoch) * steps, initial=step, unit="step", dynamic_ncols=True, disable=runs.rank() > 0)
     stop.listen()
@@ -303,7 +303,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         # ---- row of the curriculum, what it reads
         row, began = row_at(rows, epoch), time.time() - sums.pop("seconds", [0])[0]
         apply_row(model, row)
-        scenes.read(config.views if tower and row.fusion != "identity" else 0,
+        scenes.read(config.views if tower and row.fusion != "identity" else 0, row.blank if tower else 0.0,
                     None if {"tower", "tower_ends"} & set(row.trains) else tower, stop.until)
         model.train()
         model.ramp = row.ramp(epoch + max(0, step - 1) / steps)  # of the last step, where all are done

@@ -17,7 +17,8 @@ def flip(coord, normal, rng):
 
 
 def rotate(coord, normal, rng):
-    """Turn about z by any angle, about x and y by up to pi / 64."""
+    """Turn about z by any angle, about x and y by up to pi / 64. scipy's Rotation rounds other last bits: no run of
+    before would repeat."""
     turn = np.eye(3)
     for axis, limit in ((0, np.pi / 64), (1, np.pi / 64), (2, np.pi)):
         angle = rng.uniform(-limit, limit)

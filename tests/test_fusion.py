@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fusion
 from fusion import (
     GEOMETRY_CHANNELS,
     FiLM,
@@ -148,20 +147,51 @@ def test_links_agree_with_project_points_and_a_slow_loop():
         assert torch.allclose(links.uv[here], uv[links.point[here]], atol=2e-3)
 
 
-def test_links_are_sorted_by_point_then_view_whatever_the_block(monkeypatch):
-    world_to_camera, intrinsics = random_cameras(3, seed=7)
-    points = torch.randn(100, 3)
-    depth = torch.full((3, HEIGHT, WIDTH), 1.5)
-    whole = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0)
-    order = whole.point * 3 + whole.view
-    assert len(order) > 5
-    assert (order[1:] > order[:-1]).all()
-    for block in (1, 2, 5):
-        monkeypatch.setattr(fusion, "BLOCK", block)
-        parts = link_views(points, world_to_camera, intrinsics, depth, tolerance=10.0)
-        assert torch.equal(parts.point, whole.point)
-        assert torch.equal(parts.view, whole.view)
-        assert torch.allclose(parts.uv, whole.uv, atol=1e-4)
+def scenes_of_two():
+    """Points, their scene, cameras, their scene: of two scenes that alternate, so nothing is in order."""
+    world_to_camera, intrinsics = random_cameras(4, seed=5)
+    points = 1.5 * torch.randn(800, 3, generator=torch.Generator().manual_seed(6))
+    return points, torch.arange(800) % 2, world_to_camera, intrinsics, torch.tensor([0, 1, 1, 0])
+
+
+def test_a_view_sees_the_points_of_its_own_scene_alone_and_a_batch_gives_what_its_scenes_give_singly():
+    points, point_batch, world_to_camera, intrinsics, view_batch = scenes_of_two()
+    depth = torch.full((4, HEIGHT, WIDTH), 2.0)
+    links = link_views(points, world_to_camera, intrinsics, depth, point_batch=point_batch, view_batch=view_batch,
+                       tolerance=1.0)
+    expected = []
+    for scene in range(2):
+        rows, views = (point_batch == scene).nonzero()[:, 0], (view_batch == scene).nonzero()[:, 0]
+        single = link_views(points[rows], world_to_camera[views], intrinsics[views], depth[views], tolerance=1.0)
+        expected += zip(rows[single.point].tolist(), views[single.view].tolist(), single.uv.tolist())
+    expected.sort()
+    assert len(expected) > 20
+    assert list(zip(links.point.tolist(), links.view.tolist())) == [pair[:2] for pair in expected]
+    assert torch.allclose(links.uv, torch.tensor([pair[2] for pair in expected]), atol=1e-3)
+
+
+def test_without_depth_maps_a_point_is_seen_where_it_is_in_front_and_inside():
+    points, _, world_to_camera, intrinsics, _ = scenes_of_two()
+    links = link_views(points, world_to_camera, intrinsics, image_size=(WIDTH, HEIGHT))
+    expected = []
+    for view in range(4):
+        uv, z = project_points(points, world_to_camera[view], intrinsics[view])
+        inside = (z > 0) & (uv > -0.5).all(1) & (uv[:, 0] < WIDTH - 0.5) & (uv[:, 1] < HEIGHT - 0.5)
+        expected += [(n, view) for n in inside.nonzero()[:, 0].tolist()]
+    assert len(expected) > 20
+    assert list(zip(links.point.tolist(), links.view.tolist())) == sorted(expected)
+    with pytest.raises(ValueError, match=r"needs depth maps, or image_size=\(W, H\)"):
+        link_views(points, world_to_camera, intrinsics)
+    with pytest.raises(ValueError, match="point_batch and view_batch belong together"):
+        link_views(points, world_to_camera, intrinsics, image_size=(WIDTH, HEIGHT), view_batch=torch.zeros(4))
+
+
+def test_links_keep_full_precision_under_autocast():
+    points, _, world_to_camera, intrinsics, _ = scenes_of_two()
+    expected = link_views(points, world_to_camera, intrinsics, image_size=(WIDTH, HEIGHT))
+    with torch.autocast("cpu", torch.bfloat16):
+        links = link_views(points, world_to_camera, intrinsics, image_size=(WIDTH, HEIGHT))
+    assert torch.equal(links.uv, expected.uv)
 
 
 def test_linking_many_points_to_many_views_takes_little_memory():
@@ -169,7 +199,7 @@ def test_linking_many_points_to_many_views_takes_little_memory():
         import resource, torch
         from fusion import link_views
         torch.set_num_threads(1)
-        points = torch.rand(300_000, 3)[torch.rand(300_000).argsort()]  # in no order: no chunk can be left out
+        points = torch.rand(300_000, 3)[torch.rand(300_000).argsort()]
         pose = torch.eye(4).repeat(200, 1, 1)
         pose[:, 2, 3] = 1
         intrinsics = torch.tensor([[4., 0, 31.5], [0, 4., 23.5], [0, 0, 1]]).repeat(200, 1, 1)
