@@ -17,22 +17,15 @@ def flip(coord, normal, rng):
 
 
 def rotate(coord, normal, rng):
-    """Turn about z by any angle, about x and y by up to pi / 64. scipy's Rotation rounds other last bits: no run of
-    before would repeat."""
+    """Turn about x and y by up to pi / 64, about z by any angle. scipy's Rotation would round to other last bits."""
     turn = np.eye(3)
-    for axis, limit in ((0, np.pi / 64), (1, np.pi / 64), (2, np.pi)):
-        angle = rng.uniform(-limit, limit)
-        c, s, (i, j) = np.cos(angle), np.sin(angle), [a for a in range(3) if a != axis]
-        single = np.eye(3)
+    for limit, i, j in ((np.pi / 64, 1, 2), (np.pi / 64, 0, 2), (np.pi, 0, 1)):  # in the plane of axes i and j
+        angle, single = rng.uniform(-limit, limit), np.eye(3)
+        c, s = np.cos(angle), np.sin(angle)
         single[[i, i, j, j], [i, j, i, j]] = c, -s, s, c
         turn = single @ turn
     turn = turn.T.astype(np.float32)
     return coord @ turn, normal @ turn
-
-
-def scale(coord, rng):
-    """Scale by 0.9 to 1.1."""
-    return coord * np.float32(rng.uniform(0.9, 1.1))
 
 
 def elastic(coord, rng, spacing, magnitude):
@@ -47,16 +40,10 @@ def elastic(coord, rng, spacing, magnitude):
     return coord + np.float32(magnitude) * np.stack(shift, 1)
 
 
-def jitter(coord, rng):
-    """5 mm of noise on every point."""
-    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32)
-
-
 def recolor(color, rng):
     """Colours (N, 3) f32 0..255: auto-contrast with probability 0.2, one shift of all by up to 5 %, noise of 5 %."""
     if rng.random() < 0.2:
-        low, high = color.min(0), color.max(0)
-        blend = np.float32(rng.random())
+        low, high, blend = color.min(0), color.max(0), np.float32(rng.random())
         color = (1 - blend) * color + blend * (color - low) * (255 / np.maximum(high - low, 1))
     color = color + rng.uniform(-1, 1, 3).astype(np.float32) * np.float32(0.05 * 255)
     color = color + np.float32(0.05 * 255) * rng.standard_normal(color.shape, np.float32)
@@ -64,17 +51,18 @@ def recolor(color, rng):
 
 
 def augment_points(coord, normal, rng):
-    """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
+    """All of the geometry: flipped, turned, scaled by 0.9 to 1.1, warped with probability 0.5, 5 mm of noise on each
+    point. (N, 3), (N, 3) -> the same; the caller keeps the old coord for projection."""
     extent = np.ptp(coord, axis=0).astype(np.float64)
     if np.prod(extent / 0.2 + 3) > MAX_WARP_CELLS:
-        size = " x ".join(f"{e:.0f}" for e in extent)
+        size = " x ".join(f"{edge:.0f}" for edge in extent)
         raise ValueError(f"the points span {size} m, too much to warp in 0.2 m cells; check the units (metres) and "
                          "outliers, or cut the scene into parts")
     coord, normal = rotate(*flip(coord, normal, rng), rng)
-    coord = scale(coord, rng)
+    coord = coord * np.float32(rng.uniform(0.9, 1.1))
     if rng.random() < 0.5:
         coord = elastic(elastic(coord, rng, 0.2, 0.4), rng, 0.8, 1.6)
-    return jitter(coord, rng), normal
+    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32), normal
 
 
 def augment_images(image, rng):

@@ -1,7 +1,4 @@
-"""Pictures of a scan: colours of classes and instances, a look into the room from above.
-
-Axes: N points, H, W image size.
-"""
+"""Pictures of a scan: colours of classes and instances, a look into the room from above. N points, H, W image size."""
 
 import numpy as np
 
@@ -35,65 +32,45 @@ def instance_colors(instance, like=None):
 def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
     """Look into a room from above, as into a doll's house: surfaces that turn away from the viewer are left out.
 
-    Orthographic; every point is a small square, the nearest one wins.
-
-    Args:
-        coord, normal: (N, 3) metres and unit.  color: (N, 3) u8.  size: (W, H).  azimuth, elevation: degrees.
-
-    Returns:
-        (H, W, 3) u8 on white.
+    coord, normal: (N, 3) metres and unit.  color: (N, 3) u8.  size: (W, H).  azimuth, elevation: degrees.
+    Returns (H, W, 3) u8 on white. Orthographic; every point is a small square, the nearest one wins.
     """
     width, height = size
     az, el = np.radians([azimuth, elevation])
     toward = np.array([np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)])  # scene -> viewer
     right = np.array([-np.sin(az), np.cos(az), 0])
     up = np.cross(toward, right)
-    facing = normal @ toward
-    front = (facing > 0) | (np.abs(normal).sum(1) == 0)
+    front = (normal @ toward > 0) | (np.abs(normal).sum(1) == 0)
     shade = 0.7 + 0.3 * np.clip(normal @ (0.5 * toward + 0.4 * up + 0.6 * right), 0, 1)
-    x, y, near = coord @ right, coord @ up, coord @ toward
+    x, y = coord @ right, coord @ up
     span = max(np.ptp(x) / width, np.ptp(y) / height, 1e-6) * 1.04  # metres a pixel
     column = (x - (x.max() + x.min()) / 2)[front] / span + width / 2
     row = height / 2 - (y - (y.max() + y.min()) / 2)[front] / span
     square = int(np.clip(round(2.0 * (width * height / max(1, front.sum())) ** 0.5), 1, 9))
-    offsets = np.stack(np.meshgrid(*2 * [np.arange(square) - square // 2]), -1).reshape(-1, 2)
-    order = np.argsort(near[front], kind="stable")  # far to near: the last one written stays
-    paint = (color[front] * shade[front, None]).astype(np.uint8)[order]
-    pixels = np.stack([column, row], 1).astype(int)[order]
-    depth = np.full((height, width), -np.inf)
-    image = np.full((height, width, 3), 255, np.uint8)
-    for offset in offsets:
-        c, r = (pixels + offset).T
-        inside = (c >= 0) & (c < width) & (r >= 0) & (r < height)
-        c, r, z = c[inside], r[inside], near[front][order][inside]
-        win = z >= depth[r, c]
-        c, r, z = c[win], r[win], z[win]
-        depth[r, c] = z  # within one offset the order makes the nearest the last
-        image[r, c] = paint[inside][win]
-    return image
+    offsets = np.stack(np.meshgrid(*2 * [np.arange(square) - square // 2 + 4]), -1).reshape(-1, 2)
+    order = np.argsort((coord @ toward)[front], kind="stable")  # far to near: what is painted last stays
+    c, r = (np.stack([column, row], 1).astype(int)[order, None] + offsets).reshape(-1, 2).T  # pixels of all squares
+    image = np.full((height + 8, width + 8, 3), 255, np.uint8)  # with room for half a square on each side
+    image[r, c] = (color[front] * shade[front, None]).astype(np.uint8)[order].repeat(len(offsets), 0)
+    return image[4:-4, 4:-4]
 
 
 def draw(path, scene, labels, instance, true_instance, title):
     """One picture: input colours, classes, instances, below them the ground truth where there is one; and a legend.
 
-    Args:
-        scene:  dict with coord, normal, color and segment (or None) of N points.
-        labels: (N,) class index.  instance, true_instance: (N,), 0 = none.
+    scene: dict with coord, normal, color and segment (or None).  labels, instance, true_instance: (N,), as predict.py.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: it takes a second
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not at the top: it takes a second
     from matplotlib.patches import Patch
 
-    rows = [[("input colours", scene["color"]), ("classes", class_colors(labels)),
-             ("instances", instance_colors(instance, true_instance))]]
-    shown = set(labels.tolist())
+    panels, shown = [("input colours", scene["color"])], set(labels.tolist())
+    panels += [("classes", class_colors(labels)), ("instances", instance_colors(instance, true_instance))]
     if scene["segment"] is not None:
-        rows.append([None, ("classes, ground truth", class_colors(scene["segment"])),
-                     ("instances, ground truth", instance_colors(true_instance))])
+        panels += [None, ("classes, ground truth", class_colors(scene["segment"])),
+                   ("instances, ground truth", instance_colors(true_instance))]
         shown |= set(scene["segment"].tolist())
-    figure = Figure(figsize=(16.2, 5.3 * len(rows)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, panel in zip(figure.subplots(len(rows), 3, squeeze=False).flat, [*rows[0], *(rows[1] if len(rows) > 1 else ())]):
+    figure = Figure(figsize=(16.2, 5.3 * len(panels) / 3), dpi=100, layout="constrained")
+    for axis, panel in zip(figure.subplots(len(panels) // 3, 3, squeeze=False).flat, panels):
         axis.axis("off")
         if panel:
             axis.imshow(render(scene["coord"], scene["normal"], panel[1]))

@@ -1,5 +1,4 @@
-"""Points of a scan: voxels, and what a scan may lack, normals and superpoints. Needs NumPy and SciPy, and no other file
-of this project.
+"""Points of a scan: voxels, normals, superpoints. Needs NumPy and SciPy, and no other file of this project.
 
 Axes: N points, M voxels, F triangles, C channels, S superpoints.
 """
@@ -44,10 +43,8 @@ def voxel_means(values, point_to_voxel, num_voxels):
 
 
 def voxel_majority(labels, point_to_voxel, num_voxels, num_classes):
-    """(N,) -> (M,) int64: the most frequent label among a voxel's labelled points (the lowest on a tie).
-
-    IGNORE only where no point of the voxel is labelled.
-    """
+    """(N,) -> (M,) int64: the most frequent label among a voxel's labelled points, the lowest on a tie; IGNORE where no
+    point of it is labelled."""
     labelled = labels != IGNORE
     key = point_to_voxel[labelled] * num_classes + labels[labelled]
     votes = np.bincount(key, minlength=num_voxels * num_classes).reshape(num_voxels, num_classes)
@@ -64,9 +61,8 @@ def vertex_normals(coord, faces):
 
 
 def estimate_normals(coord, neighbours=12, chunk=50_000):
-    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; turned to where
-    a room is seen from: up on level surfaces (down in the top tenth of the height, a ceiling), else to the middle. Zero
-    where it is not defined."""
+    """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; 0 in a scan of one or two.
+    Turned to where a room is seen from: up on level surfaces (down in the top tenth of height), else to the middle."""
     tree, middle = cKDTree(coord), coord.mean(0)
     ceiling = coord[:, 2].min() + 0.9 * np.ptp(coord[:, 2])
     k = min(neighbours, len(coord))
@@ -75,8 +71,7 @@ def estimate_normals(coord, neighbours=12, chunk=50_000):
         part = coord[start : start + chunk]
         near = coord[tree.query(part, k)[1]].astype(np.float64)  # (n, k, 3)
         near -= near.mean(1, keepdims=True)
-        axes = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1]  # ascending spread
-        out = axes[:, :, 0]
+        out = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1][:, :, 0]  # the axis of least spread
         inward = np.einsum("nc,nc->n", out[:, :2], (middle - part)[:, :2])
         upward = np.where(part[:, 2] > ceiling, -out[:, 2], out[:, 2])
         away = np.where(np.abs(out[:, 2]) > 0.5, upward, inward) < 0
@@ -85,19 +80,15 @@ def estimate_normals(coord, neighbours=12, chunk=50_000):
 
 
 def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8, cell=1.0, smallest=20):
-    """Over-segment a scan from its points alone: no mesh, no compiled extension.
+    """Superpoints of a scan from its points alone, coord, normal (N, 3) float, metres and unit: (N,) int64, 0..S-1.
 
     Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
     neither point off the other's tangent plane), cut at a coarse grid so that a wall is not one piece, tiny ones given
     to the nearest larger one.
 
     Args:
-        coord, normal: (N, 3) float, metres and unit.
-        angle:  degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
-        cell:   metres, edge of the coarse grid.  smallest: points below which a piece is merged.
-
-    Returns:
-        (N,) int64, ids 0..S-1.
+        angle: degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
+        cell:  metres, edge of the coarse grid.  smallest: points below which a piece is merged.
     """
     n, k = len(coord), min(neighbours + 1, len(coord))
     distance, near = (a.reshape(n, k) for a in cKDTree(coord).query(coord, k))
@@ -109,22 +100,17 @@ def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8
     keep = smooth & (off < offset) & (distance.ravel() <= reach)
     graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(n, n))
     piece = connected_components(graph, directed=False)[1]
-    corner = ((coord - coord.min(0)) // cell).astype(np.int64)
-    piece = np.unique(np.column_stack([piece, corner]), axis=0, return_inverse=True)[1].ravel()
+    piece = np.unique(piece.astype(np.int64) * n + voxelise(coord, cell)[1], return_inverse=True)[1]
     large = np.bincount(piece)[piece] >= smallest
     if large.any() and not large.all():
         piece[~large] = piece[large][cKDTree(coord[large]).query(coord[~large])[1]]
-    return np.unique(piece, return_inverse=True)[1].ravel().astype(np.int64)
+    return np.unique(piece, return_inverse=True)[1]
 
 
 def complete(scene):
-    """Fill in what a scan lacks: normals, by its faces where it has some, and superpoints.
+    """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed.
 
-    Args:
-        scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
-
-    Returns:
-        scene with both; list of str, what was computed.
+    scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
     """
     coord, normal, superpoint, notes = scene["coord"], scene["normal"], scene["superpoint"], []
     cells, point_to_cell, edge = coord, slice(None), 0.02
