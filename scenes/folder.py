@@ -6,12 +6,10 @@
       color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
       intrinsic/intrinsic_color.txt
 
-This is the layout of a ScanNet prepared by Pointcept, plus frames as ScanNet exports them. `read_scan` also takes a
-.ply (points or mesh, ascii or binary), a .npy of points (N, 3) or with colours (N, 6), an .npz with names of ARRAYS,
-and a folder with one of these and frames. No reader runs code that a file may hold. A damaged file is one ValueError
-with the file, what was expected and what was found.
-
-Axes: N points, F triangles, V views, S superpoints, H, W image size.
+This is Pointcept's layout of ScanNet with frames as ScanNet has them. `read_scan` also takes a .ply (points or mesh,
+ascii or binary), a .npy of points (N, 3) or with colours (N, 6), an .npz with names of ARRAYS, and a folder with one of
+these and frames. No reader runs code that a file may hold. A damaged file is one ValueError with the file, what was
+expected and what was found. Axes: N points, F triangles, V views, S superpoints, H, W image size.
 """
 
 import functools
@@ -77,8 +75,7 @@ def _finite(path, what, values):
     """The values (N, 3), of one point or more, all finite."""
     if len(values) == 0:
         raise fault(path, "at least one point", "none")
-    broken = int((~np.isfinite(values)).any(1).sum())
-    if broken:
+    if broken := int((~np.isfinite(values)).any(1).sum()):
         raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove these points")
     return values
 
@@ -100,18 +97,12 @@ def _unit(normal):
     return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ scans of a file
-
-
 def read_ply(path):
     """Read the points and triangles of a .ply. Polygons are cut into triangles.
 
-    Returns:
-        dict: coord (N, 3) of the file's type, f32 or f64 as a rule; color (N, 3) u8, normal (N, 3) f32 unit, label (N,)
-        i32, faces (F, 3) integer; each of the last four is None where the file has none.
-
-    Raises:
-        FileNotFoundError; ValueError: no .ply, a damaged one, coordinates that are not finite, colours out of range.
+    Returns a dict: coord (N, 3) of the file's type, f32 or f64 as a rule; color (N, 3) u8, normal (N, 3) f32 unit,
+    label (N,) i32, faces (F, 3) integer; each of the last four is None where the file has none.
+    Raises ValueError: no .ply, a damaged one, coordinates that are not finite, colours out of range.
     """
     with open(path, "rb") as file:
         head, end, _ = file.read(2**16).partition(b"end_header")
@@ -144,11 +135,9 @@ def _triangles(path, polygons, vertices):
         faces = np.array(polygons, polygons.dtype.newbyteorder("="))
     else:
         faces = np.array([(p[0], *pair) for p in map(np.ndarray.tolist, polygons) for pair in zip(p[1:-1], p[2:])])
-    if len(faces) == 0:
-        return None
-    if faces.dtype.kind == "f" or faces.min() < 0 or faces.max() >= vertices:
+    if len(faces) and (faces.dtype.kind == "f" or faces.min() < 0 or faces.max() >= vertices):
         raise fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
-    return faces
+    return faces if len(faces) else None
 
 
 def _read_arrays(path):
@@ -171,31 +160,25 @@ def _points(path, raw):
             "normal": _unit(raw["normal"]) if "normal" in raw else None}
 
 
-READERS = {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
-
-
 def read_scan(path):
     """Read a scan of any of the forms named at the top of this file.
 
-    Returns:
-        scene: dict as `load_scene`, with faces (F, 3) or None for a .ply; color is grey where the file has none.
-               Coordinates beyond 10 km are shifted by origin (3,) f64, else 0: coord + origin is what the file holds.
-        notes: list of str, what was missing or odd and what was done about it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_scene` and `read_ply`; a path that holds no scan.
+    Returns a dict as `load_scene`, and a list of str, what was missing or odd and what was done about it. A .ply adds
+    faces (F, 3) or None. Color is grey where the file has none. Coordinates beyond 10 km are shifted by origin (3,)
+    f64, else 0: coord + origin is what the file holds.
+    Raises FileNotFoundError: a path that holds no scan; ValueError: as `load_scene` and `read_ply`.
     """
-    path, notes = Path(path), []
+    path, notes, readers = Path(path), [], {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
     if (path / "coord.npy").is_file():
         scene = load_scene(path) | {"origin": np.zeros(3)}
     else:
         files = path.iterdir() if path.is_dir() else [path]
-        files = [file for file in files if file.suffix.lower() in READERS and file.is_file()]
+        files = [file for file in files if file.suffix.lower() in readers and file.is_file()]
         if len(files) != 1:
             raise FileNotFoundError(f"{path}: expected a scene folder with coord.npy, a .ply, .npy or .npz of points, "
                                     f"or a folder with one such file and frames, found {len(files)} such files")
         kind = files[0].suffix.lower()
-        scene = dict.fromkeys(SCENE) | READERS[kind](files[0]) | {"name": path.stem}
+        scene = dict.fromkeys(SCENE) | readers[kind](files[0]) | {"name": path.stem}
         scene["frame_ids"], scene["frames_skipped"] = usable_frames(path)
         far = np.abs(scene["coord"]).max() > 1e4  # metres, where f32 is too coarse
         scene["origin"] = np.floor(scene["coord"].min(0).astype(np.float64)) if far else np.zeros(3)
@@ -205,31 +188,20 @@ def read_scan(path):
             notes.append("no colours: taken as grey")
         elif kind == ".npy":
             notes.append("columns 4 to 6 taken as colours")
-    size = np.ptp(scene["coord"], axis=0).max()
-    if size > 100:
-        notes.append(f"{size:.0f} m long: are the units metres?")
-    if scene["frames_skipped"]:
-        notes.append(f"{scene['frames_skipped']} frames skipped: their pose is not finite or not rigid")
-    if not scene["frame_ids"]:
-        notes.append("no frames: 3D only")
-    return scene, notes
-
-
-# ---------------------------------------------------------------------------------------------------- the scene folder
+    size, skipped = np.ptp(scene["coord"], axis=0).max(), scene["frames_skipped"]
+    odd = {f"{size:.0f} m long: are the units metres?": size > 100,
+           f"{skipped} frames skipped: their pose is not finite or not rigid": skipped,
+           "no frames: 3D only": not scene["frame_ids"]}
+    return scene, notes + [note for note, holds in odd.items() if holds]
 
 
 def load_scene(folder):
     """Read one scene folder, frames apart.
 
-    Returns:
-        dict: name str, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,) int64
-        and superpoint (N,) int64 0..S-1, each None where the folder has none; frame_ids list of int in numeric order
-        (frames with image, depth and a usable pose), frames_skipped int (pose not finite or not rigid).
-
-    Raises:
-        FileNotFoundError: no coord.npy or no color.npy.
-        ValueError: a file that is truncated or of another shape, lengths that differ, labels or colours out of range,
-            coordinates that are not finite.
+    Returns a dict: name str, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
+    int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; frame_ids, frames_skipped of
+    `usable_frames`. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of
+    another shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{'segment20' if key == 'segment' else key}.npy" for key in SCENE}
@@ -239,10 +211,9 @@ def load_scene(folder):
     scene["normal"] = _unit(_read_array(file["normal"], (n, 3))) if file["normal"].is_file() else None
     for key in ("segment", "instance", "superpoint"):
         scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None
-    if scene["segment"] is not None:
-        low, high = scene["segment"].min(), scene["segment"].max()
-        if low < IGNORE or high >= NUM_CLASSES:
-            raise fault(file["segment"], f"labels {IGNORE}..{NUM_CLASSES - 1}", f"{low}..{high}")
+    labels = scene["segment"]
+    if labels is not None and (labels.min() < IGNORE or labels.max() >= NUM_CLASSES):
+        raise fault(file["segment"], f"labels {IGNORE}..{NUM_CLASSES - 1}", f"{labels.min()}..{labels.max()}")
     if scene["superpoint"] is not None:
         scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1]
     scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
@@ -256,7 +227,7 @@ def frame_files(folder, frame):
 
 
 def usable_frames(folder):
-    """Ids of the frames with all three files and a finite, rigid pose, in numeric order; number of those without."""
+    """Ids (list of int, ascending) of the frames with image, depth and a finite, rigid pose; number of all others."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
     usable = []
@@ -273,43 +244,33 @@ def usable_frames(folder):
 
 
 def load_frames(folder, frame_ids, image_size, colors=True):
-    """Read frames, resized to one size, with intrinsics to match.
+    """Read frames (list of int), resized to image_size (W, H), with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
-    resized to image_size. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
+    resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
 
-    Args:
-        folder: scene folder.  frame_ids: list of int.  image_size: (W, H).
-        colors: False leaves the image out, (V, 3, 0, 0), where maps of the tower stand in for it.
-
-    Returns:
-        dict: image (V, 3, H, W) u8, depth (V, H, W) f32 metres (0 = no reading), world_to_camera (V, 4, 4) f32,
-        intrinsics (V, 3, 3) f32 for image_size.
-
-    Raises:
-        ValueError: an image or a matrix that cannot be read; the message names the file.
+    Returns a dict: image (V, 3, H, W) u8, (V, 3, 0, 0) with colors False, where maps of the tower stand in for it;
+    depth (V, H, W) f32 metres, 0 = no reading; world_to_camera (V, 4, 4), intrinsics (V, 3, 3) f32 for image_size.
+    Raises ValueError: an image or a matrix that cannot be read.
     """
     folder, (width, height), v = Path(folder), image_size, len(frame_ids)
-    frames = {"image": np.zeros((v, 3, height * colors, width * colors), np.uint8),
-              "depth": np.zeros((v, height, width), np.float32),
-              "world_to_camera": np.tile(np.eye(4, dtype=np.float32), (v, 1, 1)),
-              "intrinsics": np.zeros((v, 3, 3), np.float32)}
     camera_file = folder / "intrinsic" / "intrinsic_color.txt"
     camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)
+    frames = {"image": np.zeros((v, 3, height * colors, width * colors), np.uint8),
+              "depth": np.zeros((v, height, width), np.float32),
+              "world_to_camera": np.tile(np.eye(4, dtype=np.float32), (v, 1, 1)),
+              "intrinsics": np.tile(camera.astype(np.float32), (v, 1, 1))}
     for i, frame in enumerate(frame_ids):
         color_file, depth_file = frame_files(folder, frame)
-        color, size = _read_image(color_file, image_size, "RGB", Image.Resampling.BILINEAR, decode=colors)
-        depth, _ = _read_image(depth_file, image_size, None, Image.Resampling.NEAREST)
-        if colors:
-            frames["image"][i] = color.transpose(2, 0, 1)
-        frames["depth"][i] = depth.astype(np.float32) / 1000  # mm -> m
+        color, size = _read_image(color_file, image_size, "RGB", decode=colors)
+        frames["image"][i] = color.transpose(2, 0, 1)
+        frames["depth"][i] = _read_image(depth_file, image_size)[0].astype(np.float32) / 1000  # mm -> m
         pose = _read_matrix(folder / "pose" / f"{frame}.txt", 4)
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
         frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
         scale = np.array([width / size[0], height / size[1]])
-        frames["intrinsics"][i] = camera
         frames["intrinsics"][i, :2] *= scale[:, None]
         frames["intrinsics"][i, :2, 2] += 0.5 * scale - 0.5
     return frames
@@ -331,17 +292,18 @@ def _read_matrix(path, size):
     return _checked(path, matrix[:size, :size], (size, size))
 
 
-def _read_image(path, image_size, mode, resampling, decode=True):
-    """An image as an array of image_size (None without decode), and the (W, H) of the file."""
+def _read_image(path, image_size, mode=None, decode=True):
+    """An image of a mode, or one of 16 bit, as an array of image_size (0, 0, 3) without decode; its own (W, H)."""
     with _reading(path, "an image"), Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS starts Ghostscript
         size = image.size
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
         if not decode:
-            return None, size
+            return np.zeros((0, 0, 3), np.uint8), size
         if mode:
             image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
             image = image.convert(mode)
         elif image.mode not in ("I;16", "I"):
             raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
-        return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, resampling)), size
+        smooth = Image.Resampling.BILINEAR if mode else Image.Resampling.NEAREST  # depths are not mixed
+        return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, smooth)), size
