@@ -6,13 +6,11 @@ A room is a floor, four walls, furniture made of boxes and flat things on the wa
 sampled on the surfaces, frames are ray cast exactly, both with sensor-like noise. The same seed gives the same bytes,
 whatever the number of processes. Frame: metres, +z up, the room spans (0, 0, 0) to its size, without a ceiling.
 
-What the data can and cannot show: the rooms are BUILT so that images carry something which voxels cannot. The classes
-of one group in GROUPS (cabinet and bookshelf, table and desk, ...) share one shape and one colour distribution and
-differ only in a surface pattern (stripes, checks, dots) with a wavelength of 6 to 8 cm. All patterns have the same mean
-and variance, and the points' colours are smeared by COLOR_DRIFT, so a network that sees only points can find the group
-but has to guess within it; in the frames the pattern is plain to see. A gain of the image branch on these rooms shows
-that fusion works, not how much it would gain on real scans.
+The rooms are BUILT so that images carry something which voxels cannot: classes of one group in GROUPS differ only in a
+surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all patterns have one mean and variance. So a
+gain of the image branch here shows that fusion works, not how much it would gain on real scans.
 """
+
 import argparse
 import json
 import math
@@ -21,6 +19,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -31,12 +30,10 @@ from scenes.folder import CLASS_NAMES
 GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
 POINTS_PER_M2 = 1000
 POINT_NOISE = 0.003         # m, standard deviation on each axis
-COLOR_DRIFT = 0.03          # m; a point's colour is taken about so far from it, as pose drift smears real scans.
-                            # Without it the colours of 5 cm voxels give the pattern away, of 8 cm voxels in part
+COLOR_DRIFT = 0.03          # m, so far from a point its colour is taken, else 5 cm voxels give the pattern away
 COLOR_NOISE = 0.015         # standard deviation, colours in [0, 1]
 DROPPED_DEPTH = 0.03        # share of pixels without a reading
 FRAMES = 8
-PLACE_TRIES = 200           # for one piece of furniture
 VIEW_RANGE = 3.0            # m; frames are chosen for what they see within it: patterns are resolved that far
 PATCH = 0.5                 # m, edge of a superpoint
 SPLITS = ("train", "val")
@@ -45,14 +42,10 @@ PATTERNS = ("stripes", "checks", "dots")
 CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
 
 
-# A shape turns its dimensions, drawn from the ranges in GROUPS, into (list of boxes (2, 3): centre and half size;
-# footprint width, depth; low z, high z), metres, in the piece's own frame: origin on the floor in the middle of the
-# footprint, +y is the back, z up.
 
 def _box(x, y, z):
-    """A box from three (low, high) intervals; a number is the width about 0."""
-    low, high = np.array([i if isinstance(i, tuple) else (-i / 2, i / 2) for i in (x, y, z)]).T
-    return np.stack([(low + high) / 2, (high - low) / 2])
+    """Low and high corner (2, 3) of a box from three (low, high) intervals; a number is the width about 0."""
+    return np.array([i if isinstance(i, tuple) else (-i / 2, i / 2) for i in (x, y, z)]).T
 
 
 def _legs(w, d, height, thick=0.05):
@@ -61,38 +54,27 @@ def _legs(w, d, height, thick=0.05):
     return [_box(x, y, (0, height)) for x in sides[0] for y in sides[1]]
 
 
-def _block(w, d, height):
-    return [_box(w, d, (0, height))], w, d, 0.0, height
-
-
-def _slab_with_back(w, d, seat, back, thick):
-    return [_box(w, (-d / 2, d / 2 - thick), (0, seat)), _box(w, (d / 2 - thick, d / 2), (0, back))], w, d, 0.0, back
-
-
-def _tabletop(w, d, height):
-    return [_box(w, d, (height - 0.05, height)), *_legs(w, d, height - 0.05)], w, d, 0.0, height
-
-
-def _chair(w, seat, top):
-    back = _box(w, (w / 2 - 0.06, w / 2), (seat, top))
-    return [_box(w, w, (seat - 0.06, seat)), back, *_legs(w, w, seat - 0.06)], w, w, 0.0, top
-
-
-def _panel(w, thick, low, high):
-    return [_box(w, thick, (low, high))], w, thick, low, high
-
-
-# (class names, where it stands, shape, ranges of its arguments): the i-th class of a group wears PATTERNS[i]
+# dimensions, metres -> boxes in the piece's own frame: origin on the floor in the middle of it, +y is the back, z up
+SHAPES = {
+    "block": lambda w, d, height: [_box(w, d, (0, height))],
+    "panel": lambda w, thick, low, high: [_box(w, thick, (low, high))],
+    "slab with back": lambda w, d, seat, back, thick: [
+        _box(w, (-d / 2, d / 2 - thick), (0, seat)), _box(w, (d / 2 - thick, d / 2), (0, back))],
+    "tabletop": lambda w, d, height: [_box(w, d, (height - 0.05, height)), *_legs(w, d, height - 0.05)],
+    "chair": lambda w, seat, top: [
+        _box(w, w, (seat - 0.06, seat)), _box(w, (w / 2 - 0.06, w / 2), (seat, top)), *_legs(w, w, seat - 0.06)],
+}
+# (class names, where it stands, shape, ranges of its dimensions): the i-th class of a group wears PATTERNS[i]
 GROUPS = (
-    (("cabinet", "bookshelf"), "wall", _block, ((0.7, 1.1), (0.3, 0.45), (1.5, 2.0))),
-    (("refrigerator", "otherfurniture"), "wall", _block, ((0.5, 0.7), (0.5, 0.65), (0.9, 1.3))),
-    (("counter", "bathtub"), "wall", _block, ((1.2, 1.6), (0.55, 0.7), (0.55, 0.8))),
-    (("bed", "sofa"), "wall", _slab_with_back, ((1.4, 1.8), (0.85, 1.05), (0.38, 0.46), (0.75, 0.95), (0.12, 0.2))),
-    (("toilet", "sink"), "wall", _slab_with_back, ((0.4, 0.52), (0.5, 0.62), (0.4, 0.5), (0.75, 0.9), (0.14, 0.2))),
-    (("table", "desk"), "free", _tabletop, ((0.9, 1.4), (0.6, 0.8), (0.68, 0.78))),
-    (("chair",), "free", _chair, ((0.42, 0.52), (0.42, 0.48), (0.85, 1.0))),
-    (("door", "curtain", "shower curtain"), "flat", _panel, ((0.8, 1.1), (0.03, 0.06), (0.0, 0.0), (1.95, 2.1))),
-    (("window", "picture"), "flat", _panel, ((0.7, 1.1), (0.03, 0.06), (1.0, 1.15), (1.75, 2.0))),
+    (("cabinet", "bookshelf"), "wall", "block", ((0.7, 1.1), (0.3, 0.45), (1.5, 2.0))),
+    (("refrigerator", "otherfurniture"), "wall", "block", ((0.5, 0.7), (0.5, 0.65), (0.9, 1.3))),
+    (("counter", "bathtub"), "wall", "block", ((1.2, 1.6), (0.55, 0.7), (0.55, 0.8))),
+    (("bed", "sofa"), "wall", "slab with back", ((1.4, 1.8), (0.85, 1.05), (0.38, 0.46), (0.75, 0.95), (0.12, 0.2))),
+    (("toilet", "sink"), "wall", "slab with back", ((0.4, 0.52), (0.5, 0.62), (0.4, 0.5), (0.75, 0.9), (0.14, 0.2))),
+    (("table", "desk"), "free", "tabletop", ((0.9, 1.4), (0.6, 0.8), (0.68, 0.78))),
+    (("chair",), "free", "chair", ((0.42, 0.52), (0.42, 0.48), (0.85, 1.0))),
+    (("door", "curtain", "shower curtain"), "flat", "panel", ((0.8, 1.1), (0.03, 0.06), (0.0, 0.0), (1.95, 2.1))),
+    (("window", "picture"), "flat", "panel", ((0.7, 1.1), (0.03, 0.06), (1.0, 1.15), (1.75, 2.0))),
 )
 CLASSES = {name: (place, shape, ranges, pattern if len(names) > 1 else None)
            for names, place, shape, ranges in GROUPS for pattern, name in enumerate(names)}
@@ -118,19 +100,19 @@ def _turn(vectors, yaw):
 
 
 def _footprints_overlap(a, b, margin):
-    """Whether two upright boxes (x, y, half width, half depth, yaw, low z, high z) come closer than `margin`."""
-    if min(a[6], b[6]) <= max(a[5], b[5]):
-        return False
-    for angle in (a[4], a[4] + math.pi / 2, b[4], b[4] + math.pi / 2):      # is one of these a separating axis?
-        reach = sum(w * abs(math.cos(yaw - angle)) + d * abs(math.sin(yaw - angle)) for _, _, w, d, yaw, *_ in (a, b))
-        if abs((b[0] - a[0]) * math.cos(angle) + (b[1] - a[1]) * math.sin(angle)) >= margin + reach:
-            return False
-    return True
+    """Whether two upright boxes (x, y, yaw, half width, half depth, low z, high z) come closer than `margin`."""
+    def close(angle):                 # along this axis
+        reach = sum(w * abs(math.cos(yaw - angle)) + d * abs(math.sin(yaw - angle)) for _, _, yaw, w, d, *_ in (a, b))
+        return abs((b[0] - a[0]) * math.cos(angle) + (b[1] - a[1]) * math.sin(angle)) < margin + reach
+
+    axes = (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2)
+    return min(a[6], b[6]) > max(a[5], b[5]) and all(map(close, axes))
 
 
-def _try_place(rng, size, place, width, depth, z0, z1, taken):
-    """A free (x, y, yaw) for a piece and the upright box it keeps clear, or None if none turns up."""
-    for _ in range(PLACE_TRIES):
+def _try_place(rng, size, place, parts, taken):
+    """The upright box that a piece of these parts keeps clear at a free place, or None if none turns up."""
+    (width, depth, _), z = np.ptp(parts, axis=(0, 1)), parts[..., 2]
+    for _ in range(200):
         if place == "free":
             yaw = rng.uniform(-math.pi, math.pi)
             c, s = abs(math.cos(yaw)), abs(math.sin(yaw))
@@ -142,53 +124,50 @@ def _try_place(rng, size, place, width, depth, z0, z1, taken):
             off = size[1 - wall % 2] - depth / 2 if wall in (0, 3) else depth / 2
             (x, y), yaw = ((along, off), (off, along))[wall % 2], wall * math.pi / 2
         clear = 0.4 if place == "flat" else depth / 2     # nothing may stand close in front of a flat thing
-        keep = (x, y, width / 2, clear, yaw, z0, z1)
+        keep = (x, y, yaw, width / 2, clear, z.min(), z.max())
         if not any(_footprints_overlap(keep, other, 0.05) for other in taken):
-            return (x, y, yaw), keep
+            return keep
     return None
 
 
 def make_room(rng):
     """Furnish a room at random (rng: numpy Generator, the only source of chance).
 
-    Returns:
-        dict. Things: row 0 is the floor, row 1 the walls, then the pieces. Boxes: row 0 is the shell, floor and walls
-        seen from inside; then the parts of the pieces.
-            size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,)
-            index into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in
-            wavelengths; box_center, box_half (B, 3) m; box_yaw (B,) rad, turns the box's frame to the world's about z;
-            box_thing (B,) row of the thing (meaningless for the shell).
+    Returns a dict of things, of which row 0 is the floor, row 1 the walls and the others pieces, and of boxes, of which
+    row 0 is the shell, floor and walls seen from inside, and the others parts of pieces:
+        size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,) index
+        into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths;
+        box_center, box_half (B, 3) m; box_yaw (B,) rad, turns the box's frame to the world's about z; box_thing (B,)
+        row of the thing (meaningless for the shell).
     """
     def draw(name):
         _, shape, ranges, _ = CLASSES[name]
-        return name, shape(*(rng.uniform(*r) for r in ranges))
+        return name, np.array(SHAPES[shape](*(rng.uniform(*r) for r in ranges)))           # (P, 2, 3)
 
     size = np.array([rng.uniform(3.4, 4.5), rng.uniform(3.4, 4.5), 2.4])
     standing = [name for name, (place, *_) in CLASSES.items() if place != "flat"]
     flat = [name for name, (place, *_) in CLASSES.items() if place == "flat"]
     # drawn without replacement, so all classes occur about equally often
-    names = list(rng.permutation(standing)[:rng.integers(7, 11)])
+    names = rng.permutation(standing)[:rng.integers(7, 11)]
     panels = [*rng.permutation(flat), flat[rng.integers(len(flat))]]
     pieces = [draw(name) for name in panels[:rng.integers(3, 7)]]
-    pieces += sorted((draw(name) for name in names), key=lambda piece: -piece[1][1] * piece[1][2])  # large ones first
-    labels, patterns, taken = [FLOOR, WALL], [0, 0], []
-    boxes = [(*size / 2, *size / 2, 0.0, 0)]
-    for name, (parts, width, depth, z0, z1) in pieces:
-        found = _try_place(rng, size, CLASSES[name][0], width, depth, z0, z1, taken)
-        if found is None:             # a piece that finds no place is left out
+    pieces += sorted(map(draw, names), key=lambda piece: -np.ptp(piece[1], axis=(0, 1))[:2].prod())  # large ones first
+    things, boxes, taken = [(FLOOR, 0), (WALL, 0)], [(*size / 2, *size / 2, 0.0, 0)], []
+    for name, parts in pieces:
+        place, _, _, pattern = CLASSES[name]
+        keep = _try_place(rng, size, place, parts, taken)
+        if keep is None:              # a piece that finds no place is left out
             continue
-        (x, y, yaw), keep = found
         taken.append(keep)
-        for center, half in parts:
-            boxes.append((*(_turn(center[None], yaw)[0] + (x, y, 0)), *half, yaw, len(labels)))
-        labels.append(CLASS_NAMES.index(name))
-        pattern = CLASSES[name][3]      # None: alone in its group, wears any
-        patterns.append(int(rng.integers(len(PATTERNS))) if pattern is None else pattern)
-    boxes, count = np.array(boxes), len(labels)
+        x, y, yaw, *_ = keep
+        center, half = _turn(parts.mean(axis=1), yaw) + np.array((x, y, 0)), np.ptp(parts, axis=1) / 2
+        boxes += [(*row, yaw, len(things)) for row in np.hstack((center, half))]
+        pattern = rng.integers(len(PATTERNS)) if pattern is None else pattern             # alone in its group: any
+        things.append((CLASS_NAMES.index(name), pattern))
+    boxes, (label, pattern), n = np.array(boxes), np.array(things).T, len(things)
     return {
-        "size": size, "thing_label": np.array(labels), "thing_pattern": np.array(patterns),
-        "thing_color": rng.uniform(0.32, 0.68, (count, 3)),
-        "thing_wavelength": rng.uniform(0.06, 0.08, count), "thing_phase": rng.uniform(0, 1, (count, 2)),
+        "size": size, "thing_label": label, "thing_pattern": pattern, "thing_color": rng.uniform(0.32, 0.68, (n, 3)),
+        "thing_wavelength": rng.uniform(0.06, 0.08, n), "thing_phase": rng.uniform(0, 1, (n, 2)),
         "box_center": boxes[:, 0:3], "box_half": boxes[:, 3:6], "box_yaw": boxes[:, 6],
         "box_thing": boxes[:, 7].astype(int)}
 
@@ -200,15 +179,14 @@ def _to_box(room, box, points):
 
 def inside_boxes(room, points, margin=0.0):
     """(N,) bool, True where a point (N, 3) lies in any part of a piece, grown by `margin` metres on all sides."""
-    inside = np.zeros(len(points), dtype=bool)
-    for box in range(1, len(room["box_half"])):
-        inside |= (np.abs(_to_box(room, box, points)) < room["box_half"][box] + margin).all(axis=1)
-    return inside
+    inside = [(np.abs(_to_box(room, box, points)) < room["box_half"][box] + margin).all(axis=1)
+              for box in range(1, len(room["box_half"]))]
+    return np.any(inside, axis=0)
 
 
 def _surface(room, box, axis, local):
     """Row of the thing (N,) and colour (N, 3) at local (N, 3) in the frame of box (N,), on a face across axis (N,)."""
-    thing = np.where(box == 0, (axis != 2).astype(int), room["box_thing"][box])
+    thing = np.where(box == 0, axis != 2, room["box_thing"][box])
     rows = np.arange(len(axis))
     u, v = local[rows, np.array([1, 0, 0])[axis]], local[rows, np.array([2, 2, 1])[axis]]
     scale, phase = 1 / room["thing_wavelength"][thing], room["thing_phase"][thing]
@@ -219,38 +197,30 @@ def _surface(room, box, axis, local):
 def sample_points(room, rng):
     """Sample the surfaces of a room (as from make_room) that can be seen from inside it.
 
-    Left out: faces that look down, and points whose position 1 cm in front of the surface is not free (a face on the
-    floor, against a wall or against another box; a wall behind a cabinet).
+    Left out: faces that look down, and points where 1 cm in front of the surface is not free (a wall behind a cabinet).
 
-    Returns:
-        dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room;
-        segment20 (N,) int32; instance (N,) int32, -1 for walls and floor; superpoint (N,) int32, 0..S-1, a patch of
-        about PATCH on one face.
+    Returns a dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room;
+    segment20 (N,) int32; instance (N,) int32, -1 for walls and floor; superpoint (N,) int32, 0..S-1, a patch of about
+    PATCH on one face.
     """
     half, yaw = room["box_half"], room["box_yaw"]
-    box, axis = np.divmod(np.arange(6 * len(half)) // 2, 3)                      # of each face
-    sign = np.tile((-1, 1), 3 * len(half))
-    inward = np.where(box == 0, -1, 1)                                           # the shell is seen from inside
-    area = 4 * half[box].prod(axis=1) / half[box, axis] * ~((axis == 2) & (sign * inward < 0))
+    box, axis, sign = (a.ravel() for a in np.meshgrid(np.arange(len(half)), (0, 1, 2), (-1, 1), indexing="ij"))
+    facing = np.where(box == 0, -sign, sign)                                     # the shell is seen from inside
+    area = 4 * half[box].prod(axis=1) / half[box, axis] * ((axis != 2) | (facing > 0))
     face = np.repeat(np.arange(len(box)), np.round(area * POINTS_PER_M2).astype(int))
-    box, axis, sign, inward = box[face], axis[face], sign[face], inward[face]    # of each point
-    rows = np.arange(len(face))
-    unit = rng.uniform(-1, 1, (len(face), 3))                                    # place in the box, faces at -1 and 1
-    unit[rows, axis] = sign
-    normal = np.zeros_like(unit)
-    normal[rows, axis] = sign * inward
-    normal = _turn(normal, yaw[box])
+    box, axis, sign, facing = (a[face] for a in (box, axis, sign, facing))       # of each face -> of each point
+    across = np.eye(3)[axis]                                                     # (N, 3)
+    unit = np.where(across > 0, sign[:, None], rng.uniform(-1, 1, across.shape))  # in the box, -1 to 1
+    normal = _turn(across * facing[:, None], yaw[box])
     coord = _turn(unit * half[box], yaw[box]) + room["box_center"][box]
     front = coord + 0.01 * normal
     free = ((front > 0) & (front < room["size"])).all(axis=1) & ~inside_boxes(room, front)
     order = rng.permutation(np.flatnonzero(free))
-    box, axis, sign, unit, coord, normal = (a[order] for a in (box, axis, sign, unit, coord, normal))
-    drift = rng.normal(0, COLOR_DRIFT, unit.shape)
-    thing, color = _surface(room, box, axis, unit * half[box] + drift)
+    box, axis, sign, across, unit, coord, normal = (a[order] for a in (box, axis, sign, across, unit, coord, normal))
+    thing, color = _surface(room, box, axis, unit * half[box] + rng.normal(0, COLOR_DRIFT, unit.shape))
     # superpoints: equal patches of each face; a leg, thin in two directions, is one patch
-    patches = np.maximum(1, np.round(2 * half[box] / PATCH))
+    patches = np.where(across > 0, 1, np.maximum(1, np.round(2 * half[box] / PATCH)))
     patch = np.minimum(np.floor((unit + 1) / 2 * patches), patches - 1).astype(int)
-    patch[np.arange(len(axis)), axis] = 0
     side = np.where(np.median(half, axis=1)[box] < 0.05, 0, 1 + 2 * axis + (sign > 0))
     key = np.ravel_multi_index((box, side, *patch.T), (len(half), 7, *patch.max(axis=0) + 1))
     normal = normal + rng.normal(0, 0.05, normal.shape)
@@ -269,16 +239,12 @@ def _to_bytes(color):
 
 
 def cast_rays(room, origin, directions):
-    """First hit of each ray: exact, by the slab method in each box's own frame.
+    """First hit of each ray from origin (3,) m, inside the room and outside of all boxes, along directions (R, 3).
 
-    Args:
-        origin: (3,) m, inside the room and outside of all boxes.  directions: (R, 3) of any length.
+    Returns t (R,) f32, the hit is origin + t * direction, inf where the ray leaves through the open top; and box (R,)
+    int, row of the box hit, which is 0, the shell, also for a ray that hits nothing.
 
-    Returns:
-        t:   (R,) f32, the hit is origin + t * direction; inf where the ray leaves through the open top.
-        box: (R,) int, row of the box hit; 0, the shell, also for a ray that hits nothing.
-
-    Source: slab method, Kay & Kajiya (1986).
+    Source: slab method, in each box's own frame, Kay & Kajiya (1986).
     """
     t, hit = np.full(len(directions), np.inf, dtype=np.float32), np.zeros(len(directions), dtype=int)
     turned = {}                                                       # yaw -> directions (3, R) in frames so turned
@@ -291,10 +257,9 @@ def cast_rays(room, origin, directions):
         enter, leave = np.minimum(a, b).max(axis=0), np.maximum(a, b).min(axis=0)
         if box == 0:                                                  # the rays start inside; there is no ceiling
             t = np.where(origin[2] + leave * turned[yaw][2] > room["size"][2] - 1e-4, np.float32(np.inf), leave)
-            continue
-        nearer = (enter <= leave) & (enter > 0) & (enter < t)
-        t[nearer] = enter[nearer]
-        hit[nearer] = box
+        else:
+            nearer = (enter <= leave) & (enter > 0) & (enter < t)
+            t[nearer], hit[nearer] = enter[nearer], box
     return t, hit
 
 
@@ -310,8 +275,7 @@ def look(position, yaw, pitch):
     forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0])
     pose = np.eye(4)
-    pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    pose[:3, 3] = position
+    pose[:3] = np.stack([right, np.cross(forward, right), forward, position], axis=1)
     return pose
 
 
@@ -320,18 +284,12 @@ def choose_views(room, coord, intrinsics, image_size, rng):
 
     Greedy: out of 12 places x 12 directions x 2 pitches, always the view that shows most points not shown so far.
     """
-    size = room["size"]
-    places = rng.uniform((0.3, 0.3, 1.3), (size[0] - 0.3, size[1] - 0.3, 1.7), (400, 3))
-    for margin in (0.3, 0.15, 0.02):            # 0.02 leaves free space in any room
-        free = places[~inside_boxes(room, places, margin)][:12]
-        if len(free):
-            break
+    places = rng.uniform((0.3, 0.3, 1.3), (*room["size"][:2] - 0.3, 1.7), (400, 3))
     poses, shown = [], []
-    for place in free:
+    for place in places[~inside_boxes(room, places, 0.3)][:12]:     # the tall pieces of a room leave half of it free
         t, _ = cast_rays(room, place, coord - place)
         near = (t > 0.98) & (np.linalg.norm(coord - place, axis=1) < VIEW_RANGE)
-        start = rng.uniform(0, 2 * math.pi)
-        for yaw in start + np.arange(12) * math.pi / 6:
+        for yaw in rng.uniform(0, 2 * math.pi) + np.arange(12) * math.pi / 6:
             for pitch in (rng.uniform(0, 0.2), rng.uniform(0.3, 0.55)):
                 poses.append(look(place, yaw, pitch))
                 pixel = (coord - place) @ poses[-1][:3, :3] @ intrinsics.T       # (N, 3): u z, v z, z
@@ -348,33 +306,27 @@ def choose_views(room, coord, intrinsics, image_size, rng):
 def render(room, camera_to_world, intrinsics, image_size, rng=None):
     """Render one frame: colour from four rays a pixel, depth from the ray through the pixel's centre.
 
-    Args:
-        camera_to_world: (4, 4).  intrinsics: (3, 3), pixels.  image_size: (width, height).
-        rng: numpy Generator of exposure and noise; None renders without either.
+    camera_to_world: (4, 4); intrinsics: (3, 3), pixels; image_size: (width, height); rng: numpy Generator of exposure
+    and noise, None renders without either.
 
-    Returns:
-        color: (H, W, 3) uint8.  depth: (H, W) f32, metres along the camera's z, 0 where there is no reading.
+    Returns color (H, W, 3) u8; depth (H, W) f32, metres along the camera's z, 0 where there is no reading.
     """
-    width, height = image_size
-    origin, rotation = camera_to_world[:3, 3], camera_to_world[:3, :3]
+    (width, height), origin = image_size, camera_to_world[:3, 3]
     u, v = np.meshgrid(np.arange(width), np.arange(height))                                # (H, W)
     # the centre, then a rotated grid: four distinct rows and columns keep fine stripes from turning into moire
     offsets = ((0, 0), (-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
     pixels = np.stack([np.stack([u + du, v + dv, np.ones_like(u)], axis=-1) for du, dv in offsets])  # (5, H, W, 3)
-    rays = (pixels.reshape(-1, 3) @ np.linalg.inv(intrinsics).T) @ rotation.T              # z = 1: t is the depth
+    rays = (pixels.reshape(-1, 3) @ np.linalg.inv(intrinsics).T) @ camera_to_world[:3, :3].T   # z = 1: t is the depth
     t, box = cast_rays(room, origin, rays)
-    depth = np.where(np.isfinite(t[:height * width]), t[:height * width], 0).reshape(height, width)
-    t, box, rays = t[height * width:], box[height * width:], rays[height * width:]         # (4 H W,)
-    color = np.full((len(t), 3), 0.8)                                                      # what lies above the walls
-    rows = np.flatnonzero(np.isfinite(t))
-    box = box[rows]
-    local = _to_box(room, box, origin + t[rows, None] * rays[rows])
+    depth = np.where(np.isfinite(t), t, 0)[:height * width].reshape(height, width)
+    rows = height * width + np.flatnonzero(np.isfinite(t[height * width:]))                # of the grid, on a surface
+    box, local = box[rows], _to_box(room, box[rows], origin + t[rows, None] * rays[rows])
     axis = np.abs(np.abs(local) - room["box_half"][box]).argmin(axis=1)
-    # light from above and a little from one side
     turned = room["box_yaw"][box] + np.where(axis == 0, 0.0, math.pi / 2)
-    light = np.where(axis == 2, 1.0, 0.82 + 0.08 * np.cos(2 * turned))
+    light = np.where(axis == 2, 1.0, 0.82 + 0.08 * np.cos(2 * turned))                     # above, a little from a side
+    color = np.full(rays.shape, 0.8)                                                       # what lies above the walls
     color[rows] = _surface(room, box, axis, local)[1] * light[:, None]
-    color = color.reshape(4, height, width, 3).mean(axis=0)
+    color = color.reshape(5, height, width, 3)[1:].mean(axis=0)
     if rng is not None:
         color = color * rng.uniform(0.8, 1.0) + rng.normal(0, COLOR_NOISE, color.shape)
         # well under a 5 cm visibility tolerance: 17 mm at 4 m
@@ -384,43 +336,36 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
 
 
 def write_scene(folder, seed, image_size=(160, 120)):
-    """Generate one room and write it as a scene folder, straight into `folder`, which must not exist.
-
-    seed: int or sequence of int, for numpy's default_rng; image_size: (width, height) of colour and depth.
-    """
+    """Write the room of a seed (int or sequence of int) as a scene folder, straight into `folder`, which is new."""
     rng, folder = np.random.default_rng(seed), Path(folder)
     room = make_room(rng)
     points = sample_points(room, rng)
-    intrinsics = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
-    views = choose_views(room, points["coord"][:4000].astype(float), intrinsics, image_size, rng)
+    camera = np.eye(4)
+    camera[:3, :3] = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
+    views = choose_views(room, points["coord"][:4000].astype(float), camera[:3, :3], image_size, rng)
     for name in ("color", "depth", "pose", "intrinsic"):
         (folder / name).mkdir(parents=True)
     for name, array in points.items():
         np.save(folder / f"{name}.npy", array)
     for i, camera_to_world in enumerate(views):
-        color, depth = render(room, camera_to_world, intrinsics, image_size, rng)
+        color, depth = render(room, camera_to_world, camera[:3, :3], image_size, rng)
         Image.fromarray(color).save(folder / "color" / f"{i}.jpg", quality=92, subsampling=0)
         Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(folder / "depth" / f"{i}.png")
         np.savetxt(folder / "pose" / f"{i}.txt", camera_to_world, fmt="%.6f")
-    matrix = np.eye(4)
-    matrix[:3, :3] = intrinsics
     for name in ("color", "depth"):
-        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix, fmt="%.6f")
+        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", camera, fmt="%.6f")
 
 
 def _write_whole(image_size, job):
     """Write the room of a job (folder, seed) beside its place and rename it there: it exists whole or not at all."""
     final, seed = job
-    work = final.parent.parent / ".unfinished" / f"{final.parent.name}_{final.name}_{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        write_scene(work, seed, image_size)
-        work.rename(final)
+        with TemporaryDirectory(dir=final.parent.parent / ".unfinished", ignore_cleanup_errors=True) as work:
+            write_scene(Path(work, "room"), seed, image_size)
+            Path(work, "room").rename(final)
     except OSError:
         if not final.is_dir():        # unless another run was faster: it has written the same bytes
             raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_spec(root):
@@ -436,20 +381,16 @@ def read_spec(root):
 
 
 def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
-    """Make the rooms of <root>/train and <root>/val that are not there yet.
+    """Make the rooms of <root>/train and <root>/val that are not there yet, and return their number.
 
     Args:
         root:       folder of the data set; <root>/rooms.json records what it was made with.
         train, val: number of rooms; rooms beyond it are left alone.  seed: int >= 0.
         workers:    number of processes, default one a CPU core.  image_size: (width, height) of the frames.
 
-    Returns:
-        int, the number of rooms made now.
-
-    Raises:
-        ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
+    Raises ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
     """
-    root, workers = Path(root), (os.cpu_count() or 1) if workers is None else workers
+    root, workers = Path(root), os.cpu_count() if workers is None else workers
     if min(train, val, seed) < 0 or workers < 1 or min(image_size) < 8:
         raise ValueError("expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more; got "
                          f"train {train}, val {val}, seed {seed}, workers {workers}, images {image_size}")
@@ -466,11 +407,10 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
         (root / "rooms.json").write_text(json.dumps(asked) + "\n")
     rooms = [(root / split / f"room_{i:04d}", (seed, number, i))
              for number, (split, count) in enumerate(zip(SPLITS, (train, val))) for i in range(count)]
-    jobs = [(folder, seed) for folder, seed in rooms if not folder.is_dir()]
+    jobs = [room for room in rooms if not room[0].is_dir()]
     with ProcessPoolExecutor(workers) as pool:                         # starts no process before its first job
         run = map if min(workers, len(jobs)) <= 1 else pool.map
-        made = run(partial(_write_whole, tuple(image_size)), jobs)
-        list(tqdm(made, "rooms", len(jobs), unit="room", disable=not jobs))
+        list(tqdm(run(partial(_write_whole, image_size), jobs), "rooms", len(jobs), unit="room", disable=not jobs))
     shutil.rmtree(root / ".unfinished", ignore_errors=True)            # also what a killed run has left
     return len(jobs)
 
@@ -483,8 +423,7 @@ def complete(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m scenes.rooms", description="Generate rooms as scene folders.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("python -m scenes.rooms", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/rooms", help="folder of the data set")
     parser.add_argument("--train", type=int, default=32, help="number of training rooms")
     parser.add_argument("--val", type=int, default=12, help="number of validation rooms")
