@@ -52,7 +52,7 @@ def fault(path, expected, found):
 
 
 @contextmanager
-def _reading(path, expected):
+def reading(path, expected):
     """Turn whatever a library raises on the bytes of a damaged file, MemoryError too, into a fault."""
     try:
         yield
@@ -106,7 +106,7 @@ def read_ply(path):
     """
     with open(path, "rb") as file:
         head, end, _ = file.read(2**16).partition(b"end_header")
-    with _reading(path, "a whole .ply"), warnings.catch_warnings():
+    with reading(path, "a whole .ply"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of np.loadtxt about a list of no numbers
         if not end:
             raise ValueError(f"it starts with {head[:20]} and has no end_header")
@@ -147,7 +147,7 @@ def _read_arrays(path):
         raw = {"coord": values[:, :3], "color": values[:, 3:]} if values.shape[1] == 6 else {"coord": values}
         n = len(values)
     else:
-        with _reading(path, f"an .npz with one of {ARRAYS['coord']}"), open(path, "rb") as file, np.load(file) as found:
+        with reading(path, f"an .npz with one of {ARRAYS['coord']}"), open(path, "rb") as file, np.load(file) as found:
             raw = {key: np.asarray(found[name]) for key, keys in ARRAYS.items() for name in keys[::-1] if name in found}
             n = len(raw["coord"])
     return _points(path, {key: _checked(f"{path}[{key}]", array, (n, 3)) for key, array in raw.items()})
@@ -280,21 +280,21 @@ def _read_array(path, shape):
     """A .npy of this shape, `_checked`; never a pickle."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a scene folder needs it")
-    with _reading(path, "an array of numbers"):
+    with reading(path, "an array of numbers"):
         array = np.array(np.lib.format.open_memmap(path, "r"))  # mapped first: that checks the size of the file
     return _checked(path, array, shape)
 
 
 def _read_matrix(path, size):
     """The first rows and columns, size of each, of a matrix in a text file."""
-    with _reading(path, "a matrix as text"):
+    with reading(path, "a matrix as text"):
         matrix = np.loadtxt(path, ndmin=2)
     return _checked(path, matrix[:size, :size], (size, size))
 
 
 def _read_image(path, image_size, mode=None, decode=True):
     """An image of a mode, or one of 16 bit, as an array of image_size (0, 0, 3) without decode; its own (W, H)."""
-    with _reading(path, "an image"), Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS starts Ghostscript
+    with reading(path, "an image"), Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS starts Ghostscript
         size = image.size
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
