@@ -8,18 +8,10 @@
         levels = cache.read(view)                                       # instead of tower.encode
 
 Copy it beside clip_small.json and it works: needs torch and open_clip (with timm and safetensors, which it brings).
-
-A tower is cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16 after block 6 of 12), a
-pyramid (ModifiedResNet, ConvNeXt, ...) after stride 16. What is cut away is not kept, so every parameter that is left
-takes part in the output. Axes: V views, C channels, H, W image size, h, w map size.
-
-Sources: CLIP (Radford et al. 2021) as open_clip builds it; resized position embeddings as in ViT (Dosovitskiy et al.
-2021); doubling a plain ViT's map by a transposed convolution as in ViTDet (Li et al. 2022).
+Axes: V views, C channels, H, W image size, h, w map size.
+Sources: CLIP (Radford et al. 2021) as open_clip builds it; a plain ViT's map doubled as in ViTDet (Li et al. 2022).
 """
 
-import contextlib
-import copy
-import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -36,39 +28,27 @@ MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
 LAST_BLOCKS = 2  # of a transformer, that train in stage 3
-FORMAT = 2  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
-CHECKSUM = 16  # bytes
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
+FORMAT = 3  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
 def import_open_clip():
     """The module open_clip, which then knows this project's clip_small too."""
     import open_clip
 
-    if "clip_small" not in open_clip.list_models():
-        open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
+    open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
     return open_clip
 
 
 def build_visual(name, weights, load=True):
-    """Build an open_clip image tower, whole, and fill it.
+    """Build an open_clip image tower, whole, and fill it; no code in a file of weights is run.
 
-    Args:
-        name:    a model of open_clip.list_models(), or "clip_small".
-        weights: a pretrained tag of that model (open_clip downloads and caches it), the path of a file (.pt, .bin of
-                 tensors or .safetensors, of a whole CLIP model or its `visual.` part), or SCRATCH.
-        load:    False leaves random numbers in it: a checkpoint will fill it.
-
-    Returns:
-        visual: open_clip ModifiedResNet, VisionTransformer or TimmModel, with the activation of the tag; of a file,
-                with that of the name (OpenAI's are "-quickgelu").
-        mean, std: three floats each, of colours in 0..1 as the tag (of a file the name's first) was trained with.
-
-    Raises:
-        KeyError: unknown name.
-        ValueError: weights that cannot be had, read or fitted; the message names them, the reason and the ways out.
+    Args: name, a model of open_clip.list_models(), or "clip_small"; weights, a pretrained tag of it (open_clip
+        downloads and caches it), a file here or beside this module (.pt, .bin of tensors or .safetensors, of a whole
+        CLIP model or its `visual.` part), or SCRATCH; load, False leaves random numbers in it for a checkpoint to fill.
+    Returns: visual, ModifiedResNet, VisionTransformer or TimmModel of open_clip, with the activation of the tag, of a
+        file with that of the name (OpenAI's are "-quickgelu"); mean, std, three floats each, of colours in 0..1 as the
+        tag (of a file the name's first) was trained with.
+    Raises: KeyError: unknown name.  ValueError: weights that cannot be had, read or fitted.
     """
     open_clip = import_open_clip()
     if name not in open_clip.list_models():
@@ -78,63 +58,40 @@ def build_visual(name, weights, load=True):
     visual = open_clip.model._build_vision_tower(
         config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
         quick_gelu=(known if weights in tags else config).get("quick_gelu", False))
-    if load and weights != SCRATCH:
-        load_weights(visual, name, weights_file(name, weights, tags))
-    mean, std = known.get("mean"), known.get("std")
-    return visual, mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
-
-
-def weights_file(name, weights, tags):
-    """Path of the file of a pretrained tag, or of weights itself, here or beside this module."""
-    if weights in tags:
-        from open_clip import get_pretrained_cfg, pretrained
-
-        try:
-            return Path(pretrained.download_pretrained(get_pretrained_cfg(name, weights)))
-        except Exception as error:  # whatever the hub, the network or the disk raises
-            raise ValueError(f"CLIP weights {weights!r} of {name} could not be had ({_one_line(error)}); download "
-                             "them elsewhere and give the file by --tower-weights PATH, or train the tower from random "
-                             f"weights by --tower-weights {SCRATCH}") from error
-    for path in (Path(weights), Path(__file__).parent / weights):
-        if path.is_file():
-            return path
-    raise ValueError(f"CLIP weights {weights!r}: neither a file nor a pretrained tag of {name}; its tags: "
-                     f"{', '.join(tags) or 'none'}; or --tower-weights {SCRATCH} for random weights")
-
-
-def load_weights(visual, name, path):
-    """Fill visual from a file of tensors, of which no code is run; the text tower's tensors are passed by."""
+    path = Path(weights)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file as load
-        else:
-            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        state = load(path)
-    except Exception as error:  # torch and safetensors raise all kinds on a damaged file
-        raise ValueError(f"CLIP weights {path}: expected a file of tensors, found one that cannot be read, truncated "
-                         f"or a program ({_one_line(error)}); a TorchScript archive that you trust becomes one by: "
-                         "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    pairs = state.items() if isinstance(state, dict) else ()
-    found = {str(key).removeprefix("module."): value for key, value in pairs if torch.is_tensor(value)}
-    found = {key[len("visual."):]: found[key] for key in found if key.startswith("visual.")} or found
-    try:
-        visual.load_state_dict(found)
-    except RuntimeError as error:
-        raise ValueError(f"CLIP weights {path} are not those of {name} ({_one_line(error)}); give the tower that they "
-                         "belong to by --tower NAME, in open_clip's layout (not that of Hugging Face's "
-                         "transformers)") from error
-    broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
+        if load and weights != SCRATCH:
+            if weights in tags:
+                path = Path(open_clip.pretrained.download_pretrained(known))
+            elif not path.is_file():
+                path = Path(__file__).parent / weights
+            visual.load_state_dict(read_weights(path))
+    except Exception as error:  # hub, disk, torch and safetensors raise all kinds
+        raise ValueError(
+            f"CLIP weights {path} of {name} cannot be had ({brief(error)}). Give --tower-weights a file of tensors in "
+            f"open_clip's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or {SCRATCH} for random ones. "
+            "A TorchScript archive that you trust becomes a file of tensors by: "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
+    return visual, known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
+
+
+def read_weights(path):
+    """The tensors of an image tower in a file: {name: tensor}; a text tower's are left out."""
+    from safetensors.torch import load_file
+
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    state = {key[len("visual."):]: state[key] for key in state if key.startswith("visual.")} or state
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(f"CLIP weights {path}: {len(broken)} tensors hold numbers that are not finite {broken[:2]}")
+        raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[:2]}")
+    return state
 
 
-def _one_line(error):
+def brief(error):
     """The message of an error, its first 200 characters without line breaks."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# --------------------------------------------------------------------------------------------------------- dense maps
 
 
 def autocast(like, precision):
@@ -143,101 +100,68 @@ def autocast(like, precision):
 
 
 class RGBDConv(nn.Module):
-    """A convolution on RGB that also reads depth: conv(rgb) + conv_depth(depth), conv_depth starting at zero.
-
-    At the start the output equals the RGB convolution's bit for bit, since an exact zero is added. The depth's is of
-    the same class, so it pads alike ("same" padding is a class of timm's).
-    forward: (V, 4, H, W), depth last.
-    """
+    """(V, 4, H, W) -> conv(rgb) + conv_depth(depth), at the start, conv_depth being zero, the output of conv bit for
+    bit. conv_depth is of the same class, so it pads alike ("same" padding is a class of timm's)."""
 
     def __init__(self, conv):
         super().__init__()
-        self.rgb, self.depth = conv, copy.deepcopy(conv)
-        self.depth.in_channels, self.depth.bias = 1, None
-        self.depth.weight = nn.Conv2d(1, conv.out_channels, conv.kernel_size, bias=False).weight
+        self.rgb = conv
+        self.depth = type(conv)(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
         nn.init.zeros_(self.depth.weight)
 
     def forward(self, rgbd):
         return self.rgb(rgbd[:, :3]) + self.depth(rgbd[:, 3:])
 
 
-# A kind of tower has: net, what is left of open_clip's; strides of its levels; ends, what trains in stage 3
-
-
-class Pyramid(nn.Module):
-    """open_clip's ModifiedResNet up to stride 16: levels of strides 4, 8, 16."""
-
-    def __init__(self, visual):
-        super().__init__()
-        visual.conv1 = RGBDConv(visual.conv1)
-        visual.layer4, visual.attnpool = nn.Identity(), None
-        self.net, self.strides, self.ends = visual, [4, 8, 16], [visual.conv1, visual.layer3]
-
-    def forward(self, rgbd):
-        return self.net.forward_intermediates(rgbd, [1, 2, 3], intermediates_only=True)["image_intermediates"]
-
-
-class Transformer(nn.Module):
-    """open_clip's VisionTransformer up to half of its blocks: one level, a pixel a patch, for any image size.
-
-    Its own forward_intermediates knows one image size: it adds the position embedding as it is.
-    """
+class CutTower(nn.Module):
+    """An open_clip image tower, cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16
+    after block 6 of 12), a pyramid (ModifiedResNet, ConvNeXt, ...) after stride 16. Every parameter left takes part in
+    the output. Attributes: net, what is left; strides of its levels, pixels; ends, modules that train in stage 3."""
 
     def __init__(self, visual):
         super().__init__()
-        visual.conv1 = RGBDConv(visual.conv1)
-        visual.transformer.prune_intermediate_layers([max(1, len(visual.transformer.resblocks) // 2) - 1])
-        visual.ln_post = visual.proj = visual.attn_pool = visual.attn_pool_contrastive = None
-        self.net, self.strides = visual, [visual.conv1.rgb.stride[0]]
-        self.ends = [visual.conv1, *visual.transformer.resblocks[-LAST_BLOCKS:]]
-
-    def forward(self, rgbd):
-        from timm.layers import resample_abs_pos_embed
-
-        x = self.net.conv1(rgbd)  # (V, C, h, w)
-        size = x.shape[-2:]
-        x = torch.cat([self.net.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        position = resample_abs_pos_embed(self.net.positional_embedding[None], size, self.net.grid_size)
-        x = self.net.transformer(self.net.ln_pre(x + position))  # (V, 1 + h w, C)
-        return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
-
-
-class TimmTrunk(nn.Module):
-    """A timm tower of open_clip: a pyramid up to stride 16, or half of the blocks."""
-
-    def __init__(self, visual):
-        super().__init__()
-        self.net, patch = visual.trunk, getattr(visual.trunk, "patch_embed", None)
-        if hasattr(patch, "output_fmt") and hasattr(self.net, "dynamic_img_size"):  # timm's plain transformers
-            self.net.dynamic_img_size = True
-            patch.flatten, patch.output_fmt = False, type(patch.output_fmt)("NHWC")
-        for module in self.net.modules():  # for any image size: the patches, and Swin's windows
-            for flag, value in (("strict_img_size", False), ("dynamic_mask", True)):
-                if hasattr(module, flag):
-                    setattr(module, flag, value)
-        # a tower of parallel stems (FastViT) reads the image by several convolutions
-        first = [n for n, m in self.net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-        for name in first:
-            self.net.set_submodule(name, RGBDConv(self.net.get_submodule(name)))
-        strides = [level["reduction"] for level in self.net.feature_info]
-        if len(set(strides)) == 1:
-            self.indices = [max(1, len(strides) // 2) - 1]
+        self.net = net = getattr(visual, "trunk", visual)
+        stems = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+        for name in stems:  # FastViT has several, side by side
+            net.set_submodule(name, RGBDConv(net.get_submodule(name)))
+        if type(visual).__name__ == "ModifiedResNet":
+            net.layer4, net.attnpool = nn.Identity(), None
+            self.indices, self.strides, blocks = [1, 2, 3], [4, 8, 16], [net.layer3]
+        elif type(visual).__name__ == "VisionTransformer":
+            net.transformer.prune_intermediate_layers([max(1, len(net.transformer.resblocks) // 2) - 1])
+            net.ln_post = net.proj = net.attn_pool = net.attn_pool_contrastive = None
+            self.strides, blocks = [net.patch_size[0]], net.transformer.resblocks[-LAST_BLOCKS:]
         else:
-            self.indices = [i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
-        self.strides = [strides[i] for i in self.indices]
-        self.net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        blocks = next(m for n, m in self.net.named_children() if n in ("stages", "blocks", "layers"))
-        blocks = getattr(blocks[-1], "blocks", blocks)  # of the last stage, where there are stages
-        self.ends = [*(self.net.get_submodule(name) for name in first), *blocks[-LAST_BLOCKS:]]
+            for module in net.modules():  # for any image size: read by patches and by Swin's windows
+                module.strict_img_size, module.dynamic_mask = False, True
+            patch = getattr(net, "patch_embed", None)
+            if hasattr(patch, "output_fmt") and hasattr(net, "dynamic_img_size"):  # a plain transformer's positions
+                net.dynamic_img_size, patch.flatten, patch.output_fmt = True, False, type(patch.output_fmt)("NHWC")
+            strides = [level["reduction"] for level in net.feature_info]
+            self.indices = [max(1, len(strides) // 2) - 1] if len(set(strides)) == 1 else [
+                i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
+            self.strides = [strides[i] for i in self.indices]
+            net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+            blocks = next(m for n, m in net.named_children() if n in ("stages", "blocks", "layers"))
+            blocks = getattr(blocks[-1], "blocks", blocks)[-LAST_BLOCKS:]  # of the last stage, where there are stages
+        self.ends = [*(net.get_submodule(name) for name in stems), *blocks]
 
     def forward(self, rgbd):
-        rope = getattr(self.net, "rope", None)  # EVA's rotary positions
-        if hasattr(rope, "update_feat_shape"):
-            rope.update_feat_shape([side // self.strides[0] for side in rgbd.shape[2:]])
-        return self.net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
+        """(V, 4, H, W) -> list of levels (V, C, h, w)."""
+        net = self.net
+        if hasattr(net, "class_embedding"):  # VisionTransformer's own forward_intermediates knows one image size
+            from timm.layers import resample_abs_pos_embed
 
-
-KINDS = {"ModifiedResNet": Pyramid, "VisionTransformer": Transformer, "TimmModel": TimmTrunk}  # open_clip's: ours
+            x = net.conv1(rgbd)  # (V, C, h, w)
+            size = x.shape[-2:]
+            x = torch.cat([net.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
+            position = resample_abs_pos_embed(net.positional_embedding[None], size, net.grid_size)
+            x = net.transformer(net.ln_pre(x + position))  # (V, 1 + h w, C)
+            return [x[:, 1:].transpose(1, 2).unflatten(2, size)]  # (V, C, h, w)
+        if hasattr(getattr(net, "rope", None), "update_feat_shape"):  # EVA's rotary positions
+            net.rope.update_feat_shape([side // self.strides[0] for side in rgbd.shape[2:]])
+        levels = net.forward_intermediates(rgbd, indices=self.indices, intermediates_only=True, stop_early=True)
+        return levels["image_intermediates"] if isinstance(levels, dict) else levels
 
 
 class ClipTower(nn.Module):
@@ -247,62 +171,43 @@ class ClipTower(nn.Module):
     transformer's single level is normalised over its channels and doubled in resolution. GELU and a 3x3 convolution
     follow: while the tower is frozen, the neck is all that learns to read it.
 
-    Args:
-        visual:       open_clip ModifiedResNet, VisionTransformer or TimmModel, whole; it is cut here.
-        out_channels: channels of the map.
-        mean, std:    of colours in 0..1, three floats each (`build_visual`).
-        pretrained:   True where visual holds trained weights: stages.py then protects it.
-
-    Raises:
-        ValueError: another kind of tower, or one that gives no maps of any image size.
+    Args: visual, mean, std, of `build_visual`, visual is cut here; out_channels, of the map; pretrained, True where
+        visual holds trained weights, which stages.py then protects.
+    Raises: ValueError: a tower that gives no maps of any image size.
     """
 
     def __init__(self, visual, out_channels, mean, std, pretrained=False):
         super().__init__()
-        if type(visual).__name__ not in KINDS:
-            raise ValueError(f"image tower of type {type(visual).__name__}; expected one of {sorted(KINDS)}")
         self.pretrained, self.out_channels, self.precision = pretrained, out_channels, "fp32"  # train.py sets it
         try:
-            self.visual = KINDS[type(visual).__name__](visual)
+            self.visual = CutTower(visual)
             strides = self.visual.strides
             sides = [3 * max(strides), 4 * max(strides)]
             with torch.no_grad():
                 levels = self.visual.eval()(torch.zeros(1, 4, *sides))
-            found, wanted = [list(level.shape[2:]) for level in levels], [[a // s for a in sides] for s in strides]
-            assert found == wanted, f"{found} in place of {wanted}"
-        except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            assert [[*level.shape[2:]] for level in levels] == [[a // s for a in sides] for s in strides], "wrong size"
+        except Exception as error:  # timm raises all kinds
             raise ValueError(f"{type(getattr(visual, 'trunk', visual)).__name__} gives no maps for images of any size "
-                             f"({_one_line(error)}); take another --tower") from error
+                             f"({brief(error)}); take another --tower") from error
         self.train()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.multiple = max(strides)  # sides are padded to multiples of it
         self.stride = min(strides) if len(strides) > 1 else strides[0] // 2  # of the map, in pixels
-        if len(strides) > 1:
-            lateral = [nn.Conv2d(level.shape[1], out_channels, 1) for level in levels]
-        else:
-            lateral = [nn.ConvTranspose2d(levels[0].shape[1], out_channels, 2, stride=2)]
+        lateral = [nn.Conv2d(level.shape[1], out_channels, 1) if len(strides) > 1 else
+                   nn.ConvTranspose2d(level.shape[1], out_channels, 2, stride=2) for level in levels]
         smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.neck = nn.ModuleDict({"lateral": nn.ModuleList(lateral), "smooth": nn.Sequential(nn.GELU(), smooth)})
 
     def forward(self, image, depth, levels=None):
-        """One map a view, in bounded chunks of views.
+        """(V, 3, H, W) uint8, (V, H, W) metres with 0 = no reading -> (V, out_channels, h, w) float32.
 
-        Args:
-            image:  (V, 3, H, W) uint8.  depth: (V, H, W) metres, 0 = no reading.
-            levels: what `encode` gave for these views (MapCache's); the image is not looked at then.
-
-        Returns:
-            (V, out_channels, h, w) float32; pixel (0, 0) covers the image's first stride x stride pixels. H and W need
-            not be multiples of the stride: the image is padded at its right and lower border, nothing is cropped, so
-            the map covers (w * stride, h * stride) pixels.
+        levels: what `encode` gave for these views (MapCache's), in place of the image. A pixel of the map covers stride
+        x stride pixels of the image, which is padded at its right and lower border to sides of w * stride, h * stride.
         """
-        maps = []
-        for start in range(0, len(depth), VIEW_CHUNK):
-            rows = slice(start, start + VIEW_CHUNK)
-            given = levels and [level[rows].float() for level in levels]
-            maps.append(self.join(given or self.encode(image[rows], depth[rows])))
-        return torch.cat(maps)
+        chunks = [slice(start, start + VIEW_CHUNK) for start in range(0, len(depth), VIEW_CHUNK)]
+        return torch.cat([self.join([level[rows].float() for level in levels] if levels else
+                                    self.encode(image[rows], depth[rows])) for rows in chunks])
 
     def encode(self, image, depth):
         """(V, 3, H, W) uint8, (V, H, W) metres -> list of levels (V, C, h, w) float32, what a frozen tower repeats."""
@@ -326,142 +231,100 @@ class ClipTower(nn.Module):
 
     def parts(self):
         """Parameters by part of stages.PARTS."""
-        ends = [p for module in self.visual.ends for p in module.parameters()]
-        known = {id(p) for p in ends}
-        return {"tower": [p for p in self.visual.parameters() if id(p) not in known], "tower_ends": ends,
+        ends = dict.fromkeys(p for module in self.visual.ends for p in module.parameters())
+        return {"tower": [p for p in self.visual.parameters() if p not in ends], "tower_ends": list(ends),
                 "2d": list(self.neck.parameters())}
 
 
-# -------------------------------------------------------------------------------------------- maps of a frozen tower
-
-
 def digest(*parts):
-    """Checksum of byte strings and arrays, CHECKSUM bytes."""
-    result = hashlib.blake2b(digest_size=CHECKSUM)
-    for part in parts:
-        result.update(part)
-    return result.digest()
+    """Checksum of byte strings and arrays, 32 hexadecimal digits."""
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 class MapCache:
     """What ClipTower.encode gives for single views, on disk: of a frozen tower it is the same every epoch.
 
-    One file a view, in half precision, in a folder named by the tower (its weights, normalisation, precision, the image
-    size); the file's name comes from the bytes of the view's two images. So another tower, size or image never meets an
-    old entry. A file is written beside its place and renamed, and begins with a checksum of the rest: what a kill or a
-    full disk leaves behind is never used. A data loader's worker may hold a copy, which carries no tower.
+    One file a view, in half precision, named by the bytes of its two images, in a folder named by the tower (weights,
+    normalisation, precision, image size): another tower, size or image never meets an old entry. A file is written
+    beside its place and renamed, so a kill or a full disk leaves no half of one. A pickled copy carries no tower.
 
-    Args:
-        root:       folder of the maps of all towers.
-        tower:      ClipTower in evaluation; its weights must not change as long as the cache is in use.
-        image_size: (W, H) of the frames.
-        limit_gb:   largest size of root, in 10^9 bytes.
-
+    Args: root, folder of all towers' maps; tower, ClipTower in evaluation, which must not change from here on;
+        image_size (W, H) of the frames; limit_gb, largest size of root in 10^9 bytes.
     Attributes: shapes, list of (C, h, w), one a level; paths, {view: file}, of the views that `fill` was given.
     """
 
     def __init__(self, root, tower, image_size, limit_gb):
         self.root, self.limit, self.tower, self.paths = Path(root), limit_gb * 1e9, tower, {}
-        width, height = image_size
+        image = torch.zeros(1, 3, *image_size[::-1], dtype=torch.uint8, device=tower.mean.device)
         with torch.no_grad():
-            image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=tower.mean.device)
             self.shapes = [tuple(level.shape[1:]) for level in tower.encode(image, image[:, 0].float())]
         self.ends = np.cumsum([np.prod(shape) for shape in self.shapes]).tolist()  # of the levels, in values
-        self.entry_bytes = CHECKSUM + 2 * self.ends[-1]
+        self.entry_bytes = 2 * self.ends[-1]
         state = {k: v for k, v in tower.visual.state_dict().items() if not k.endswith("num_batches_tracked")}
-        description = (FORMAT, tower.precision, MAX_DEPTH, width, height, list(state), str(tower.visual))
-        numbers = [v.detach().cpu().contiguous().numpy() for v in (*state.values(), tower.mean, tower.std)]
-        self.folder = self.root / digest(repr(description).encode(), *numbers).hex()
+        numbers = [v.cpu().contiguous().numpy() for v in (*state.values(), tower.mean, tower.std)]
+        what = (FORMAT, tower.precision, MAX_DEPTH, *image_size, *state, str(tower.visual))
+        self.folder = self.root / digest(repr(what).encode(), *numbers)
 
     def __getstate__(self):
         return self.__dict__ | {"tower": None}
 
     def read(self, view):
-        """The levels of a view, list of (C, h, w) float16; None where there is no whole entry.
-
-        A damaged entry is removed, so that the next `fill` makes it anew.
-        """
-        path, entry = self.paths.get(view), b""
-        if path is None:
+        """The levels of a view, list of (C, h, w) float16; None where there is no whole entry."""
+        path = self.paths.get(view)
+        if path is None or not path.is_file() or path.stat().st_size != self.entry_bytes:
             return None
-        with contextlib.suppress(OSError):
-            entry = path.read_bytes()
-        if len(entry) != self.entry_bytes or digest(memoryview(entry)[CHECKSUM:]) != entry[:CHECKSUM]:
-            path.unlink(missing_ok=True)
-            return None
-        levels = np.split(np.frombuffer(entry, np.float16, offset=CHECKSUM), self.ends[:-1])
+        levels = np.split(np.fromfile(path, np.float16), self.ends[:-1])
         return [level.reshape(shape) for level, shape in zip(levels, self.shapes)]
 
-    def write(self, path, levels):
-        """Keep the levels of one view. Raises OSError where the disk is full (nothing half-written stays) and
-        OverflowError where half precision cannot hold them."""
-        values = np.concatenate([level.cpu().half().numpy().ravel() for level in levels])
-        if not np.isfinite(values).all():
-            raise OverflowError("they exceed half precision, 65,504, or are not finite")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.root / f"{path.name}.{os.getpid()}.tmp"
-        try:
-            beside.write_bytes(digest(values) + values.tobytes())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-
     def fill(self, files, load, workers=0, until=iter, share=(0, 1)):
-        """Compute every entry that is not there, or not of its size; what is in it `read` checks.
+        """Compute every entry that is not there, or not of its size.
 
-        The last bits of a map depend on the views that went through the tower beside it. So these are always the same:
-        VIEW_CHUNK neighbours in the list, whole where one of them is missing. A fill that was killed, or shared among
-        processes, ends with the same bits.
+        The last bits of a map depend on the views beside it in the tower. So these are always the same VIEW_CHUNK
+        neighbours, whole where one is missing: a fill that was killed, or shared among processes, gives the same bits.
 
-        Args:
-            files:   {view: (colour file, depth file)}; a view is anything that can be a key. They must not change
-                     until the next fill.
-            load:    function of a view -> image (3, H, W) uint8, depth (H, W) float32 metres, arrays.
-            workers: threads that load.
-            until:   function of an iterable -> its items up to a stop.
-            share:   (rank, world): this process computes the chunks whose number modulo world is rank.
-
-        Returns:
-            True where every view of this process's share has its entry; False, with a line that says why, where not.
-
-        Raises:
-            ValueError, OSError: an image that cannot be read.
+        Args: files, {view, any key: (colour file, depth file)}, which must not change until the next fill; load,
+            function of a view -> image (3, H, W) uint8, depth (H, W) float32 metres; workers, threads that load; until,
+            function of an iterable -> its items up to a stop; share, (rank, world), computes every world-th chunk.
+        Returns: True where every view of the share has its entry; False, with a line that says why, where not.
         """
-        self.paths = {view: self.folder / digest(*(digest(Path(file).read_bytes()) for file in pair)).hex()
-                      for view, pair in until(tqdm(files.items(), desc="frozen tower: checking its maps", leave=False,
-                                                   disable=None))}
+        checked = until(tqdm(files.items(), desc="frozen tower: checking its maps", leave=False, disable=None))
+        self.paths = {view: self.folder / digest(*(Path(file).read_bytes() for file in pair)) for view, pair in checked}
         if len(self.paths) < len(files):
             return False
         view_of = {path: view for view, path in self.paths.items()}  # of equal bytes one entry
         sizes = {path: path.stat().st_size for path in self.root.glob("*/*")}
         missing = {path for path in view_of if sizes.get(path) != self.entry_bytes}
-        used = sum(size for path, size in sizes.items() if path not in missing)  # damaged ones are replaced
-        need = len(missing) * self.entry_bytes
-        if missing and used + need > self.limit:
-            print(f"frozen tower: its maps would need {need / 1e9:.1f} GB beside the {used / 1e9:.1f} GB in "
-                  f"{self.root}, more than --cache-gb {self.limit / 1e9:g}; the tower runs in every step instead. To "
-                  f"make room delete the other subfolders of {self.root}, of other towers (this one's is "
-                  f"{self.folder.name}), or raise --cache-gb")
-            return False
-        paths, device, why = list(view_of), self.tower.mean.device, None
+        need, others = len(view_of) * self.entry_bytes, sum(sizes[path] for path in sizes.keys() - view_of.keys())
+        if missing and need + others > self.limit:
+            return self._without(f"they need {need / 1e9:.1f} GB, others hold {others / 1e9:.1f}, --cache-gb is "
+                                 f"{self.limit / 1e9:g}; raise it, or delete all subfolders but {self.folder.name}")
+        paths, made = list(view_of), 0
         chunks = [paths[i : i + VIEW_CHUNK] for i in range(0, len(paths), VIEW_CHUNK)][share[0] :: share[1]]
-        missing.intersection_update(path for chunk in chunks for path in chunk)
-        count = len(missing)
-        with (ThreadPoolExecutor(max(1, workers)) as pool, tqdm(
-                total=count, desc="frozen tower: computing its maps once", unit="view", disable=not missing) as bar):
-            for chunk in until([chunk for chunk in chunks if not missing.isdisjoint(chunk)]):
+        chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
+        total = sum(len(missing.intersection(chunk)) for chunk in chunks)
+        beside = self.root / f"{self.folder.name}.{share[0]}.{os.getpid()}.tmp"
+        with ThreadPoolExecutor(max(1, workers)) as pool, torch.no_grad():
+            for chunk in until(tqdm(chunks, "frozen tower: computing its maps once", unit="chunk", disable=not chunks)):
                 arrays = zip(*pool.map(load, [view_of[path] for path in chunk]))
-                with torch.no_grad():
-                    levels = self.tower.encode(*(torch.from_numpy(np.stack(a)).to(device) for a in arrays))
+                levels = self.tower.encode(*(torch.from_numpy(np.stack(a)).to(self.tower.mean.device) for a in arrays))
+                entries = torch.cat([level.flatten(1) for level in levels], 1).half().cpu().numpy()
+                if not np.isfinite(entries).all():
+                    return self._without("they exceed half precision, 65,504, or are not finite")
                 try:
-                    for i, path in enumerate(chunk):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    for path, entry in zip(chunk, entries):
                         if path in missing:
-                            self.write(path, [level[i] for level in levels])
-                            missing.remove(path)
-                            bar.update()
-                except (OSError, OverflowError) as error:  # of the writing alone
-                    why = f"its maps cannot be kept in {self.root} ({error}); the tower runs in every step instead"
-                    break
-        if missing:
-            print("frozen tower: " + (why or f"stopped after {count - len(missing)} of {count} maps; these are kept"))
-        return not missing
+                            beside.write_bytes(entry)
+                            os.replace(beside, path)
+                            made += 1
+                except OSError as error:
+                    if beside.is_file():
+                        beside.unlink()
+                    return self._without(error)
+        if made < total:
+            print(f"frozen tower: stopped after {made} of {total} maps; these are kept")
+        return made == total
+
+    def _without(self, why):
+        print(f"frozen tower: its maps cannot be kept in {self.root} ({why}); the tower runs in every step instead")
+        return False
