@@ -31,21 +31,20 @@ OUTSIDE = 1e4  # added to the matching cost of a query made from a superpoint ou
 
 
 def scene_mean(values, mask, batch_index, num_scenes):
-    """Mean over scenes of the mean of values where mask; (M,), (M,) bool, (M,) int64 -> scalar.
-
-    A scene where mask is False throughout adds 0 and counts as a scene.
-    """
+    """Mean over all scenes of the mean of values where mask, 0 where nowhere; (M,), (M,) bool, (M,) int64 -> scalar."""
     kept = batch_index[mask]
     total = values.new_zeros(num_scenes).index_add(0, kept, values[mask])  # (B,)
     count = torch.bincount(kept, minlength=num_scenes).clamp(min=1)
     return (total / count).mean()
 
 
-def semantic_loss(logits, labels, batch_index, num_scenes):
-    """Cross-entropy + soft multi-class dice.
+def soft_dice(overlap, size):
+    """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of overlap = sum(p t), size = sum p + sum t; p in [0, 1], t 0 or 1."""
+    return 1 - (2 * overlap + 1) / (size + 1)
 
-    dice of a class = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1) with p the softmax probability of the class and t its
-    one-hot label over the labelled voxels of a scene; the mean is over the classes that the scene holds.
+
+def semantic_loss(logits, labels, batch_index, num_scenes):
+    """Cross-entropy + `soft_dice` of the softmax and the one-hot label, the mean over the classes that a scene holds.
 
     Args:
         logits:      (M, K) float; computed in float32.
@@ -53,11 +52,8 @@ def semantic_loss(logits, labels, batch_index, num_scenes):
         batch_index: (M,) int64, scene of each voxel, below num_scenes.
         num_scenes:  B.
 
-    Returns:
-        scalar; 0 with a gradient of 0 where nothing is labelled.
-
-    Raises:
-        ValueError: a label outside -1..K-1.
+    Returns: scalar; 0 with a gradient of 0 where nothing is labelled.
+    Raises ValueError: a label outside -1..K-1.
     """
     num_classes = logits.shape[1]
     if len(labels) and (labels.max() >= num_classes or labels.min() < IGNORE):
@@ -75,20 +71,15 @@ def semantic_loss(logits, labels, batch_index, num_scenes):
     overlap = zeros.index_add(0, scene, probability * target)  # (B, K)
     size = zeros.index_add(0, scene, probability + target)  # (B, K)
     present = zeros.index_add(0, scene, target) > 0  # (B, K)
-    dice = (1 - (2 * overlap + 1) / (size + 1)) * present
-    dice = (dice.sum(1) / present.sum(1).clamp(min=1)).mean()
-    return cross_entropy + dice
+    dice = (soft_dice(overlap, size) * present).sum(1) / present.sum(1).clamp(min=1)  # (B,)
+    return cross_entropy + dice.mean()
 
 
 def mask_costs(mask_logits, masks):
-    """BCE (mean over superpoints) and dice of every query with every instance: (Q, S), (G, S) -> (Q, G), (Q, G).
-
-    dice = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1).
-    """
+    """BCE (mean over superpoints) and dice of every query with every instance: (Q, S), (G, S) -> (Q, G), (Q, G)."""
     probability, target = mask_logits.sigmoid(), masks.to(mask_logits.dtype)
     bce = F.softplus(mask_logits).sum(1, keepdim=True) - mask_logits @ target.T  # softplus(x) - x t, summed
-    overlap = 2 * probability @ target.T + 1
-    dice = 1 - overlap / (probability.sum(1, keepdim=True) + target.sum(1) + 1)
+    dice = soft_dice(probability @ target.T, probability.sum(1, keepdim=True) + target.sum(1))
     return bce / mask_logits.shape[1], dice
 
 
@@ -103,9 +94,8 @@ def match(prediction, labels, masks):
                     is to find, and learns sooner. Learned queries have no origin: their cost alone decides.
         labels:     (G,) int64.  masks: (G, S) bool.
 
-    Returns:
-        query, instance: (min(Q, G),) int64 each, no query and no instance twice. With fewer queries than instances the
-        costliest instances stay without one. A cost that is not finite counts as a large one: the loss will say so.
+    Returns: query, instance: (min(Q, G),) int64 each, no query and no instance twice. With fewer queries than instances
+        the costliest instances stay without one. A cost that is not finite counts as a large one: the loss will say so.
     """
     probability = prediction["class_logits"].float().softmax(1)  # (Q, K + 1)
     bce, dice = mask_costs(prediction["mask_logits"].float(), masks)
@@ -120,10 +110,9 @@ def match(prediction, labels, masks):
 def layer_loss(prediction, labels, masks):
     """The four instance losses of one scene and one decoder layer.
 
-    cls:   cross-entropy of all queries, target "no object" (the last class, weight 0.1) where unmatched, over the sum
-           of the weights.
+    cls:   cross-entropy of all queries, target "no object" (last class, weight 0.1) where unmatched, weighted mean.
     bce:   binary cross-entropy of the matched masks, mean over superpoints and matched queries.
-    dice:  1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of the matched masks, mean over matched queries.
+    dice:  `soft_dice` of the matched masks, mean over matched queries.
     score: squared error of the claimed IoU to that of the mask p > 0.5, mean over the matched queries where the latter
            is above 0.5.
 
@@ -131,8 +120,7 @@ def layer_loss(prediction, labels, masks):
         prediction: dict of class_logits (Q, K + 1), mask_logits (Q, S), score (Q,) and, if any, origin (see `match`).
         labels:     (G,) int64, G may be 0 or exceed Q.  masks: (G, S) bool.
 
-    Returns:
-        dict of four scalars, finite where the prediction is; without instances cls alone is not 0.
+    Returns: dict of four scalars, finite where the prediction is; without instances cls alone is not 0.
     """
     class_logits, mask_logits = prediction["class_logits"].float(), prediction["mask_logits"].float()
     query, instance = match(prediction, labels, masks)
@@ -145,7 +133,7 @@ def layer_loss(prediction, labels, masks):
     count = max(1, len(query))
     bce = F.binary_cross_entropy_with_logits(matched, truth, reduction="sum") / (count * matched.shape[1])
     probability = matched.sigmoid()
-    dice = 1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1)  # (m,)
+    dice = soft_dice((probability * truth).sum(1), probability.sum(1) + truth.sum(1))  # (m,)
     with torch.no_grad():
         positive = (matched > 0).to(truth.dtype)
         overlap = (positive * truth).sum(1)
@@ -166,8 +154,7 @@ def instance_loss(predictions, superpoint_instance, superpoint_batch, instance_l
         instance_label:      (G of all scenes,) int64, in the order of those numbers.  instance_batch: the same shape.
         has_instances:       (B,) bool, False = not annotated.
 
-    Returns:
-        dict of the four INSTANCE terms, scalars.
+    Returns: dict of the four INSTANCE terms, scalars.
     """
     sums = dict.fromkeys(INSTANCE, 0.0)
     for scene, layers in enumerate(predictions):
@@ -195,8 +182,7 @@ def gate_prior(alpha, seen, batch_index, num_scenes):
     """(mean alpha of a scene's seen voxels - 0.5)^2: a weak prior that the learned gate weighs both branches alike.
 
     It acts on the mean alone, so single voxels may still go all 2D or all 3D, and it can be overruled: a gate with a
-    reason to leave the band does. (M,) in [0, 1], (M,) bool, (M,) int64, B -> scalar; a scene without a seen voxel
-    adds 0.
+    reason to leave the band does. (M,) in [0, 1], (M,) bool, (M,) int64, B -> scalar; a scene with none seen adds 0.
     """
     kept = batch_index[seen]
     count = torch.bincount(kept, minlength=num_scenes)  # (B,)

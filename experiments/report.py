@@ -28,16 +28,22 @@ FUSION_BAND = (0.3, 0.7)  # where fusion_2d_ratio must stay once the ramp is ove
 SAME_KEYS = ("data", "epochs", "seed", "preset", "compress", "plan", "voxel_size", "batch_size", "lr",
              "weight_decay")  # what two runs must share to be compared
 VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
-
-
-# ------------------------------------------------------------------------------------------------------ reading runs
+STAGES = {1: ("stability", "#eef2f7"), 2: ("alignment", "#fbf4e6"), 3: ("enhancement", "#edf5ee")}  # name, tint
+PANELS = {  # title: keys of the log, or dict and key in it, in the order of the colors; what a log lacks is not drawn
+    "Losses": ("losses semantic", "losses alignment", "losses instance_cls", "losses instance_bce",
+               "losses instance_dice", "losses instance_score", "loss"),
+    "Validation mIoU": ("val_miou",),
+    "Validation AP of instances": ("val_ap", "val_ap25", "val_ap50"),
+    "Share of the 2D branch": ("fusion_2d_ratio", "fusion_ramp"),
+    "Gradient norm before clipping": ("grad_norm 3d", "grad_norm 2d", "grad_norm fusion", "grad_norm decoder"),
+    "Features of seen voxels": ("rms_3d", "rms_2d", "cosine"),
+}  # without the gate prior: the squared distance of fusion_2d_ratio from 0.5, far below the other losses
+LOGARITHMIC = ("Losses", "Gradient norm before clipping")
+COMPARED = ("val_miou", "val_ap50")  # drawn of every run; all else of the first alone
 
 
 def read_run(folder):
-    """Run folder -> dict of name (str, the folder's), folder (Path), config (dict) and log (see runs.read_log).
-
-    Raises FileNotFoundError or ValueError where config.json or log.jsonl is missing or cannot be read.
-    """
+    """Run folder -> dict of name, folder (Path), config (dict), log (see `read_log`); ValueError if one is broken."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -50,31 +56,38 @@ def read_run(folder):
     return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log}
 
 
-# ---------------------------------------------------------------------------------------------------------- criteria
+def numbers(log, key):
+    """{epoch: value} of a key of the log, or of a dict and a key in it ("losses semantic"), where it is finite."""
+    found = {}
+    for entry in log:
+        value = entry
+        for part in key.split():
+            value = (value or {}).get(part)
+        if is_finite(value):
+            found[entry["epoch"]] = value
+    return found
+
+
+def is_finite(value):
+    """True for a finite number; False for None, NaN, infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def final_miou(log):
+    """(epoch, val mIoU) of the last epoch whose val_miou is a number, None if there is none."""
+    return next(reversed(numbers(log, "val_miou").items()), None)
 
 
 def criteria(log, baseline_log=None):
-    """Judge a run by its log: stability, performance, fusion.
-
-    1. stability: no epoch from 0 to the last is missing or has a non-finite loss, a non-finite gradient or a skipped
-       step, and at least 20 such epochs follow one another: a shorter run FAILS however clean it is. What was trained
-       again after `--resume` counts too (replaced): a run that diverged is not stable because it was resumed.
-    2. performance: the val mIoU at the last evaluated epoch lies above the baseline's (equal is not above). Both were
-       last evaluated at the same epoch, else FAIL as not comparable. `judge` compares the configs as well.
-    3. fusion: fusion_2d_ratio is a number in [0.3, 0.7] at every epoch with fusion_ramp == 1.
+    """Judge a run by its log: stability, performance, fusion; the function of each, below, says its rule.
 
     Args:
-        log: list of dicts in ascending epoch, each epoch once; None stands for a non-finite number. Keys read:
-             epoch int; loss float; losses {term: float}; grad_norm {branch: float}; skipped_steps int;
-             val_miou float or None (not evaluated); fusion_2d_ratio float or None (no fusion active);
-             fusion_ramp float 0..1; replaced list of such dicts or missing: earlier lines that this one replaced.
-        baseline_log: the same for the baseline, or None.
+        log: list of dicts in ascending epoch, each epoch once; None stands for a number that is not finite. Keys read:
+             epoch; loss; losses {term: float}; grad_norm {branch: float}; skipped_steps; val_miou (None: not
+             evaluated); fusion_2d_ratio (None: not measured); fusion_ramp 0..1; replaced: such dicts, see `read_log`.
+        baseline_log: the same for the baseline, or None. `judge` compares the configs as well.
 
-    Returns:
-        list of three dicts, in the order above: name; figure (str, as printed); passed (bool, or None where it cannot
-        be judged: 2 without a baseline or a val mIoU, 3 without an epoch of fusion after the ramp, as in a baseline
-        or plan A run); detail (str, what failed and where; may be empty).
-
+    Returns: list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
     Raises ValueError where a log is empty or its epochs do not ascend.
     """
     for name, entries in (("log", log), ("baseline_log", log if baseline_log is None else baseline_log)):
@@ -87,11 +100,25 @@ def criteria(log, baseline_log=None):
             for name, (figure, passed, details) in judged.items()]
 
 
+def _stability(log):
+    """Every epoch from 0 to the last is in the log without an `epoch_fault`, and at least 20 follow one another."""
+    faults = {entry["epoch"]: epoch_fault(entry) for entry in log}
+    faults = [faults.get(epoch, "missing from the log") for epoch in range(log[-1]["epoch"] + 1)]
+    bad = [f"epoch {epoch}: {fault}" for epoch, fault in enumerate(faults) if fault]
+    longest = max(len(list(group)) * (not fault) for fault, group in groupby(faults))
+    finite = f"{len(faults) - len(bad)} of {len(faults)} epochs finite"
+    if not bad and longest < MIN_STABLE_EPOCHS:
+        bad = [f"too short: at least {MIN_STABLE_EPOCHS} epochs are needed to show stability"]
+    return f"{finite}, longest streak {longest} (needs {MIN_STABLE_EPOCHS})", not bad, bad
+
+
 def epoch_fault(entry):
-    """What broke stability in one epoch's log dict (keys as in `criteria`), "" if nothing did."""
-    values = {"loss": entry.get("loss")}
-    values |= {f"loss {term}": value for term, value in (entry.get("losses") or {}).items()}
-    values |= {f"gradient {branch}": value for branch, value in (entry.get("grad_norm") or {}).items()}
+    """What broke stability in one epoch's log dict: a loss or gradient not finite, a skipped step; "" if nothing did.
+
+    What was trained again after `--resume` counts too: a run that diverged is not stable because it was resumed.
+    """
+    values = {"loss": entry.get("loss")} | {f"loss {term}": v for term, v in (entry.get("losses") or {}).items()}
+    values |= {f"gradient {branch}": norm for branch, norm in (entry.get("grad_norm") or {}).items()}
     faults = [f"{name} is not finite" for name, value in values.items() if not is_finite(value)]
     if entry.get("skipped_steps") != 0:
         faults.append(f"{entry.get('skipped_steps', 'unknown number of')} skipped steps")
@@ -100,37 +127,8 @@ def epoch_fault(entry):
     return ", ".join(faults)
 
 
-def is_finite(value):
-    """True for a finite number; False for None, NaN, infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def final_miou(log):
-    """(epoch, val mIoU) of the last epoch whose val_miou is a number, None if there is none."""
-    evaluated = [(entry["epoch"], entry["val_miou"]) for entry in log if is_finite(entry.get("val_miou"))]
-    return evaluated[-1] if evaluated else None
-
-
-def fusion_epochs(log):
-    """[(epoch, fusion_2d_ratio or None)] of the epochs after the ramp; [] for a run in which no fusion is active."""
-    return [(e["epoch"], e.get("fusion_2d_ratio")) for e in log if (e.get("fusion_ramp") or 0) >= 1]
-
-
-def _stability(log):
-    """(figure, passed, list of details) of criterion 1."""
-    faults = {entry["epoch"]: epoch_fault(entry) for entry in log}
-    faults = [faults.get(epoch, "missing from the log") for epoch in range(log[-1]["epoch"] + 1)]
-    bad = [f"epoch {epoch}: {fault}" for epoch, fault in enumerate(faults) if fault]
-    longest = max(len(list(group)) * (not fault) for fault, group in groupby(faults))
-    details, total = bad, len(faults)
-    if not bad and longest < MIN_STABLE_EPOCHS:
-        details = [f"too short: at least {MIN_STABLE_EPOCHS} epochs are needed to show stability"]
-    figure = f"{total - len(bad)} of {total} epochs finite, longest streak {longest} (needs {MIN_STABLE_EPOCHS})"
-    return figure, not details, details
-
-
 def _performance(log, baseline_log):
-    """(figure, passed, list of details) of criterion 2."""
+    """The last val mIoU lies above the baseline's of the same epoch (equal is not above); None where one is missing."""
     ours, theirs = final_miou(log), final_miou(baseline_log or [])
     figure = f"val mIoU {ours[1]:.4f} at epoch {ours[0]}" if ours else "no val mIoU"
     if baseline_log is None:
@@ -138,22 +136,22 @@ def _performance(log, baseline_log):
     if not (ours and theirs):
         return figure, None, [f"no val mIoU in the {'baseline' if ours else 'run'}'s log"]
     if ours[0] != theirs[0]:
-        why = f"the run was last evaluated at epoch {ours[0]}, the baseline at epoch {theirs[0]}"
-        return "not comparable", False, [why]
+        return "not comparable", False, [f"last evaluated at epoch {ours[0]}, the baseline at epoch {theirs[0]}"]
     figure += f", baseline {theirs[1]:.4f}, difference {ours[1] - theirs[1]:+.4f}"
     above = ours[1] > theirs[1]
     return figure, above, [] if above else ["not above the baseline"]
 
 
 def _fusion(log):
-    """(figure, passed, list of details) of criterion 3."""
-    epochs, (low, high) = fusion_epochs(log), FUSION_BAND
-    if not epochs:
+    """fusion_2d_ratio is a number in [0.3, 0.7] at every epoch with fusion_ramp == 1; None without such an epoch."""
+    fused, (low, high) = [entry for entry in log if (entry.get("fusion_ramp") or 0) >= 1], FUSION_BAND
+    if not fused:
         return "no fusion_2d_ratio", None, ["no epoch with fusion after the ramp"]
-    ratios = [ratio for _, ratio in epochs if is_finite(ratio)]
-    bad = [f"epoch {epoch}: {ratio}" for epoch, ratio in epochs if not (is_finite(ratio) and low <= ratio <= high)]
-    span = f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "never measured (no voxel was seen)"
-    return f"fusion_2d_ratio {span} over {len(epochs)} epochs, band {low}..{high}", not bad, bad
+    ratios = numbers(fused, "fusion_2d_ratio")
+    bad = [f"epoch {entry['epoch']}: {entry.get('fusion_2d_ratio')}" for entry in fused
+           if not low <= ratios.get(entry["epoch"], math.nan) <= high]
+    span = f"{min(ratios.values()):.3f}..{max(ratios.values()):.3f}" if ratios else "never measured (no voxel was seen)"
+    return f"fusion_2d_ratio {span} over {len(fused)} epochs, band {low}..{high}", not bad, bad
 
 
 def judge(run, baselines):
@@ -161,62 +159,50 @@ def judge(run, baselines):
 
     run is from `read_run`; baselines is {seed: such a run} and may be empty. A baseline itself is not compared.
     """
-    seed, is_baseline = run["config"].get("seed"), run["config"].get("model") == "baseline"
-    baseline = None if is_baseline else baselines.get(seed)
+    is_baseline = run["config"].get("model") == "baseline"
+    baseline = None if is_baseline else baselines.get(run["config"].get("seed"))
     entries = criteria(run["log"], baseline and baseline["log"])
     if is_baseline:
         entries[1]["detail"] = "this run is a baseline"
-    elif baselines:
-        why = f"no baseline with seed {seed} given"
-        if baseline:
-            why = config_differences(run["config"], baseline["config"])
-        if why:
-            entries[1].update(figure="not comparable", passed=False, detail=why)
+    elif baselines and incomparable(run, baseline):
+        entries[1].update(figure="not comparable", passed=False, detail=incomparable(run, baseline))
     return entries
 
 
-def config_differences(config, baseline_config):
-    """The keys in which a run and its baseline differ though they must agree, as text; "" if they agree."""
-    expected = {key: config.get(key) for key in SAME_KEYS} | {"model": "baseline"}
-    return "; ".join(f"the baseline's {key} is {baseline_config.get(key)!r}, expected {value!r}"
-                     for key, value in expected.items() if baseline_config.get(key) != value)
-
-
-# ------------------------------------------------------------------------------------------------------------ tables
+def incomparable(run, baseline):
+    """Why a run and a baseline (None: not given) are not one task, as text: keys of the config; "" where they are."""
+    if not baseline:
+        return f"no baseline with seed {run['config'].get('seed')} given"
+    expected = {key: run["config"].get(key) for key in SAME_KEYS} | {"model": "baseline"}
+    return "; ".join(f"the baseline's {key} is {baseline['config'].get(key)!r}, expected {value!r}"
+                     for key, value in expected.items() if baseline["config"].get(key) != value)
 
 
 def summary_table(runs):
-    """One row a run, as text: epochs logged of those planned, val mIoU, fusion_2d_ratio after the ramp, cost."""
-    rows = [("run", "model", "seed", "epochs", "best mIoU", "final mIoU", "final AP/50/25", "2D ratio", "range",
-             "skipped", "minutes")]
+    """One row a run, as text: epochs logged of those planned, val mIoU and AP, last fusion_2d_ratio, cost."""
+    rows = [("run", "model", "seed", "epochs", "best mIoU", "final mIoU", "final AP/50/25", "2D ratio", "skipped",
+             "minutes")]
     for run in runs:
         log, config = run["log"], run["config"]
-        evaluated = [(e["val_miou"], -e["epoch"]) for e in log if is_finite(e.get("val_miou"))]
-        best, final = max(evaluated, default=None), final_miou(log)
-        ratios = [ratio for _, ratio in fusion_epochs(log) if is_finite(ratio)]
+        miou, ratios = numbers(log, "val_miou"), numbers(log, "fusion_2d_ratio")
+        best, final = [f"{miou[e]:.4f} @{e}" for e in (max(miou, key=miou.get), max(miou))] if miou else ("-", "-")
         rows.append((run["name"], config.get("model", "?"), config.get("seed", "?"),
-                     f"{len(log)}/{config.get('epochs', '?')}",
-                     f"{best[0]:.4f} @{-best[1]}" if best else "-", f"{final[1]:.4f} @{final[0]}" if final else "-",
+                     f"{len(log)}/{config.get('epochs', '?')}", best, final,
                      "/".join(_number(log[-1].get(key), 3) for key in ("val_ap", "val_ap50", "val_ap25")),
-                     f"{ratios[-1]:.3f}" if ratios else "-",
-                     f"{min(ratios):.3f}..{max(ratios):.3f}" if ratios else "-",
-                     sum(e.get("skipped_steps") or 0 for e in log),
+                     _number([None, *ratios.values()][-1], 3), sum(e.get("skipped_steps") or 0 for e in log),
                      f"{sum(e.get('seconds') or 0 for e in log) / 60:.1f}"))
     return _table(rows)
 
 
 def seeds_summary(runs, baselines):
-    """Mean and deviation over seeds of each model's last val mIoU and AP and of the paired difference, as text.
-
-    runs: list from `read_run`, baselines included.  baselines: {seed: such a run}.
-    """
+    """Mean and deviation over seeds of each model's last val mIoU and AP and of the difference by seed, as text."""
     values = defaultdict(list)
     for run in runs:
         for label, key in (("mIoU", "val_miou"), ("AP", "val_ap"), ("AP50", "val_ap50"), ("AP25", "val_ap25")):
             if is_finite(run["log"][-1].get(key)):
                 values[f"final val {label}, {run['config'].get('model', '?')}"].append(run["log"][-1][key])
         baseline = baselines.get(run["config"].get("seed"))
-        if baseline and run is not baseline and not config_differences(run["config"], baseline["config"]):
+        if run is not baseline and not incomparable(run, baseline):
             ours, theirs = final_miou(run["log"]), final_miou(baseline["log"])
             if ours and theirs and ours[0] == theirs[0]:
                 values["paired difference to the baseline"].append(ours[1] - theirs[1])
@@ -244,96 +230,54 @@ def _table(rows):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-# ------------------------------------------------------------------------------------------------------------ curves
-
-STAGES = {1: ("stability", "#eef2f7"), 2: ("alignment", "#fbf4e6"), 3: ("enhancement", "#edf5ee")}  # name, tint
-PANELS = {  # title: keys of the log, or dict and key in it, in the order of the colors; what a log lacks is not drawn
-    "Losses": ("losses semantic", "losses alignment", "losses instance_cls", "losses instance_bce",
-               "losses instance_dice", "losses instance_score", "loss"),
-    "Validation mIoU": ("val_miou",),
-    "Validation AP of instances": ("val_ap", "val_ap25", "val_ap50"),
-    "Share of the 2D branch": ("fusion_2d_ratio", "fusion_ramp"),
-    "Gradient norm before clipping": ("grad_norm 3d", "grad_norm 2d", "grad_norm fusion", "grad_norm decoder"),
-    "Features of seen voxels": ("rms_3d", "rms_2d", "cosine"),
-}  # without the gate prior: the squared distance of fusion_2d_ratio from 0.5, far below the other losses
-LOGARITHMIC = ("Losses", "Gradient norm before clipping")
-COMPARED = ("val_miou", "val_ap50")  # drawn of every run; all else of the first alone
-
-
 def draw_curves(logs, path):
-    """Draw PANELS over the epochs of a run, 1650 x 840; the legend lists the curves by their last value.
-
-    Args:
-        logs: dict name -> log, each as `read_log` returns it: first the run, then what it is compared with.
-        path: where the .png goes.
-    """
+    """Draw PANELS as a .png of 1650 x 840. logs: dict name -> log, first the run, then what it is compared with."""
     log, *_ = logs.values()
     figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    panels = dict(zip(PANELS, figure.subplots(2, 3).flat))
-    faulty = [entry["epoch"] for entry in log if epoch_fault(entry)]
-    if faulty:
-        ax = panels["Losses"]
-        ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
-    panels["Share of the 2D branch"].axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
-    for title, ax in panels.items():
+    for title, ax in zip(PANELS, figure.subplots(2, 3).flat):
+        faulty = [entry["epoch"] for entry in log if epoch_fault(entry)] if title == "Losses" else []
+        if faulty:
+            ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
+        if title == "Share of the 2D branch":
+            ax.axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
         curves = []
         for i, key in enumerate(PANELS[title]):
             for name, entries in logs.items() if key in COMPARED else [("", log)]:
-                values = _series(entries, key.split())
-                last = next(filter(is_finite, reversed(values)), None)
-                if last is not None:
+                values = numbers(entries, key)
+                if values:
+                    *_, last = values.values()
+                    line = [values.get(epoch, math.nan) for epoch in range(entries[-1]["epoch"] + 1)]  # null: a gap
                     label = f"{key.split()[-1]} {name[:20]} {last:.3g}"
-                    curves.append((last, label, values, f"C{i}" if entries is log else "grey"))
-        for _, label, values, color in sorted(curves, reverse=True):
-            ax.plot(values, ".-", color=color, lw=1.6, ms=2.5, label=label)
-        _dress(ax, title, log)
+                    curves.append((last, label, line, f"C{i}" if entries is log else "grey"))
+        for _, label, line, color in sorted(curves, reverse=True):  # by their last values, as the legend
+            ax.plot(line, ".-", color=color, lw=1.6, ms=2.5, label=label)
+        if title in LOGARITHMIC:
+            ax.set_yscale("log", subs=[])  # no minor ticks
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+        else:
+            ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
+        ax.margins(x=0)
+        ax.set_title(title, fontweight="bold", pad=18)
+        ax.set_xlabel("epoch")
+        ax.grid(axis="y", color="#d5d9de", lw=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
+            epochs, (name, tint) = [entry["epoch"] for entry in entries], STAGES.get(stage, ("", "white"))
+            ax.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=tint, lw=0, zorder=0)
+            ax.text((epochs[0] + epochs[-1]) / 2, 1.01, name, color="grey", fontsize=8.5, ha="center",
+                    transform=ax.get_xaxis_transform())
     figure.savefig(path)
-
-
-def _dress(ax, title, log):
-    """Title, scale and legend of a panel, and the stages behind its curves."""
-    if title in LOGARITHMIC:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.minorticks_off()
-    else:
-        ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
-    ax.margins(x=0)
-    ax.set_title(title, fontweight="bold", pad=18)
-    ax.set_xlabel("epoch")
-    ax.grid(axis="y", color="#d5d9de", lw=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
-        epochs, (name, tint) = [entry["epoch"] for entry in entries], STAGES.get(stage, ("", "white"))
-        ax.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=tint, lw=0, zorder=0)
-        ax.text((epochs[0] + epochs[-1]) / 2, 1.01, name, color="grey", fontsize=8.5, ha="center",
-                transform=ax.get_xaxis_transform())
-
-
-def _series(log, keys):
-    """The value under those nested keys for each epoch from 0 to the last, NaN where it is null or missing."""
-    values = [math.nan] * (log[-1]["epoch"] + 1)
-    for entry in log:
-        value = entry
-        for key in keys:
-            value = (value or {}).get(key)
-        values[entry["epoch"]] = value if is_finite(value) else math.nan
-    return values
-
-
-# -------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Judge runs by the three success criteria; exits 1 if one fails.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/fused")
-    parser.add_argument("--against", nargs="+", default=[], metavar="BASELINE",
-                        help="baseline run folder; several are paired with the runs by seed")
+    parser.add_argument("--against", nargs="+", default=[], metavar="BASELINE", help="baselines, paired by seed")
     parser.add_argument("--classes", action="store_true", help="print the IoU of every class too")
     args = parser.parse_args(argv)
     try:
@@ -347,13 +291,12 @@ def main(argv=None):
 
     everything = list({run["folder"].resolve(): run for run in runs + against}.values())  # each folder once
     for run in everything:
-        for entry in run["log"]:
+        name, log, planned = run["name"], run["log"], run["config"].get("epochs")
+        for entry in log:
             if "replaced" in entry:
-                print(f"note: {run['name']} was resumed at epoch {entry['epoch']}; {len(entry['replaced'])} lines "
-                      "replaced")
-        planned = run["config"].get("epochs")
-        if is_finite(planned) and len(run["log"]) < planned:
-            print(f"note: {run['name']} has logged {len(run['log'])} of {planned} epochs; the verdicts cover these")
+                print(f"note: {name} was resumed at epoch {entry['epoch']}; {len(entry['replaced'])} lines replaced")
+        if is_finite(planned) and len(log) < planned:
+            print(f"note: {name} has logged {len(log)} of {planned} epochs; the verdicts cover these")
     print(summary_table(everything))
     if len(runs) > 1:
         print("\n" + seeds_summary(everything, baselines))
@@ -368,9 +311,8 @@ def main(argv=None):
             detail = f"  [{entry['detail']}]" if entry["detail"] else ""
             print(f"  {number} {entry['name']:<11}  {VERDICTS[entry['passed']]:<4}  {entry['figure']}{detail}")
             failed |= entry["passed"] is False
-        path = run["folder"] / "curves.png"
-        draw_curves({each["name"]: each["log"] for each in (run, baseline) if each}, path)
-        print(f"  curves: {path}")
+        draw_curves({each["name"]: each["log"] for each in (run, baseline) if each}, run["folder"] / "curves.png")
+        print(f"  curves: {run['folder'] / 'curves.png'}")
     return int(failed)
 
 
