@@ -31,13 +31,9 @@ def instances(g=4, s=12, classes=5):
     return torch.randint(0, classes, (g,)), owner == torch.arange(g)[:, None]
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
 def slow_costs(logits, mask):
     """BCE and dice of one query and one instance, superpoint by superpoint, in Python floats."""
-    p, t = [sigmoid(x) for x in logits.tolist()], [float(x) for x in mask.tolist()]
+    p, t = [1 / (1 + math.exp(-x)) for x in logits.tolist()], [float(x) for x in mask.tolist()]
     bce = -sum(math.log(a) if b else math.log(1 - a) for a, b in zip(p, t)) / len(p)
     return bce, 1 - (2 * sum(a * b for a, b in zip(p, t)) + 1) / (sum(p) + sum(t) + 1)
 
@@ -64,13 +60,8 @@ def slow_layer(prediction, labels, masks, pairs):
 def slow_semantic(logits, labels):
     """Cross-entropy + dice of one scene from their formulas, voxel by voxel, in Python floats."""
     rows = [(row, label) for row, label in zip(logits.tolist(), labels.tolist()) if label != IGNORE]
-    if not rows:
-        return 0.0
-    probabilities = []
-    for row, _ in rows:
-        largest = max(row)
-        powers = [math.exp(x - largest) for x in row]
-        probabilities.append([p / sum(powers) for p in powers])
+    powers = [[math.exp(x - max(row)) for x in row] for row, _ in rows]
+    probabilities = [[p / sum(row) for p in row] for row in powers]
     entropy = -sum(math.log(p[label]) for p, (_, label) in zip(probabilities, rows)) / len(rows)
     dice = []
     for k in sorted({label for _, label in rows}):
@@ -124,8 +115,7 @@ def test_huge_logits_give_a_finite_loss_and_gradient(scale):
     logits, labels, index = example(scale=scale)
     loss = semantic_loss(logits, labels, index, 2)
     loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
 def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_costs_much():
@@ -151,13 +141,12 @@ def test_half_precision_logits_are_computed_in_single_precision():
 
 def test_alignment_is_one_minus_the_cosine_over_seen_voxels_and_finite_for_zero_features():
     feat_3d, feat_2d = torch.randn(30, 8), torch.randn(30, 8)
-    seen = torch.arange(30) % 3 == 0
+    seen, index = torch.arange(30) % 3 == 0, torch.zeros(30, dtype=torch.long)
     expected = [1 - (a @ b / a.norm() / b.norm()).item() for a, b, s in zip(feat_3d, feat_2d, seen) if s]
-    loss = alignment_loss(feat_3d, feat_2d, seen, torch.zeros(30, dtype=torch.long), 1)
-    assert loss.item() == pytest.approx(sum(expected) / 10, abs=1e-6)
-    assert alignment_loss(feat_3d, 3 * feat_3d, seen, torch.zeros(30, dtype=torch.long), 1).abs() < 1e-6
+    assert alignment_loss(feat_3d, feat_2d, seen, index, 1).item() == pytest.approx(sum(expected) / 10, abs=1e-6)
+    assert alignment_loss(feat_3d, 3 * feat_3d, seen, index, 1).abs() < 1e-6
     zero = torch.zeros(30, 8, requires_grad=True)
-    loss = alignment_loss(zero, feat_2d, seen, torch.zeros(30, dtype=torch.long), 1)
+    loss = alignment_loss(zero, feat_2d, seen, index, 1)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(zero.grad).all()
 
@@ -167,8 +156,7 @@ def test_alignment_moves_the_3d_side_alone_and_only_where_seen():
     seen = torch.arange(30) < 10
     alignment_loss(feat_3d, feat_2d, seen, torch.zeros(30, dtype=torch.long), 1).backward()
     assert feat_2d.grad is None
-    assert feat_3d.grad[:10].abs().sum(1).gt(0).all()
-    assert not feat_3d.grad[10:].any()
+    assert feat_3d.grad[:10].abs().sum(1).gt(0).all() and not feat_3d.grad[10:].any()
 
 
 def test_scene_mean_agrees_with_a_loop():
@@ -204,9 +192,6 @@ def test_gate_prior_is_the_squared_distance_of_each_scenes_mean_from_one_half():
     assert alpha.grad[5] == 0
     loss = gate_prior(alpha, torch.zeros(6, dtype=torch.bool), index, 3)
     assert loss == 0 and not torch.autograd.grad(loss, alpha)[0].any()  # nothing is seen
-
-
-# ---- instances
 
 
 def test_mask_costs_agree_with_their_formulas():
@@ -272,20 +257,15 @@ def test_true_masks_and_classes_cost_nothing_and_a_wrong_class_or_mask_costs_muc
     assert layer_loss(perfect | {"score": torch.zeros(7)}, labels, masks)["instance_score"] == 1
 
 
-def test_without_instances_only_the_class_is_supervised():
-    losses = layer_loss(queries(), torch.zeros(0, dtype=torch.long), torch.zeros(0, 12, dtype=torch.bool))
-    assert [losses[name].item() for name in INSTANCE[1:]] == [0, 0, 0]
-    assert losses["instance_cls"] > 0
-
-
 @pytest.mark.parametrize("sizes, g", [({}, 0), ({"q": 2}, 9), ({"q": 1, "s": 1}, 1), ({"scale": 1e4}, 4)],
                          ids=["no instances", "more than queries", "one superpoint", "huge logits"])
-def test_instance_losses_and_their_gradients_are_finite(sizes, g):
+def test_instance_losses_and_their_gradients_are_finite_and_without_instances_only_the_class_is_supervised(sizes, g):
     prediction, (labels, masks) = queries(**sizes), instances(g, sizes.get("s", 12))
     losses = layer_loss(prediction, labels, masks)
     sum(losses.values()).backward()
-    assert all(torch.isfinite(v) for v in losses.values())
+    assert all(torch.isfinite(v) for v in losses.values()) and losses["instance_cls"] > 0
     assert all(torch.isfinite(prediction[key].grad).all() for key in ("class_logits", "mask_logits", "score"))
+    assert g or [losses[name].item() for name in INSTANCE[1:]] == [0, 0, 0]
 
 
 def test_a_nan_in_a_prediction_reaches_the_loss_instead_of_stopping_the_matcher():
