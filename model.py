@@ -4,14 +4,12 @@
     BiFusion     the same, and frames -> ClipTower -> sampled at the voxels -> Standardise; FiLM, gate, blend -> heads
 
 BiFusion is a Baseline3D: with its 2D branch off (fusion "identity") it computes exactly what Baseline3D computes.
-Importing this file imports spconv and, for an image tower, open_clip.
-
 Axes: M voxels of all scenes of a batch, V views of all scenes, S superpoints, Q queries, P predicted instances,
 C, D channels, K classes, H, W image size.
 
 Sources: U-Net layout of SpUNet-v1m1 (Pointcept), the spconv form of Mask3D's Res16UNet34C (Schult et al. 2023) after
 MinkowskiNet (Choy et al. 2019); decoder after SPFormer (Sun et al. 2023) and OneFormer3D (Kolodiazhnyi et al. 2024);
-matrix NMS of SOLOv2 (Wang et al. 2020); ModifiedResNet of CLIP (Radford et al. 2021) as open_clip builds it.
+matrix NMS of SOLOv2 (Wang et al. 2020).
 """
 
 import logging
@@ -34,15 +32,13 @@ PRESETS = {
     "small": {
         "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
-        "dim": 64,
-        "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
+        "dim": 64, "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
         "tower": "clip_small", "tower_weights": "clip_small.pt",  # miniclip.py made it
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),
                  "decoder": (256, 128, 96, 96), "decoder_blocks": (2, 2, 2, 2)},
-        "dim": 256,
-        "decoder": {"dim": 192, "hidden": 768, "layers": 3, "heads": 8},
+        "dim": 256, "decoder": {"dim": 192, "hidden": 768, "layers": 3, "heads": 8},
         "tower": "ViT-B-16", "tower_weights": "laion2b_s34b_b88k",
     },
 }
@@ -73,15 +69,13 @@ class SparseBlock(nn.Module):
 
     def __init__(self, in_channels, channels, level):
         super().__init__()
-        spconv = import_spconv()
-        key = f"level{level}"  # convolutions of one level share their neighbour table
-        self.conv1 = spconv.SubMConv3d(in_channels, channels, 3, bias=False, indice_key=key)
+        key = {"bias": False, "indice_key": f"level{level}"}  # convolutions of one level share their neighbour table
+        self.conv1 = import_spconv().SubMConv3d(in_channels, channels, 3, **key)
         self.bn1 = VoxelBatchNorm(channels)
-        self.conv2 = spconv.SubMConv3d(channels, channels, 3, bias=False, indice_key=key)
+        self.conv2 = import_spconv().SubMConv3d(channels, channels, 3, **key)
         self.bn2 = VoxelBatchNorm(channels)
-        self.project = nn.Identity()
-        if in_channels != channels:
-            self.project = nn.Sequential(nn.Linear(in_channels, channels, bias=False), VoxelBatchNorm(channels))
+        self.project = nn.Identity() if in_channels == channels else nn.Sequential(
+            nn.Linear(in_channels, channels, bias=False), VoxelBatchNorm(channels))
 
     def forward(self, x):
         residual = self.project(x.features)
@@ -91,45 +85,38 @@ class SparseBlock(nn.Module):
 
 
 class SparseUNet(nn.Module):
-    """Sparse residual U-Net on voxels.
+    """Sparse residual U-Net on voxels; all its sparse convolutions are bias-free.
 
     Stem SubM 5^3; a level down is a strided convolution 2^3 and residual blocks; a level up is the inverse convolution,
-    the skip of that level concatenated, residual blocks. All sparse convolutions are bias-free.
+    the skip of that level concatenated, residual blocks.
 
-    Args:
-        in_channels:    channels of a voxel.
-        stem:           width of the stem.
-        encoder, encoder_blocks: width and number of blocks of each level, from fine to coarse.
-        decoder, decoder_blocks: the same for the way up, from coarse to fine.
-        bn_momentum:    of the running statistics; 0.01 looks back over some 100 steps, too many for a short training.
+    Args: in_channels of a voxel; stem, its width; encoder, encoder_blocks, width and blocks of each level, fine to
+        coarse; decoder, decoder_blocks, the same on the way up; bn_momentum, 0.01 looks back over some 100 steps.
     """
 
     def __init__(self, in_channels, stem, encoder, encoder_blocks, decoder, decoder_blocks, bn_momentum=0.01):
         super().__init__()
         spconv = import_spconv()
-        self.levels = len(encoder)
-        self.out_channels = decoder[-1]
+        self.levels, self.out_channels = len(encoder), decoder[-1]
         self.stem = spconv.SubMConv3d(in_channels, stem, 5, bias=False, indice_key="stem")
         self.stem_bn = VoxelBatchNorm(stem)
         self.down, self.down_bn, self.encoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.up, self.up_bn, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         widths = (stem, *encoder)
         for level in range(self.levels):
-            self.down.append(spconv.SparseConv3d(widths[level], widths[level + 1], 2, stride=2, bias=False,
-                                          indice_key=f"down{level}"))
-            self.down_bn.append(VoxelBatchNorm(widths[level + 1]))
-            self.encoder.append(nn.Sequential(*(SparseBlock(widths[level + 1], widths[level + 1], level + 1)
+            channels = encoder[level]
+            self.down.append(spconv.SparseConv3d(widths[level], channels, 2, 2, bias=False, indice_key=f"down{level}"))
+            self.down_bn.append(VoxelBatchNorm(channels))
+            self.encoder.append(nn.Sequential(*(SparseBlock(channels, channels, level + 1)
                                                 for _ in range(encoder_blocks[level]))))
-        channels = encoder[-1]
         for width, blocks, level in zip(decoder, decoder_blocks, reversed(range(self.levels))):
             self.up.append(spconv.SparseInverseConv3d(channels, width, 2, bias=False, indice_key=f"down{level}"))
             self.up_bn.append(VoxelBatchNorm(width))
             self.decoder.append(nn.Sequential(*(SparseBlock(width + widths[level] if b == 0 else width, width, level)
                                                 for b in range(blocks))))
             channels = width
-        for module in self.modules():
-            if isinstance(module, VoxelBatchNorm):
-                module.momentum = bn_momentum
+        for norm in (m for m in self.modules() if isinstance(m, VoxelBatchNorm)):
+            norm.momentum = bn_momentum
         self.convs = [(m, m.algo) for m in self.modules() if hasattr(m, "indice_key")]  # spconv's choice for CUDA
 
     def forward(self, feat, grid_coord, batch_index, num_scenes):
@@ -140,8 +127,7 @@ class SparseUNet(nn.Module):
         step = 2**self.levels  # a strided convolution drops what lies beyond the last whole cell
         shape = [(extent // step + 1) * step for extent in grid_coord.amax(0).tolist()]
         indices = torch.cat([batch_index[:, None].int(), grid_coord.int()], 1).contiguous()  # (M, 4)
-        x = spconv.SparseConvTensor(feat, indices, shape, num_scenes)
-        x = self.stem(x)
+        x = self.stem(spconv.SparseConvTensor(feat, indices, shape, num_scenes))
         x = x.replace_feature(self.stem_bn(x.features).relu_())
         skips = []
         for down, bn, blocks in zip(self.down, self.down_bn, self.encoder):
@@ -156,15 +142,10 @@ class SparseUNet(nn.Module):
 
 def superpoint_means(feat, batch):
     """(M, D) -> (S, D): the mean over a superpoint's points, each with the feature of its voxel."""
-    total = feat.new_zeros(len(batch["superpoint_batch"]), feat.shape[1])
-    total = total.index_add(0, batch["piece_superpoint"], feat[batch["piece_voxel"]] * batch["piece_points"][:, None])
-    return total / superpoint_sizes(batch)[:, None]
-
-
-def superpoint_sizes(batch):
-    """(S,) float: number of points."""
-    zeros = batch["piece_points"].new_zeros(len(batch["superpoint_batch"]))
-    return zeros.index_add(0, batch["piece_superpoint"], batch["piece_points"])
+    count, points = len(batch["superpoint_batch"]), batch["piece_points"][:, None]
+    total, size = (x.new_zeros(count, x.shape[1]).index_add(0, batch["piece_superpoint"], x)
+                   for x in (feat[batch["piece_voxel"]] * points, points))  # (S, D), (S, 1)
+    return total / size
 
 
 def mlp(in_channels, hidden, out_channels):
@@ -172,21 +153,18 @@ def mlp(in_channels, hidden, out_channels):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True; then the residual sum
-    and LayerNorm. PyTorch's fused attention: no (heads, Q, S) weights are held."""
+    """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True, residual, LayerNorm."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.to_query = nn.Linear(dim, dim)
-        self.to_key_value = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.to_query, self.to_key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.out, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
 
     def forward(self, query, keys, allowed=None):
         q = self.to_query(query).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (h, Q, C/h)
         k, v = self.to_key_value(keys).unflatten(1, (2, self.heads, -1)).permute(1, 2, 0, 3)  # (h, S, C/h) each
-        x = F.scaled_dot_product_attention(q[None], k[None], v[None], allowed)[0]  # (h, Q, C/h)
+        x = F.scaled_dot_product_attention(q[None], k[None], v[None], allowed)[0]  # (h, Q, C/h); fused: no (h, Q, S)
         return self.norm(query + self.out(x.transpose(0, 1).flatten(1)))
 
 
@@ -198,9 +176,7 @@ class QueryDecoder(nn.Module):
     at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries; else all do (up to
     MAX_QUERIES).
 
-    Args:
-        in_channels: D of the superpoint features.  dim: width C.  hidden: width of the feed-forward network.
-        layers:      number of layers.  heads: of the attention.  num_classes: K.
+    Args: in_channels, D of the superpoints; dim, width C; hidden, of the feed-forward network; num_classes, K.
     """
 
     def __init__(self, in_channels, dim, hidden, layers, heads, num_classes):
@@ -208,8 +184,7 @@ class QueryDecoder(nn.Module):
         self.to_key = nn.Sequential(nn.Linear(in_channels, dim), nn.LayerNorm(dim))
         self.to_query = mlp(in_channels, dim, dim)
         self.to_mask = mlp(in_channels, dim, dim)
-        self.cross = nn.ModuleList(Attention(dim, heads) for _ in range(layers))
-        self.own = nn.ModuleList(Attention(dim, heads) for _ in range(layers))
+        self.cross, self.own = (nn.ModuleList(Attention(dim, heads) for _ in range(layers)) for _ in range(2))
         self.feed = nn.ModuleList(nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
                                   for _ in range(layers))
         self.feed_norm = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
@@ -249,10 +224,8 @@ class QueryDecoder(nn.Module):
 
 
 def superpoint_graph(batch):
-    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one block of 2^3 voxels.
-
-    Two sets of blocks are laid, one shifted by a voxel, so that voxels with a common face always share one.
-    """
+    """Which superpoints of a batch touch: (S, S) scipy.sparse, not 0 where two have points in one block of 2^3 voxels;
+    of two sets of blocks, one shifted by a voxel, so that voxels with a common face always share one."""
     voxel, superpoint = batch["piece_voxel"], batch["piece_superpoint"]
     place = torch.cat([2 * batch["batch_index"][:, None], batch["grid_coord"].long()], 1)[voxel]  # (L, 4)
     edges = torch.tensor([1, 2, 2, 2], device=place.device)
@@ -265,33 +238,26 @@ def superpoint_graph(batch):
 
 def largest_pieces(masks, graph, sizes):
     """Cut masks (P, S) bool to their largest connected piece, in points; graph of `superpoint_graph`, sizes (S,)."""
-    out, sizes = torch.zeros_like(masks), sizes.cpu().numpy()
-    for row, mask in enumerate(masks):
-        inside = mask.nonzero()[:, 0].cpu().numpy()
+    out, sizes = torch.zeros_like(masks, device="cpu"), sizes.cpu().numpy()
+    for row, mask in zip(out.numpy(), masks.cpu().numpy()):
+        inside = np.flatnonzero(mask)
         if len(inside):
             piece = connected_components(graph[inside][:, inside], directed=False)[1]
-            largest = np.bincount(piece, sizes[inside]).argmax()
-            out[row, torch.as_tensor(inside[piece == largest], device=masks.device)] = True
-    return out
+            row[inside[piece == np.bincount(piece, sizes[inside]).argmax()]] = True
+    return out.to(masks.device)
 
 
 @torch.no_grad()
 def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
-    """The instances of a scene out of the last prediction of its queries.
+    """The instances of a scene out of the last prediction of its queries; sizes (S,) float, points of a superpoint.
 
-    With a graph every mask is cut to its largest connected piece: without positions a query cannot tell two like
-    objects apart (Mask3D splits its masks by DBSCAN). The top_k pairs of query and class with the largest p(class) *
-    claimed IoU are kept; that times the mean p(superpoint) over the mask is their score. Then matrix NMS lowers the
-    score of whatever overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 - that one's
-    own largest IoU with a still better one), IoU in points.
+    With a graph (`superpoint_graph`) every mask is cut to its largest connected piece: without positions a query cannot
+    tell two like objects apart (Mask3D splits its masks by DBSCAN). The top_k pairs of query and class with the largest
+    p(class) * claimed IoU are kept; that times the mean p(superpoint) over the mask is their score. Then matrix NMS
+    lowers the score of whatever overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 -
+    that one's own largest IoU with a still better one), IoU in points.
 
-    Args:
-        prediction: as QueryDecoder.forward.  sizes: (S,) float, points of each superpoint.
-        graph:      `superpoint_graph` of the scene, or None.
-        top_k:      pairs kept, or all where there are fewer.  min_points: smaller instances are left out.
-
-    Returns:
-        masks (P, S) bool, labels (P,) int64, scores (P,) float in 0..1, best first; P may be 0.
+    Returns: masks (P, S) bool of min_points or more, labels (P,) int64, scores (P,) in 0..1, best first; P may be 0.
     """
     probability = prediction["class_logits"].float().softmax(1)[:, :-1]  # (Q, K)
     probability = (probability * prediction["score"].float().clamp(0, 1)[:, None]).nan_to_num(0)
@@ -315,20 +281,15 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
 
 def instances_of_scene(prediction, batch, i):
     """Scene i of a batch as InstanceAP.add takes it: gt (N,), masks (P, N) bool, labels (P,), scores (P,)."""
-    rows, points = batch["superpoint_batch"] == i, batch["point_batch"] == i
-    chosen = rows.nonzero()[:, 0].cpu().numpy()
-    graph = superpoint_graph(batch)[chosen][:, chosen]
-    masks, labels, scores = select_instances(prediction, superpoint_sizes(batch)[rows], graph)
-    superpoint = batch["point_superpoint"][points] - rows.int().argmax()  # (N,) row of the scene's own superpoints
-    return batch["point_instance"][points], masks[:, superpoint], labels, scores
+    rows, points = (batch["superpoint_batch"] == i).nonzero()[:, 0], batch["point_batch"] == i
+    superpoint = batch["point_superpoint"][points] - rows[0]  # (N,) row of the scene's own superpoints
+    graph = superpoint_graph(batch)[rows.cpu().numpy()][:, rows.cpu().numpy()]
+    masks, *found = select_instances(prediction, superpoint.bincount(minlength=len(rows)).float(), graph)
+    return batch["point_instance"][points], masks[:, superpoint], *found
 
 
 class Baseline3D(nn.Module):
-    """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder.
-
-    Args:
-        unet: SparseUNet.  decoder: QueryDecoder of D = dim.  dim: D.  num_classes: K.
-    """
+    """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder (of D = dim)."""
 
     def __init__(self, unet, decoder, dim, num_classes):
         super().__init__()
@@ -342,13 +303,10 @@ class Baseline3D(nn.Module):
     def forward(self, batch):
         """Segment a batch of scenes.
 
-        Args:
-            batch: dict as data.collate makes it: names list of B str, grid_coord (M, 3) int, batch_index (M,) int64,
-                   color (M, 3), normal (M, 3), superpoint_batch, piece_voxel, piece_superpoint, piece_points.
-
-        Returns:
-            dict: logits (M, K), feat_3d (M, D); once the decoder is on, instances: list of B, one a scene, of what
-            QueryDecoder.forward returns.
+        Args: batch, dict as data.collate makes it: names list of B str, grid_coord (M, 3) int, batch_index (M,) int64,
+            color (M, 3), normal (M, 3), superpoint_batch, piece_voxel, piece_superpoint, piece_points.
+        Returns: dict of logits (M, K), feat_3d (M, D) and, once the decoder is on, instances: list of B, one a scene,
+            of what QueryDecoder.forward returns.
         """
         feat_3d = self.encode_3d(batch)
         return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
@@ -365,8 +323,7 @@ class Baseline3D(nn.Module):
     def encode_3d(self, batch):
         """-> feat_3d (M, D) of RMS 1."""
         feat = torch.cat([batch["color"], batch["normal"]], 1)  # (M, 6)
-        feat = self.unet(feat, batch["grid_coord"], batch["batch_index"], len(batch["names"]))
-        return self.standardise_3d(feat)
+        return self.standardise_3d(self.unet(feat, batch["grid_coord"], batch["batch_index"], len(batch["names"])))
 
     def parts(self):
         """Parameters by part of stages.PARTS, each in exactly one."""
@@ -379,8 +336,7 @@ class BiFusion(Baseline3D):
 
     def __init__(self, unet, tower, decoder, dim, num_classes, depth_tolerance):
         super().__init__(unet, decoder, dim, num_classes)
-        self.tower = tower
-        self.depth_tolerance = depth_tolerance
+        self.tower, self.depth_tolerance = tower, depth_tolerance
         self.standardise_2d = Standardise(tower.out_channels, dim)
         self.film = FiLM(dim)
         self.gates = nn.ModuleDict({"simple": SimpleFusion(), "learned": LiteFusionGate(dim)})
@@ -388,21 +344,16 @@ class BiFusion(Baseline3D):
     def forward(self, batch):
         """Segment a batch of scenes from voxels and frames.
 
-        Args:
-            batch: as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8,
-                   depth (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64;
-                   in place of the image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode
-                   gives for it (tower.MapCache). FiLM reads coord, which is augmented as the 3D branch sees it; frames
-                   are linked by world_coord, which is not. Where it holds whole (B,) bool, False names a scene of
-                   which data.py has blanked the images or the points.
-
-        Returns:
-            dict: as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha (M,),
-            stats (fusion.fusion_stats). Scenes that are not whole count as unseen in seen and are left out of stats:
-            alignment and gate prior pass them by.
+        Args: batch, as Baseline3D, and coord (M, 3) and world_coord (M, 3) metres, image (V, 3, H, W) uint8, depth
+            (V, H, W) metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3), view_batch (V,) int64; in place of the
+            image it may hold level_0, level_1, ... (V, C, h, w), what a frozen tower's encode gives for it
+            (tower.MapCache). FiLM reads coord, which is augmented as the 3D branch sees it; frames are linked by
+            world_coord, which is not. whole (B,) bool, where there, is False for a scene that data.py has blanked.
+        Returns: dict as Baseline3D; with a fusion other than "identity" also feat_2d (M, D), seen (M,) bool, alpha
+            (M,), stats (fusion.fusion_stats). Scenes that are not whole count as unseen in seen and are left out of
+            stats: alignment and gate prior pass them by.
         """
-        row = self.row
-        feat_3d = self.encode_3d(batch)
+        row, feat_3d = self.row, self.encode_3d(batch)
         if row.fusion == "identity":
             return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
         feat_2d, seen = self.encode_2d(batch)
@@ -421,12 +372,11 @@ class BiFusion(Baseline3D):
     def encode_2d(self, batch):
         """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
         depth, voxels = batch["depth"], batch["world_coord"]
-        if not len(depth):
-            feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
-            seen = torch.zeros(len(voxels), dtype=torch.bool, device=voxels.device)
-        else:
+        feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
+        seen = voxels.new_zeros(len(voxels), dtype=torch.bool)
+        if len(depth):
             levels = [batch[key] for key in sorted(batch) if key.startswith("level_")]
-            maps = self.tower(batch["image"], depth, levels or None)  # (V, C, h, w)
+            maps = self.tower(batch["image"], depth, levels)  # (V, C, h, w)
             extent = [side * self.tower.stride for side in maps.shape[:1:-1]]  # (W, H), padding included
             links = link_views(voxels, batch["world_to_camera"], batch["intrinsics"], depth,
                                point_batch=batch["batch_index"], view_batch=batch["view_batch"],
@@ -449,22 +399,16 @@ class BiFusion(Baseline3D):
 
 
 def build_model(name, preset, num_classes, depth_tolerance=0.05, tower=None, tower_weights=None, load=True):
-    """Build "baseline" or "bifusion" in a preset.
+    """Build "baseline" or "bifusion" (name) in a preset (a key of PRESETS) for num_classes.
 
-    Args:
-        name: "baseline" or "bifusion".  preset: a key of PRESETS.  num_classes: K.
-        depth_tolerance: metres by which a voxel may differ from a depth map and count as seen.
-        tower, tower_weights, load: name and weights of the image tower, None = the preset's, and whether to load them
-            (tower.build_visual).
-
-    Raises:
-        KeyError: unknown name, preset or tower.  ValueError: weights that cannot be had or do not fit.
+    Args: depth_tolerance, metres by which a voxel may differ from a depth map and count as seen; tower, tower_weights,
+        load, name and weights of the image tower, None = the preset's, and whether to load them (tower.build_visual).
+    Raises: KeyError: unknown name, preset or tower.  ValueError: weights that cannot be had or do not fit.
     """
-    if preset not in PRESETS:
-        raise KeyError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
+    for kind, given, choices in (("preset", preset, PRESETS), ("model", name, ("baseline", "bifusion"))):
+        if given not in choices:
+            raise KeyError(f"unknown {kind} {given!r}; choose from {sorted(choices)}")
     sizes = PRESETS[preset]
-    if name not in ("baseline", "bifusion"):
-        raise KeyError(f"unknown model {name!r}; choose from ['baseline', 'bifusion']")
     unet = SparseUNet(IN_CHANNELS, **sizes["unet"])
     decoder = QueryDecoder(sizes["dim"], num_classes=num_classes, **sizes["decoder"])
     if name == "baseline":
