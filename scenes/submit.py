@@ -24,9 +24,8 @@ from scenes.scannet import read_split
 
 
 def submit(checkpoint, data, split, out, device="cpu"):
-    """Label the scenes of a split and pack them.
+    """Label the scenes of a split and pack them; returns a list of the .zip files written.
 
-    Returns a list of the .zip files written.
     Raises FileNotFoundError, ValueError: a scene of the split is missing, or a prediction has not a label a vertex.
     """
     data, out = Path(data), Path(out)
@@ -38,8 +37,7 @@ def submit(checkpoint, data, split, out, device="cpu"):
                                 f"{', '.join(missing[:3]) or 'none'}; python -m scenes.scannet SCANS --out {data}")
     model, config = open_checkpoint(checkpoint, device)
     out.mkdir(parents=True, exist_ok=True)
-    packed, found = [out / "semantic.zip", out / "instance.zip"], 0
-    parts = [path.with_suffix(".unfinished") for path in packed]
+    parts, found = [out / "semantic.unfinished", out / "instance.unfinished"], 0
     with ZipFile(parts[0], "w", ZIP_DEFLATED) as semantic, ZipFile(parts[1], "w", ZIP_DEFLATED) as instance:
         for name in tqdm(names, desc="scenes", unit="scene"):
             scene, prediction = predict_scene(model, config, data / split / name, device)
@@ -47,34 +45,19 @@ def submit(checkpoint, data, split, out, device="cpu"):
             if len(labels) != count:
                 raise fault(f"prediction of {name}", f"{count} labels, one a vertex", len(labels))
             semantic.writestr(f"{name}.txt", "".join(f"{NYU40_IDS[label]}\n" for label in labels))
-            found += write_instances(instance, name, count, prediction)
-    for part, path in list(zip(parts, packed))[: 2 if found else 1]:
-        part.replace(path)
+            things, lines = np.flatnonzero(~np.isin(prediction["classes"], STUFF)), []  # walls and floors are none
+            for i, row in enumerate(things):
+                path = f"predicted_masks/{name}_{i:03d}.txt"
+                mask = np.tile(np.frombuffer(b"0\n", np.uint8), (count, 1))
+                mask[prediction["members"][row], 0] = ord("1")
+                instance.writestr(path, mask.tobytes())
+                lines.append(f"{path} {NYU40_IDS[prediction['classes'][row]]} {prediction['scores'][row]:.6f}\n")
+            instance.writestr(f"{name}.txt", "".join(lines))
+            found += len(things)
     if not found:
-        parts[1].unlink()
+        parts.pop().unlink()
         print("the model finds no instances: semantic files only")
-    return packed[: 2 if found else 1]
-
-
-def write_instances(archive, name, count, prediction):
-    """Write the instances of one scene but walls and floors: <name>.txt and predicted_masks/<name>_000.txt, ...
-
-    Args:
-        archive:    ZipFile.  count: N, vertices of the scene.
-        prediction: dict of members, P arrays of vertex indices; classes (P,) index in CLASS_NAMES; scores (P,).
-
-    Returns:
-        int, how many were written.
-    """
-    things, lines = np.flatnonzero(~np.isin(prediction["classes"], STUFF)), []
-    for i, row in enumerate(things):
-        path = f"predicted_masks/{name}_{i:03d}.txt"
-        text = np.tile(np.frombuffer(b"0\n", np.uint8), (count, 1))
-        text[prediction["members"][row], 0] = ord("1")
-        archive.writestr(path, text.tobytes())
-        lines.append(f"{path} {NYU40_IDS[prediction['classes'][row]]} {prediction['scores'][row]:.6f}\n")
-    archive.writestr(f"{name}.txt", "".join(lines))
-    return len(things)
+    return [part.replace(part.with_suffix(".zip")) for part in parts]
 
 
 def main(argv=None):

@@ -199,7 +199,7 @@ def test_instances_follow_the_groups(tmp_path, groups, instance):
 
 
 def test_the_200_classes_are_200():
-    ids = scannet.SCANNET200_IDS
+    ids = list(map(int, scannet.IDS_200))
     assert len(ids) == len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
 
 
@@ -300,7 +300,7 @@ def test_frames_only_adds_frames_in_the_frame_of_the_points_and_touches_no_array
     ("other points", "coord.npy: expected the vertices of the scan's mesh"),
     ("a pickle", "coord.npy: expected an array of numbers"),
     ("color/ of others", "holds color/ without pose/; move it away first"),
-    ("no frames", "no usable frame in a .sens, in color/ and pose/ or in scannet_frames_25k")])
+    ("no frames", "no usable frame in a .sens, color/ and pose/ or scannet_frames_25k")])
 def test_frames_only_leaves_a_scene_that_does_not_fit_as_it_was(download, run, prepared, change, reason):
     scene = prepared(SHEET[0] + 0.5 * (change == "other points"))
     if change == "a pickle":
@@ -373,8 +373,8 @@ def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how,
     ("color/20.jpg", b"", "expected a whole JPEG"),
     ("color/20.jpg", jpeg_bytes(20, (32, 24)), r"expected colour of \(64, 48\), found \(32, 24\)"),
     ("depth/20.png", image_bytes(sheet_frames()[0][3])[:60], "expected a whole PNG"),
-    ("depth/20.png", image_bytes(np.zeros((24, 32), np.uint8)), "expected a whole PNG, found mode L, not 16 bit"),
-    ("pose/20.txt", b"1 2 3", "expected 16 numbers, found '1 2 3'"),
+    ("depth/20.png", image_bytes(np.zeros((24, 32), np.uint8)), "expected a whole PNG, found .*mode L, not 16 bit"),
+    ("pose/20.txt", b"1 2 3", "expected 16 numbers, found .*size 3"),
     ("intrinsic/intrinsic_color.txt", b"nan " * 16, "expected intrinsics of an image of 64x48, found"),
     ("intrinsic/intrinsic_color.txt", b"1200 0 647.5 0 0 1200 483.5 0 0 0 1 0 0 0 0 1",  # of 1296x968
      "expected intrinsics of an image of 64x48, found")])
