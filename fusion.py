@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 DEPTH_TOLERANCE = 0.05  # metres between a point and the depth map, BPNet's value
+GEOMETRY_CHANNELS = 16  # of `geometry_code`
 
 
 class Links(NamedTuple):
@@ -47,9 +48,7 @@ def project_points(points, world_to_camera, intrinsics):
                meaningless where depth <= 0.
         depth: (N,) float, metres along +z.
 
-    Raises:
-        ValueError: points is not (N, 3).
-
+    Raises: ValueError: points is not (N, 3).
     Source: pinhole model, Hartley & Zisserman (2004), ch. 6.
     """
     if points.ndim != 2 or points.shape[1] != 3:
@@ -68,28 +67,21 @@ def link_views(points, world_to_camera, intrinsics, depth=None, *, image_size=No
 
     Args:
         points:          (N, 3) float, world frame, metres, NOT augmented. One that is not finite is unseen.
-        world_to_camera: (V, 4, 4) float.
-        intrinsics:      (V, 3, 3) float, pixels, for the depth maps' size.
+        world_to_camera: (V, 4, 4) float.  intrinsics: (V, 3, 3) float, pixels, for the depth maps' size.
         depth:           (V, H, W) float, metres along +z, 0 = no reading (the point counts as unseen). None: no depth
-                         is known, and nothing hides a point.
-        image_size:      (W, H), without depth maps; with them it is theirs.
-        point_batch, view_batch: (N,) and (V,) int, the scene of each; a view sees points of its own scene alone. None:
-                         all are of one scene.
+                         is known, nothing hides a point, and image_size is (W, H).
+        point_batch, view_batch: (N,) and (V,) int, the scene of each; a view sees its own scene alone. None: all one.
         tolerance:       metres by which a point may differ from the depth map.
 
-    Returns:
-        Links. No view or no visible point gives empty links.
-
-    Raises:
-        ValueError: shapes that do not fit each other, or neither depth nor image_size.
+    Returns: Links. No view or no visible point gives empty links.
+    Raises: ValueError: shapes that do not fit each other, or neither depth nor image_size.
     """
     if depth is None and image_size is None:
         raise ValueError("link_views needs depth maps, or image_size=(W, H) where there are none")
     views = len(world_to_camera if depth is None else depth)
     if world_to_camera.shape != (views, 4, 4) or intrinsics.shape != (views, 3, 3):
-        raise ValueError(f"{'there are' if depth is None else 'depth holds'} {views} views, so world_to_camera must be "
-                         f"({views}, 4, 4) and intrinsics ({views}, 3, 3); got {tuple(world_to_camera.shape)} and "
-                         f"{tuple(intrinsics.shape)}")
+        raise ValueError(f"{views} {'cameras' if depth is None else 'depth maps'} need world_to_camera ({views}, 4, 4) "
+                         f"and intrinsics ({views}, 3, 3), got {(*world_to_camera.shape,)} and {(*intrinsics.shape,)}")
     if (point_batch is None) != (view_batch is None):
         raise ValueError("point_batch and view_batch belong together: give both or neither")
     size = points.new_tensor(image_size if depth is None else depth.shape[:0:-1])  # (W, H)
@@ -126,23 +118,17 @@ def sample_views(feature_maps, links, extent, num_points):
                       more where a tower pads the image to a multiple of its stride.
         num_points:   N.
 
-    Returns:
-        feat_2d: (N, C) float, 0 where no view sees the point. Differentiable in feature_maps.
-        seen:    (N,) bool, True where at least one view sees the point.
+    Returns: feat_2d (N, C) float, 0 where no view sees the point, differentiable in feature_maps; seen (N,) bool.
     """
     _, channels, h, w = feature_maps.shape
     count = torch.bincount(links.point, minlength=num_points)  # (N,) views that see the point
-    scale = links.uv.new_tensor([w / extent[0], h / extent[1]])
-    position = (links.uv + 0.5) * scale - 0.5  # (L, 2) in map pixels
+    position = (links.uv + 0.5) * links.uv.new_tensor([w / extent[0], h / extent[1]]) - 0.5  # (L, 2) in map pixels
     position = position.clamp(min=0).minimum(position.new_tensor([w - 1, h - 1]))  # the border repeats outside
-    low = position.floor()
-    fraction = position - low
-    column, row = low.long().unbind(1)
+    column, row = position.long().unbind(1)
     right, below = (column + 1).clamp(max=w - 1), (row + 1).clamp(max=h - 1)
-    base = links.view * (h * w)
-    index = torch.stack([base + row * w + column, base + row * w + right,
-                         base + below * w + column, base + below * w + right], 1)  # (L, 4)
-    fx, fy = fraction.unbind(1)
+    upper, lower = (links.view * (h * w) + y * w for y in (row, below))
+    index = torch.stack([upper + column, upper + right, lower + column, lower + right], 1)  # (L, 4)
+    fx, fy = position.frac().unbind(1)
     weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], 1)  # (L, 4)
     weight = weight / count[links.point].to(weight.dtype)[:, None]
     table = feature_maps.permute(0, 2, 3, 1).reshape(-1, channels)  # (V*h*w, C)
@@ -157,7 +143,6 @@ class Standardise(nn.Module):
 
     Neither part has a bias or a scale to learn, so the output is the same for x and for 1000 x, and no branch can grow
     over the other during training. eps is small enough to hold from input scales of 1e-4 on.
-
     forward: (N, in_channels) float -> (N, dim) float of RMS 1 a row; rows of zeros stay zero.
     """
 
@@ -181,17 +166,21 @@ class SimpleFusion(nn.Module):
         return 0.5 * seen.to(feat_3d.dtype)
 
 
-class LiteFusionGate(nn.Module):
-    """alpha = sigmoid(MLP([feat_2d, feat_3d]: 2 D -> 64 -> 1)), 0 where no view sees the voxel.
+def mlp_from_zero(in_channels, hidden, out_channels):
+    """Two layers, the last of which starts at zero, so what it steers starts as if it were not there."""
+    mlp = nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, out_channels))
+    nn.init.zeros_(mlp[-1].weight)
+    nn.init.zeros_(mlp[-1].bias)
+    return mlp
 
-    The last layer starts at zero, so alpha starts at 0.5 exactly as SimpleFusion: switching over changes nothing.
-    """
+
+class LiteFusionGate(nn.Module):
+    """alpha = sigmoid(MLP([feat_2d, feat_3d]: 2 D -> 64 -> 1)), 0 where no view sees the voxel; at the start exactly
+    SimpleFusion's 0.5, so switching over changes nothing."""
 
     def __init__(self, dim, hidden=64):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        self.mlp = mlp_from_zero(2 * dim, hidden, 1)
 
     def forward(self, feat_2d, feat_3d, seen):
         """(N, D), (N, D), (N,) bool -> alpha (N,) float in [0, 1]."""
@@ -203,48 +192,32 @@ class LiteFusionGate(nn.Module):
 
 
 class FiLM(nn.Module):
-    """(1 + gamma) f + beta on both branches, gamma and beta (N, D) from the geometry of the voxel.
+    """(1 + gamma) f + beta on both branches, gamma and beta (N, D) from the geometry of the voxel. Starts as identity.
 
     Conditioned on geometry alone: a FiLM that reads the other branch is a way round the gate. The same modulation for
-    both branches: geometry tells how to read a feature, wherever it came from. The last layer starts at zero, so FiLM
-    starts as the identity. The code is coarse on purpose (wavelengths of 4 and 8 m in the plane): a code fine enough
-    to name a place learns the training rooms by heart.
-
+    both branches: geometry tells how to read a feature, wherever it came from. The code is coarse on purpose
+    (wavelengths of 4 and 8 m in the plane): one fine enough to name a place learns the training rooms by heart.
     Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018.
     """
 
     def __init__(self, dim, hidden=64):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(GEOMETRY_CHANNELS, hidden), nn.ReLU(), nn.Linear(hidden, 2 * dim))
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        self.mlp = mlp_from_zero(GEOMETRY_CHANNELS, hidden, 2 * dim)
 
     def forward(self, feat_2d, feat_3d, coord, normal):
-        """Modulate both branches alike.
+        """Modulate both branches, (N, D) each, alike; rows of feat_2d that no view sees get a value too.
 
-        Args:
-            feat_2d, feat_3d: (N, D) float.
-            coord:  (N, 3) float, metres, xy from the middle of the scene, z = height above the floor; augmented as
-                    the 3D branch sees it, unlike the world coordinates that link_views takes.
-            normal: (N, 3) float, unit, 0 where unknown.
-
-        Returns:
-            feat_2d, feat_3d: (N, D) float; rows of feat_2d that no view sees get a value too, which the gate ignores.
+        Args: coord (N, 3) metres, xy from the middle of the scene, z above the floor, augmented as the 3D branch sees
+            it, unlike the world coordinates that link_views takes; normal (N, 3) unit, 0 where unknown.
         """
         gamma, beta = self.mlp(geometry_code(coord, normal)).chunk(2, 1)  # (N, D) each
         scale = 1 + gamma
         return (scale * feat_2d).add_(beta), (scale * feat_3d).add_(beta)  # in place: one (N, D) less each
 
 
-GEOMETRY_CHANNELS = 16
-
-
 def geometry_code(coord, normal):
-    """Height, coarse position and normal of every voxel as numbers of order 1.
-
-    Args: coord (N, 3) metres, normal (N, 3) unit, as in `FiLM.forward`.
-    Returns: (N, 16): normal (3), height (1), sin and cos of x, y at 8 and 4 m and of the height at 4 and 2 m (12).
-    """
+    """coord, normal as in FiLM.forward -> (N, GEOMETRY_CHANNELS) of order 1: normal (3), height (1), sin and cos of x
+    and y at wavelengths of 8 and 4 m and of the height at 4 and 2 m (12)."""
     turns = coord.new_tensor([[1 / 8, 1 / 8, 1 / 4], [1 / 4, 1 / 4, 1 / 2]])  # (2, 3) turns a metre
     angle = (2 * torch.pi * coord[:, None] * turns).flatten(1)  # (N, 6)
     return torch.cat([normal, coord[:, 2:], angle.sin(), angle.cos()], 1)
@@ -257,11 +230,8 @@ def blend(feat_2d, feat_3d, alpha):
 
 @torch.no_grad()
 def fusion_stats(feat_2d, feat_3d, alpha, seen):
-    """What to watch in a fusion: plain floats, over the voxels that a view sees; None where there is none, or no voxel.
-
-    Returns a dict: fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean over voxels between the branches), and
-    seen_share (of all voxels).
-    """
+    """What to watch in a fusion, dict of floats over the voxels that a view sees, None where there is none:
+    fusion_2d_ratio (mean alpha), rms_2d, rms_3d, cosine (mean between the branches); and seen_share (of all voxels)."""
     feat_2d, feat_3d = feat_2d[seen].float(), feat_3d[seen].float()
     rows = (alpha[seen].float(), feat_2d.square().mean(1), feat_3d.square().mean(1),
             F.cosine_similarity(feat_2d, feat_3d))  # (seen voxels,) each
