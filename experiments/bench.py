@@ -15,6 +15,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -44,13 +45,7 @@ SIZES = {  # scenes of a batch, voxels of each (about; None: the room as it is),
     ("small", "cpu"): (2, None, 5), ("small", "cuda"): (2, None, 5),
     ("base", "cpu"): (1, 40_000, 4), ("base", "cuda"): (4, 100_000, 10)}
 PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")
-PRODUCTS = frozenset("aten::" + name for name in (
-    "mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "_convolution", "mkldnn_convolution", "cudnn_convolution",
-    "cudnn_convolution_transpose", "_slow_conv2d_forward", "slow_conv_transpose2d", "convolution_backward",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "_flash_attention_forward", "_flash_attention_backward", "_efficient_attention_forward",
-    "_efficient_attention_backward", "_cudnn_attention_forward", "_cudnn_attention_backward",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"))
+PRODUCTS = re.compile("aten::.*(mm|conv|attention)")  # dense convolutions, matrix products, fused attention
 SPARSE = ("SubMConvFunction", "SparseConvFunction", "SparseInverseConvFunction", "SparseImplicitGemmFunction")
 
 
@@ -170,13 +165,12 @@ def split_step(step, model, device):
 
     Ranges of torch.profiler are laid round the parts of the forward pass. A node of the backward pass belongs to the
     part whose operation made it: both have one sequence number; the sum of gradients into a weight belongs to the
-    node before it. Every operation counts for its self time, that is without the operations that it calls: on CPU the
-    elapsed time, so that all together are the step; on CUDA the duration of the kernels that it launched, so that
-    all together are the time the GPU was busy. "rest": standardisation, FiLM, gate, blend, heads, and Python between.
+    node before it. Every operation counts for its self time: on CPU the elapsed time, so that all together are the
+    step; on CUDA the duration of its kernels, so that all together are the time the GPU was busy. "rest" is
+    standardisation, FiLM, gate, blend, heads, and Python between them.
 
-    The floor is the self time of PRODUCTS: dense convolutions, matrix products, fused attention, forward and
-    backward, at the step's own shapes and in its own memory. On CPU spconv calls aten::mm once a kernel offset, on
-    gathered rows: these products are in the floor, its gathers and scatters stand apart; what builds its neighbour
+    The floor is the self time of PRODUCTS at the step's own shapes and in its own memory. On CPU spconv calls aten::mm
+    on gathered rows: these products are in the floor, its gathers and scatters stand apart; what builds its neighbour
     tables does neither. On CUDA its kernels gather and multiply in one and count as products.
 
     Returns {part: {"forward", "backward": seconds, together all; "product", "gather": of them}}.
@@ -212,7 +206,7 @@ def split_step(step, model, device):
         if cuda:
             own = sum(kernel.duration for kernel in event.kernels if kernel.name not in PARTS) / 1e6
         split[part][direction] += own
-        if event.name in PRODUCTS or (cuda and sparse):
+        if PRODUCTS.match(event.name) or (cuda and sparse):
             split[part]["product"] += own
         elif sparse:
             split[part]["gather"] += own

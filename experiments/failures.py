@@ -26,7 +26,7 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 import train
-from data import SceneDataset, collate, scene_item
+from data import SceneDataset, collate
 from fusion import DEPTH_TOLERANCE, FiLM, LiteFusionGate, Standardise, blend, link_views
 from guard import Guard
 from losses import LOSS_WEIGHTS, match, semantic_loss, weighted_sum
@@ -120,7 +120,7 @@ def share_not_finite(tensors):
     return 1 - torch.cat([t.detach().flatten() for t in tensors]).isfinite().float().mean().item()
 
 
-# ---- poor scenes
+# ---- poor scenes, numbers out of range
 
 
 failure("no view sees a voxel", LOST, 1, 0)(lambda cured: lost(  # depth maps without a reading, as of a lost sensor
@@ -149,19 +149,12 @@ def no_instance(cured):
 
 @failure("a scene of one voxel", LOST, 1, 0)
 def one_voxel(cured):
-    """A scene, or a crop, that is one voxel at some level of the U-Net."""
-    points = {"coord": np.zeros((1, 3), np.float32), "color": np.full((1, 3), 90, np.uint8),
-              "normal": np.array([[0, 0, 1]], np.float32), "segment": np.array([4]), "instance": np.array([0]),
-              "superpoint": np.array([0]), "name": "one voxel"}
-    frames = {key: room()[key].numpy()[:0] for key in ("image", "depth", "world_to_camera", "intrinsics")}
+    """A scene, or a crop, that is one voxel at some level of the U-Net: here of 100 m."""
     model = small_model()
     for module in model.modules():
         if isinstance(module, VoxelBatchNorm) and not cured:
             module.__class__ = nn.BatchNorm1d  # commonly written
-    return take_steps(model, collate([scene_item(points, frames, 0.2)]), 3)
-
-
-# ---- numbers out of range
+    return take_steps(model, room(100.0), 3)
 
 
 @failure("the tower emits inf", "share of weights not finite after the step", 0.5, 0)

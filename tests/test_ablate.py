@@ -1,4 +1,4 @@
-"""ablate.py: every variant changes what it says and nothing else, and nothing outside of the model that it builds."""
+"""ablate.py: every variant changes what it says and nothing else, and nothing outside of its model. failures.py: its end.
 
 import json
 import math
@@ -13,7 +13,7 @@ import torch
 import guard
 import runs
 import train
-from experiments import ablate
+from experiments import ablate, failures
 from fusion import FiLM
 from stages import INSTANCE, PARTS, curriculum
 
@@ -133,3 +133,12 @@ def test_a_row_of_the_table_is_mean_and_deviation_over_the_seeds(tmp_path):
             {"epoch": e, "fusion_ramp": e, "fusion_2d_ratio": 0.3 * e + 0.1 * seed, "skipped_steps": 1}) + "\n"
             for e in (0, 1)))
     assert ablate.table(tmp_path).splitlines()[2] == "| plain gate | 0, 1 | 0.300 ± 0.141 | 0.30..0.40 | - | - | 4 |"
+
+
+@pytest.mark.parametrize("with_cure, code", [(0.0, 0), (0.5, 1)])
+def test_failures_exits_with_1_where_one_is_not_as_promised(tmp_path, capsys, monkeypatch, with_cure, code):
+    finding = failures.Finding("jolt", "jump of the logits", 1.5, with_cure, sick=0.1, well=1e-5)
+    monkeypatch.setattr(failures, "EXPERIMENTS", [lambda: finding])
+    assert failures.main(["--out", str(tmp_path / "failures.png")]) == code
+    assert capsys.readouterr().out.split()[-1] == ("NO" if code else "yes")
+    assert (tmp_path / "failures.png").read_bytes().startswith(b"\x89PNG")
