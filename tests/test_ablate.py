@@ -1,4 +1,4 @@
-"""ablate.py: every variant changes what it says, and nothing outside of the model it builds. failures.py: how it ends."""
+"""ablate.py: a variant changes what it says, and nothing outside of the model it builds. failures.py: how it ends."""
 
 import json
 import math
