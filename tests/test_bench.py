@@ -51,7 +51,7 @@ def test_the_parts_of_a_step_add_up_to_the_whole(setup):
 def test_the_backward_of_a_part_is_that_of_its_own_operations(setup):
     """Less of the tower trains in stage 2 than in stage 3; in stage 1 neither tower nor decoder does anything."""
     with mock.patch.object(FunctionEvent, "self_cpu_time_total", 1e6):  # a second each: operations are counted
-        alone, _, frozen, trained = (bench.split_step(*setup.step("bifusion", row), "cpu") for row in bench.ROWS)
+        alone, frozen, trained = (bench.split_step(*setup.step("bifusion", bench.ROWS[i]), "cpu") for i in (0, 2, 3))
     assert 0 < frozen["image tower"]["product"] < trained["image tower"]["product"]
     assert alone["decoder"] == alone["image tower"] == alone["sampling"] == dict.fromkeys(alone["rest"], 0.0)
 
