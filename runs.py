@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 
 @contextlib.contextmanager
@@ -367,15 +366,26 @@ def share_batch_norms(module):
             norm.__class__ = type(f"Shared{type(norm).__name__}", (_SharedBatchNorm, type(norm)), {})
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, of a tensor and of its gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        dist.all_reduce(value := value.clone())
+        return value
+
+    backward = forward
+
+
 class _SharedBatchNorm:
-    """forward of a BatchNorm1d over all processes; gradients flow through both reductions."""
+    """forward of a BatchNorm1d over all processes."""
 
     def forward(self, feat):
         if not self.training or world() == 1:
             return super().forward(feat)
-        total = all_reduce(torch.cat([feat.sum(0), feat.new_tensor([len(feat)])]))  # (C + 1,)
+        total = _Sum.apply(torch.cat([feat.sum(0), feat.new_tensor([len(feat)])]))  # (C + 1,)
         mean, count = total[:-1] / total[-1], total[-1]
-        variance = all_reduce((feat - mean).square().sum(0)) / count  # (C,)
+        variance = _Sum.apply((feat - mean).square().sum(0)) / count  # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

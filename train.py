@@ -325,13 +325,13 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
             else:
                 guard.restore()
                 why = explain(guard, model, batch, row, weights, own[0])
-                record = guard.record(epoch=epoch, step=step, stage=row.stage, **why, **found)
+                guard.record(epoch=epoch, step=step, stage=row.stage, **why, **found)
                 sums.add({"skipped": 1})
                 bar.write(f"epoch {epoch} step {step}: skipped, not finite: {why['first_not_finite']}; scenes "
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
                 if guard.gives_up():
                     run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device, time.time() - began))
-                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite, the last: {record}")
+                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite: see skipped.jsonl")
             step += 1
             bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             bar.update()
@@ -355,7 +355,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
 @runs.joined
 def main(argv=None):
     config, stop = parse_config(argv), runs.Stop()
-    again = " ".join([f"go on with: python train.py --resume --out {config.out}",
+    launcher = "python" if runs.world() == 1 else f"torchrun --nproc_per_node={runs.world()}"
+    again = " ".join([f"go on with: {launcher} train.py --resume --out {config.out}",
                       *(f"--{name} {getattr(config, name)}" for name in ("stage", "device", "workers")
                         if getattr(config, name) != getattr(Config, name))])
     try:
