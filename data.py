@@ -206,22 +206,19 @@ class SceneDataset(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """Scenes -> one batch.
+    """Scenes -> one batch: dict of tensors, and names (list of B str).
 
-    Returns:
-        dict of tensors: names (list of B str);
-        grid_coord (M, 3) int32, batch_index (M,) int64, color (M, 3) f32 in [-1, 1], normal (M, 3) f32 augmented,
-        coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel,
-        world_coord (M, 3) f32 NOT augmented, segment (M,) int64;
-        image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
-        view_batch (V,) int64, the scene of each view; with a cache image is (V, 3, 0, 0) and level_0, level_1, ...
-        (V, C, h, w) f16 are what the frozen tower made of it;
-        point_to_voxel (N,) int64 row of the batch's voxels, point_segment (N,) int64, point_batch (N,) int64,
-        point_superpoint (N,) int64 row of the batch's superpoints, point_instance (N,) int64 (`instance_targets`);
-        superpoint_batch (S,) int64, superpoint_instance (S,) int64, numbered within a scene;
-        instance_label (G,) int64, instance_batch (G,) int64, has_instances (B,) bool, False = not annotated;
-        whole (B,) bool, False = blanked;
-        piece_voxel, piece_superpoint (L,) int64 rows of the batch, piece_points (L,) f32 points that both share.
+    Voxels: grid_coord (M, 3) int32, batch_index (M,) int64, color (M, 3) f32 in [-1, 1], normal (M, 3) f32 augmented,
+    coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel, world_coord (M, 3)
+    f32 NOT augmented, segment (M,) int64.
+    Views: image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
+    view_batch (V,) int64; with maps image is (V, 3, 0, 0) and level_0, level_1, ... (V, C, h, w) f16 are what the
+    frozen tower made of it.
+    Points: point_to_voxel (N,) row of the batch's voxels, point_segment, point_batch, point_instance (N,) int64
+    (`instance_targets`), point_superpoint (N,) row of the batch's superpoints.
+    Superpoints, instances: superpoint_batch (S,), superpoint_instance (S,) numbered within a scene, instance_label,
+    instance_batch (G,) int64; piece_voxel, piece_superpoint (L,) rows, piece_points (L,) f32 points that both share.
+    Scenes: has_instances (B,) bool, False = not annotated; whole (B,) bool, False = `blank` has blanked it.
     """
     batch, voxels, superpoints = {"names": [item["name"] for item in items]}, 0, 0
     items = list(items)
@@ -242,9 +239,8 @@ def collate(items):
 class EpochBatches(torch.utils.data.Sampler):
     """Batches of (epoch, index) pairs, so order and augmentation follow from (seed, epoch) in any worker process.
 
-    share: (rank, world); of every batch process `rank` of `world` gets each world-th scene from its rank-th on. In
-    training (shuffle) all get equally many: a batch that does not divide, as the last may, is completed from the start
-    of the epoch's order. In evaluation no scene comes twice.
+    share: (rank, world); of every batch a process gets each world-th scene from its rank-th on. In training (shuffle)
+    all get equally many: a batch that does not divide is completed from the start of the epoch's order.
     """
 
     def __init__(self, length, batch_size, shuffle, seed, share=(0, 1)):
@@ -252,7 +248,6 @@ class EpochBatches(torch.utils.data.Sampler):
         self.epoch, self.first = 0, 0
 
     def set_epoch(self, epoch, first=0):
-        """The epoch to come, and the first of its batches: those before are left out."""
         self.epoch, self.first = epoch, first
 
     def __len__(self):

@@ -10,9 +10,8 @@
         culprit = guard.first_not_finite(batch, forward, weigh)
         guard.record(epoch=epoch, step=step, first_not_finite=culprit)
 
-In a file of its own so that the training loop stays a plain loop: looking for the culprit takes more lines than the
-step and runs only once a step has failed. Needs torch only and imports no other file of this project: copy it and it
-works.
+Looking for the culprit takes more lines than the step and runs only once a step has failed; so the loop stays plain.
+Needs torch only and imports no other file of this project: copy it and it works.
 """
 
 import json
@@ -44,7 +43,7 @@ class Guard:
         self.buffers, self.saved = [], []  # statistics of the batch norms, above all; the forward changes them
 
     def remember(self):
-        """Before a forward: keep the buffers and the random state that it starts from."""
+        """Keep the buffers and the random state that the forward starts from."""
         buffers = [buffer for place in self.places for buffer in place.values() if buffer is not None]
         if list(map(id, buffers)) != list(map(id, self.buffers)):  # the first time, or a module has put others in place
             self.buffers, self.saved = buffers, [buffer.clone() for buffer in buffers]
@@ -55,8 +54,7 @@ class Guard:
     def accepts(self, numbers):
         """True where a step may be taken: loss, terms and gradient norms (floats) are all finite.
 
-        Training in several processes, give it their means (runs.mean): one number that is not finite in one process
-        makes its mean so in all, and all skip alike.
+        Of several processes give it the means: one that is not finite makes the mean so, and all skip alike.
         """
         finite = all(map(math.isfinite, numbers))
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -67,10 +65,8 @@ class Guard:
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def restore(self):
-        """The buffers as they were; or one NaN in a running mean would spoil every evaluation from here on.
-
-        A buffer that the forward itself replaced (a rotary table for another image size) stays: it holds no statistics.
-        """
+        """The buffers as they were, or one NaN in a running mean would spoil every evaluation from here on. A buffer
+        that the forward itself replaced (a rotary table for another image size) stays: it holds no statistics."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.saved)
 
@@ -80,8 +76,7 @@ class Guard:
         Args:
             batch:   dict; its tensors are looked at first.
             forward: function of the batch -> dict of loss terms, as in the step.
-            weigh:   function of these terms -> loss, to look at it and its gradient too; None where the step's loss was
-                     not finite.
+            weigh:   function of these terms -> loss, whose gradient is looked at too; None: the loss was not finite.
 
         Returns:
             str: "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold

@@ -24,15 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Open a file for writing bytes beside path, renamed to path once it is whole and on the disk.
-
-    So path holds either the old or the new content, whenever the process is killed; a failed write leaves nothing.
-    """
+    """Open a file for writing bytes beside path, renamed to path once it is whole and on the disk: so path holds the
+    old or the new content, whenever the process is killed; a failed write leaves nothing."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -121,8 +118,8 @@ class Run:
     def finish(self, line, stage_ends, bar):
         """End an epoch: copies of last.pt as best.pt and stage{1,2,3}.pt where it is, the line (dict) for the log, and
         on the screen (tqdm's bar) what a stage came to."""
-        best = max([-1.0, *(old["val_miou"] for old in self.log if old["val_miou"] is not None)])
-        names = ["best.pt"] * ((line["val_miou"] or -1) > best) + [f"stage{line['stage']}.pt"] * stage_ends
+        *before, now = (-1.0 if each["val_miou"] is None else each["val_miou"] for each in [*self.log, line])
+        names = ["best.pt"] * (now > max(before, default=-1.0)) + [f"stage{line['stage']}.pt"] * stage_ends
         for name in names if rank() == 0 else ():
             with open(self.folder / "last.pt", "rb") as last, whole_file(self.folder / name) as file:
                 shutil.copyfileobj(last, file)
@@ -173,7 +170,7 @@ def show(value):
     return "-" if value is None else f"{value:.3f}"
 
 
-def log_line(row, epoch, steps, sums, optimizer, result, device):
+def log_line(row, epoch, steps, sums, optimizer, result, device, seconds):
     """One line of the log: an epoch's means, and what the evaluation returned ({} where there was none)."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the main process
     if device.type == "cuda":
@@ -186,7 +183,7 @@ def log_line(row, epoch, steps, sums, optimizer, result, device):
         **{name: sums.mean(name) for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
         "grad_norm": sums.means("grad_norm"), "skipped_steps": int(sums.get("skipped", [0])[0]), "steps": steps,
         "lr": {g["name"]: finite(g["lr"]) for g in optimizer.param_groups if g["name"] in row.trains},
-        "seconds": round(sums["seconds"][0], 2), "peak_memory_mb": round(memory),
+        "seconds": round(seconds, 2), "peak_memory_mb": round(memory),
     }
 
 
@@ -206,9 +203,7 @@ class Stopped(Exception):
 
 class Stop:
     """SIGINT (Ctrl-C) and SIGTERM ask for a stop, which the loop makes at its next whole step; a second one kills.
-
-    Attributes: asked, number of the signal, 0 until one came.
-    """
+    Attribute: asked, number of the signal, 0 until one came."""
 
     def __init__(self):
         self.asked, self.before = 0, {}
@@ -339,11 +334,10 @@ def set_random_state(state, device):
 
 
 def average_gradients(model):
-    """After backward: the mean gradient over the processes in every one, by one reduction of all of them together.
+    """After backward: the mean gradient over the processes in every one, by one reduction; what none has stays None.
 
     In place of DistributedDataParallel, which must be wrapped anew whenever requires_grad changes and whose reductions
-    mix with those of `share_batch_norms` in an order that NCCL does not allow. A gradient that no process has stays
-    None.
+    mix with those of `share_batch_norms` in an order that NCCL does not allow.
     """
     if world() == 1:
         return
@@ -365,24 +359,33 @@ def share_buffers(model):
 
 
 def share_batch_norms(module):
-    """Turn every BatchNorm1d of a module into one over the rows of all processes together, two at the least.
-
-    In place of nn.SyncBatchNorm, which refuses a CPU: so what runs on GPUs is what the tests run.
-    """
+    """Turn every BatchNorm1d of a module into one over the rows of all processes together, two at the least. In place
+    of nn.SyncBatchNorm, which refuses a CPU: so what runs on GPUs is what the tests run."""
     for norm in module.modules() if world() > 1 else ():
         if isinstance(norm, nn.BatchNorm1d):
             norm.__class__ = type(f"Shared{type(norm).__name__}", (_SharedBatchNorm, type(norm)), {})
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, of a tensor and of its gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        dist.all_reduce(value := value.clone())
+        return value
+
+    backward = forward
+
+
 class _SharedBatchNorm:
-    """forward of a BatchNorm1d over all processes; gradients flow through both reductions."""
+    """forward of a BatchNorm1d over all processes."""
 
     def forward(self, feat):
         if not self.training or world() == 1:
             return super().forward(feat)
-        total = all_reduce(torch.cat([feat.sum(0), feat.new_tensor([len(feat)])]))  # (C + 1,)
+        total = _Sum.apply(torch.cat([feat.sum(0), feat.new_tensor([len(feat)])]))  # (C + 1,)
         mean, count = total[:-1] / total[-1], total[-1]
-        variance = all_reduce((feat - mean).square().sum(0)) / count  # (C,)
+        variance = _Sum.apply((feat - mean).square().sum(0)) / count  # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -10,8 +10,8 @@ that returns {part name: list of parameters}, see PARTS.
     set_rates(optimizer, row, lr)
     norms = clip_by_branch(model, row.clip)          # after backward
 
-No change of row moves the network's output: the ramp starts at 0, FiLM and gate start as what they replace. The 2D side
-gets its gradient through the fused feature alone, so it grows with the ramp, from 0.
+No change of row moves the network's output: the ramp starts at 0, FiLM and gate start as what they replace. The 2D
+side gets its gradient through the fused feature alone, so it grows with the ramp, from 0.
 """
 
 from dataclasses import dataclass, replace
@@ -85,11 +85,10 @@ def curriculum(compress=1.0, plan="full", pretrained=True, tower_rate=None):
 
     Args:
         compress:   divides all lengths; every row keeps at least one epoch.  plan: a key of PLANS.
-        pretrained: False: the image tower starts from random numbers, so there is nothing to protect and all of it
-                    trains at the base rate from stage 2 on.
+        pretrained: False: the image tower has random weights, nothing to protect; it trains at the base rate.
         tower_rate: of the rows in which a pretrained tower trains; None: theirs.
 
-    Raises: KeyError: unknown plan.  ValueError: compress below 1.
+    Raises KeyError for an unknown plan, ValueError for compress below 1.
     """
     if plan not in PLANS:
         raise KeyError(f"unknown plan {plan!r}; choose from {sorted(PLANS)}")
@@ -127,7 +126,7 @@ def stage_epochs(rows):
 
 
 def apply_row(model, row):
-    """Let the parts that a row trains, and no others, take a gradient; model.row is the row, for the forward."""
+    """Let the parts that a row trains, and no others, take a gradient; the forward reads model.row."""
     for name, parameters in model.parts().items():
         if name not in PARTS:
             raise KeyError(f"the model has a part {name!r}; stages.py knows {sorted(PARTS)}")
@@ -137,8 +136,8 @@ def apply_row(model, row):
 
 
 def parameter_groups(model, lr, weight_decay):
-    """Groups for torch.optim, a part each, so that a part's rate can change with the row: {"name", "params", "lr",
-    "weight_decay"}. Norms and biases (one-dimensional) are not decayed: they stand in a group of the same name."""
+    """Groups for torch.optim, a part each, whose rate can change with the row. Norms and biases (one-dimensional) are
+    not decayed: they stand in a group of the same name."""
     groups = [{"name": name, "params": [p for p in parameters if (p.ndim > 1) == decays], "lr": lr,
                "weight_decay": weight_decay if decays else 0.0}
               for name, parameters in model.parts().items() for decays in (True, False)]
@@ -152,10 +151,8 @@ def set_rates(optimizer, row, lr):
 
 
 def clip_by_branch(model, clip):
-    """Clip each branch's gradient norm by itself, so a burst in one does not shrink the step of another.
-
-    Returns {branch: norm before clipping, 0-dim tensor} for the branches that have a gradient.
-    """
+    """Clip each branch's gradient norm by itself: a burst in one does not shrink the step of another. Returns {branch:
+    norm before clipping, 0-dim tensor} for the branches that have a gradient."""
     branches = {}
     for name, parameters in model.parts().items():
         branches.setdefault(PARTS[name], []).extend(p for p in parameters if p.grad is not None)

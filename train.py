@@ -51,7 +51,7 @@ RECIPES = {
 
 
 def option(default, text, choices=None):
-    """One field of Config: default, help text and choices, from which its flag is made."""
+    """A field of Config, from which its flag is made."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -120,23 +120,22 @@ def parse_config(argv=None):
     elif any(Path(config.out, name).exists() for name in ("log.jsonl", "last.pt")):
         sys.exit(f"{config.out} already holds a run. Go on with it: python train.py --resume --out {config.out}; "
                  "or choose another --out, or delete the folder")
-    preset, recipe = PRESETS[config.preset], RECIPES[config.preset] | (PLAN_B if config.plan == "B" else {})
+    own = PRESETS[config.preset] | RECIPES[config.preset] | (PLAN_B if config.plan == "B" else {})
     if config.plan == "A" or config.model == "baseline":  # no use for a tower
-        config.tower_weights = config.tower_weights or SCRATCH
-    if config.tower not in (None, preset["tower"]) and not config.tower_weights:
+        own["tower_weights"] = SCRATCH
+    elif config.tower not in (None, own["tower"]) and not config.tower_weights:
         sys.exit(f"--tower {config.tower} needs --tower-weights: a local file, a pretrained tag of open_clip, or "
                  f"{SCRATCH} for random weights")
     for name in fields:
-        if getattr(config, name) is None:
-            setattr(config, name, (recipe | preset)[name])
+        setattr(config, name, own[name] if getattr(config, name) is None else getattr(config, name))
     for name, (low, high) in RANGES.items():
         if not low <= getattr(config, name) <= high:
             sys.exit(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {getattr(config, name)}")
     try:
         torch.zeros(1, device=runs.use(config.device))
     except (ValueError, RuntimeError, AssertionError) as error:  # what torch raises depends on the kind of device
-        reason = str(error).partition("\n")[0]
-        sys.exit(f"--device {config.device} cannot be used here ({reason}); leave the flag out, or give --device cpu")
+        sys.exit(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]}); leave the flag out, or "
+                 "give --device cpu")
     if config.batch_size % runs.world():
         sys.exit(f"--batch-size {config.batch_size}, the scenes of a step, cannot be shared evenly by {runs.world()} "
                  "processes; give a multiple of their number, or torchrun another --nproc_per_node")
@@ -145,9 +144,8 @@ def parse_config(argv=None):
 
 def new_model(config, load=True):
     """The model of a Config; load False leaves random numbers in its image tower, for a checkpoint to fill."""
-    # a voxel's mean point lies up to about half a voxel off the surface where the surface bends
-    model = build_model(config.model, config.preset, NUM_CLASSES, max(0.05, config.voxel_size / 2), config.tower,
-                        config.tower_weights, load)
+    tolerance = max(0.05, config.voxel_size / 2)  # a voxel's mean lies up to half a voxel off a bent surface
+    model = build_model(config.model, config.preset, NUM_CLASSES, tolerance, config.tower, config.tower_weights, load)
     model.precision = config.precision
     if hasattr(model, "tower"):
         model.tower.precision = config.precision
@@ -172,11 +170,15 @@ def load_weights(model, state, path):
         raise ValueError(f"{path} belongs to another model: {' '.join(str(error).split())[:400]}") from None
 
 
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
 def learning_rate(config, progress):
     """Linear warm-up, then half a cosine to 0 over the whole curriculum; progress is the share of it done."""
-    if progress < WARM_UP:
-        return config.lr * (0.01 + 0.99 * progress / WARM_UP)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    rises = 0.01 + 0.99 * progress / WARM_UP
+    falls = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    return config.lr * (rises if progress < WARM_UP else falls)
 
 
 def forward(model, batch, row):
@@ -207,10 +209,9 @@ def explain(guard, model, batch, row, weights, loss):
 
 @torch.no_grad()
 def evaluate(model, scenes, device):
-    """Val metrics over points (not voxels): metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's.
+    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's.
 
-    Scenes without labels do not count for mIoU, those without instance annotation not for AP. Of several processes each
-    brings its own scenes, and all get the metrics over all of them.
+    Of several processes each brings its own scenes, and all get the metrics over all of them.
     """
     model.eval()
     average_precision = InstanceAP(THINGS)
@@ -231,10 +232,6 @@ def evaluate(model, scenes, device):
     return iou_of(sum(confusions)) | (average_precision.result() if average_precision.num_scenes else {})
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 def go_on(config, run, model, optimizer, guard, first, device):
     """Fill model, optimiser and guard from last.pt, or from the end of the stage before the one that begins at epoch
     `first`. Returns the next (epoch, step) and the running sums of that epoch."""
@@ -252,23 +249,20 @@ def go_on(config, run, model, optimizer, guard, first, device):
     runs.set_random_state(state, device)
     guard.skipped_in_a_row = state["skipped_in_a_row"]
     (epoch, step), logged = state["next"], {line["epoch"] for line in run.log}
-    if step == state["steps"] and (epoch in logged or not config.resume):  # evaluated as well
-        return epoch + 1, 0, runs.Sums()
-    return epoch, step, runs.Sums(state["sums"])
+    evaluated = step == state["steps"] and (epoch in logged or not config.resume)
+    return (epoch + 1, 0, runs.Sums()) if evaluated else (epoch, step, runs.Sums(state["sums"]))
 
 
 def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     """Train as a Config says and write its run folder; returns the log, list of dicts.
 
     Args:
-        rows:      the curriculum, tuple of stages.Row; None: stages.curriculum as the config asks for it.
-        build:     function (config, load) -> model, as `new_model`.
-        evaluated: epochs that are evaluated, a container; None: all.
-        stop:      runs.Stop, which may end the training after any step.
+        rows:  the curriculum, tuple of stages.Row; None: stages.curriculum as the config asks for it.
+        build: function (config, load) -> model, as `new_model`.
+        evaluated: container of the epochs that are evaluated; None: all.
+        stop:  runs.Stop, which may end the training after any step.
 
-    Raises:
-        runs.Stopped; guard.Diverged; FileNotFoundError, KeyError, ValueError: bad input; OSError: a full disk. What was
-        saved is whole in each case.
+    Raises runs.Stopped; guard.Diverged; FileNotFoundError, KeyError, ValueError for bad input; OSError for a full disk.
     """
     # ---- seed, device, data
     torch.manual_seed(config.seed)
@@ -294,9 +288,9 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     first, end = stages.get(config.stage, (0, epochs - 1))
     epoch, step, sums = go_on(config, run, model, optimizer, guard, first, device) if goes_on else (0, 0, runs.Sums())
     run.start(asdict(config) | {"epochs": epochs, "commit": runs.commit()})
-    count, words = sum(p.numel() for p in model.parameters()), f", tower {config.tower}: {config.tower_weights}"
-    print(f"{config.model} ({config.preset}, {count / 1e6:.2f} M parameters{words if tower else ''}) on {config.device}, "
-          f"{runs.world()} process(es); {scenes}; epochs {epoch}-{end} of {epochs}; {run.folder}/")
+    size, words = sum(p.numel() for p in model.parameters()), f", tower {config.tower}, weights {config.tower_weights}"
+    print(f"{config.model} ({config.preset}, {size / 1e6:.2f} M parameters{words if tower else ''}) on "
+          f"{config.device}, {runs.world()} process(es); {scenes}; epochs {epoch}-{end} of {epochs}; {run.folder}/")
     bar = tqdm(total=(end + 1 - epoch) * steps, initial=step, unit="step", dynamic_ncols=True, disable=runs.rank() > 0)
     stop.listen()
     while epoch <= end:
@@ -307,7 +301,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                     None if {"tower", "tower_ends"} & set(row.trains) else tower, stop.until)
         model.train()
         model.ramp = row.ramp(epoch + max(0, step - 1) / steps)  # of the last step, where all are done
-        bar.set_description(f"stage {row.stage}", refresh=False)
+        bar.set_description(f"stage {row.stage}, mIoU {runs.show(run.log[-1]['val_miou'] if run.log else None)}", False)
         for batch in stop.until(scenes.batches(epoch, step), agree=True):
             batch, moment = to_device(batch, device), epoch + step / steps
             model.ramp = row.ramp(moment)
@@ -331,32 +325,27 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
             else:
                 guard.restore()
                 why = explain(guard, model, batch, row, weights, own[0])
-                record = guard.record(epoch=epoch, step=step, stage=row.stage, **why, **found)
+                guard.record(epoch=epoch, step=step, stage=row.stage, **why, **found)
                 sums.add({"skipped": 1})
                 bar.write(f"epoch {epoch} step {step}: skipped, not finite: {why['first_not_finite']}; scenes "
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
+                if guard.gives_up():
+                    run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device, time.time() - began))
+                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite: see skipped.jsonl")
             step += 1
-            bar.set_postfix_str(f"loss {runs.show(found['loss'])}, mIoU "
-                                f"{runs.show(run.log[-1]['val_miou'] if run.log else None)}", refresh=False)
+            bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             bar.update()
-            if guard.gives_up():
-                break
 
         # ---- save, evaluate, log
         runs.share_buffers(model)
-        sums["seconds"] = [time.time() - began, 1]
-        if guard.gives_up():
-            run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device))
-            raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite, the last of them {record}")
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "next": [epoch, step],
-                  "steps": steps, "sums": dict(sums), "skipped_in_a_row": guard.skipped_in_a_row, "row": asdict(row),
-                  "ramp": model.ramp, "config": asdict(config)}, device)
+                  "steps": steps, "sums": sums | {"seconds": [time.time() - began, 1]}, "row": asdict(row),
+                  "ramp": model.ramp, "skipped_in_a_row": guard.skipped_in_a_row, "config": asdict(config)}, device)
         wanted = not stop.agreed() and (evaluated is None or epoch in evaluated)
         result = evaluate(model, stop.until(scenes.val_batches), device) if wanted else {}
         if stop.agreed():  # the checkpoint goes on with the next step, or with the evaluation
             raise runs.Stopped(f"stopped in epoch {epoch} after step {step} of {steps}")
-        sums["seconds"] = [time.time() - began, 1]
-        line = runs.log_line(row, epoch, steps, sums, optimizer, result, device)
+        line = runs.log_line(row, epoch, steps, sums, optimizer, result, device, time.time() - began)
         run.finish(line, epoch == stages[row.stage][1], bar)
         epoch, step, sums = epoch + 1, 0, runs.Sums()
     bar.close()
@@ -366,7 +355,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
 @runs.joined
 def main(argv=None):
     config, stop = parse_config(argv), runs.Stop()
-    again = " ".join([f"go on with: python train.py --resume --out {config.out}",
+    launcher = "python" if runs.world() == 1 else f"torchrun --nproc_per_node={runs.world()}"
+    again = " ".join([f"go on with: {launcher} train.py --resume --out {config.out}",
                       *(f"--{name} {getattr(config, name)}" for name in ("stage", "device", "workers")
                         if getattr(config, name) != getattr(Config, name))])
     try:

@@ -1,11 +1,12 @@
-"""One thing changed at a time: the gates, the naive recipe and injected faults, each a run of train.py.
+"""One thing changed at a time: the gates, the naive recipe, injected faults, each a run of train.py.
 
-    python ablate.py plain 0 --compress 8               # variant and seed: train, judge it with inputs blanked too
-    python ablate.py --table runs/ablate                # mean and deviation over seeds, as a markdown table
-    python ablate.py --blank runs/bifusion/stage3.pt    # a checkpoint of train.py with images or points blanked
+    python -m experiments.ablate plain 0 --compress 8             # variant, seed, flags of train.py, as --resume
+    python -m experiments.ablate --table runs/ablate              # mean and deviation over seeds, in markdown
+    python -m experiments.ablate --blank runs/bifusion/stage3.pt  # checkpoints with images or points blanked
 
-A variant is a function that changes the setting of a moment (stages.Setting), and where that does not reach a patch of
-names in train.py, model.py or fusion.py. All else, data, seeds, epochs, rates, is train.py's.
+A variant changes rows of the curriculum (stages.Row) and, where that does not reach, the model that train.py builds.
+All else, data, seeds, epochs, rates, is train.py's. A run is evaluated after its last epoch alone; its result stands in
+blanked.json of the run folder.
 """
 
 import json
@@ -16,185 +17,104 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-import fusion
-import model as networks
-import stages
+import runs
 import train
-from data import SceneDataset, loader
+from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
-from experiments.report import read_log
-from guard import StopSignals, whole_file
+from guard import Diverged
+from scenes.folder import IGNORE
+from stages import INSTANCE, PARTS, curriculum
+from tower import SCRATCH
 
-DROP = 0.1  # share of the scenes of which one branch is dropped
-FAULT_RATE = 0.01  # share of the steps, for each fault
-
-
-def plain(setting):
-    """A learned gate from the first fused epoch on, and nothing that holds it."""
-    return without_blanks(without_prior(without_fixed(without_film(setting))))
+FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
+HUGE = 3e38  # as a logit it is finite; the difference of two is not
 
 
-def fixed(setting):
-    setting = plain(setting)
-    return replace(setting, fusion="simple", parts=tuple(name for name in setting.parts if name != "gate"))
+def fused(trains=(), losses=(), **columns):
+    """Function rows -> rows that changes every row with 2D on: columns as they shall be; trains, losses: {name: whether
+    the row has it}."""
+    def edit(names, wanted):
+        wanted = dict(wanted)
+        return (*(name for name in names if name not in wanted), *(name for name in wanted if wanted[name]))
+
+    return lambda rows: tuple(row if row.fusion == "identity" else replace(
+        row, trains=edit(row.trains, trains), losses=edit(row.losses, losses), **columns) for row in rows)
 
 
-def with_film(setting):
-    setting = plain(setting)
-    return replace(setting, film=True, parts=(*setting.parts, "film"))
+def all_at_once(rows):
+    return tuple(replace(row, trains=tuple(PARTS), losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0,
+                         clip=math.inf, fusion="learned", ramp_epochs=0.0, film=True, blank=0.0) for row in rows)
 
 
-def lean(setting):
-    """The curriculum without what holds the gate: learned from stage 2 on, no prior; scenes still blanked."""
-    return replace(with_film(setting), blank=setting.blank)
+def film_of_2d(config, load=True):
+    model = train.new_model(config, load)
+    with torch.random.fork_rng(devices=[]):  # all that is drawn later stays as in the other variants
+        model.film = FiLMOf2D(model.standardise_3d.linear.out_features)
+    return model
 
 
-def after_fixed(setting):
-    return plain(setting) if setting.fusion == "learned" else fixed(setting)
+def no_standardisation(config, load=True):
+    model = train.new_model(config, load)
+    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    return model
 
 
-def with_prior(setting):
-    setting = plain(setting)
-    return replace(setting, losses=(*setting.losses, "gate"))
+def with_faults(config, load=True):
+    """Each of FAULTS in FAULT_RATE of the training steps, drawn from the seed; faults.jsonl has a line for each."""
+    model, rng, now = train.new_model(config, load), np.random.default_rng((config.seed, 4)), {}
+
+    def draw(module, args):
+        batch, row = args[0], model.row
+        if model.training and "faults" not in batch:  # a batch that is looked at again keeps its own
+            batch["faults"] = [fault for fault, number in zip(FAULTS, rng.random(len(FAULTS))) if number < FAULT_RATE]
+            with open(Path(config.out, "faults.jsonl"), "a") as file:
+                file.writelines(json.dumps({"fault": fault, "stage": row.stage}) + "\n" for fault in batch["faults"])
+            if "ignored" in batch["faults"]:
+                batch |= {key: torch.full_like(batch[key], IGNORE) for key in ("segment", "superpoint_instance")} \
+                    | {key: batch[key][:0] for key in ("instance_label", "instance_batch")}
+        now.update(faults=batch.get("faults", ()), burst_in="3d" if row.fusion == "identity" else "2d")
+
+    def spoil_features(module, args, out):
+        row = torch.tensor([0], device=out.device)
+        return out.index_fill(0, row, math.nan) if "nan" in now["faults"] else out
+
+    def spoil_logits(module, args, out):
+        offset = torch.full(out.shape[1:], -HUGE, device=out.device)
+        offset[0] = HUGE  # the loss of a voxel of any other class is infinite
+        return out + offset if "inf" in now["faults"] else out
+
+    def burst(grad, branch):
+        return 1e6 * grad if "burst" in now["faults"] and branch == now["burst_in"] else grad
+
+    model.register_forward_pre_hook(draw)
+    model.standardise_3d.register_forward_hook(spoil_features)
+    model.semantic_head.register_forward_hook(spoil_logits)
+    for name, parameters in model.parts().items():
+        for parameter in parameters:
+            parameter.register_hook(lambda grad, branch=PARTS[name]: burst(grad, branch))
+    return model
 
 
-def without_blanks(setting):
-    return replace(setting, blank=0.0)
-
-
-def without_film(setting):
-    return replace(setting, film=False, parts=tuple(name for name in setting.parts if name != "film"))
-
-
-def film_late(setting):
-    return setting if setting.stage == 3 else without_film(setting)
-
-
-def without_prior(setting):
-    return replace(setting, losses=tuple(name for name in setting.losses if name != "gate"))
-
-
-def without_fixed(setting):
-    """The gate is learned from the first fused epoch on, under the prior."""
-    return replace(setting, fusion="learned", parts=tuple(dict.fromkeys((*setting.parts, "gate"))),
-                   losses=tuple(dict.fromkeys((*setting.losses, "gate"))))
-
-
-def all_at_once(setting):
-    """Every part from epoch 0 on, the tower at the base rate, no clip, the plain gate."""
-    parts = ("3d", "decoder", "2d", "gate", "film", "tower", "tower_ends")
-    losses = ("semantic", *stages.INSTANCE, "alignment")
-    return replace(setting, parts=parts, losses=losses, tower_rate=1.0, clip=math.inf, fusion="learned", ramp=1.0,
-                   film=True, blank=0.0)
-
-
-def film_from_2d(seed):
-    networks.FiLM = FiLMOf2D
-
-
-def no_standardisation(seed):
-    fusion.Standardise.forward = lambda self, feat: self.linear(feat)
-
-
-def drop_branches(seed):
-    """In training alpha is 0 on all of a scene, or 1 where seen, each for DROP of the scenes."""
-    plain_forward, plain_blend, now = networks.BiFusion.forward, networks.blend, {}
-
-    def forward(self, batch):
-        now["batch"] = batch if self.training else None
-        return plain_forward(self, batch)
-
-    def blend(feat_2d, feat_3d, alpha):
-        if now["batch"]:
-            draw = torch.rand(len(now["batch"]["names"]))[now["batch"]["batch_index"].cpu()].to(alpha.device)
-            alpha = torch.where(draw < DROP, 0.0, torch.where(draw > 1 - DROP, (alpha > 0).float(), alpha))
-        return plain_blend(feat_2d, feat_3d, alpha)
-
-    networks.BiFusion.forward, networks.blend = forward, blend
-
-
-def on_new_model(do):
-    """Call do(model) with the model that train.py makes."""
-    make = train.new_model
-
-    def new_model(*args, **kwargs):
-        model = make(*args, **kwargs)
-        do(model)
-        return model
-
-    train.new_model = new_model
-
-
-def inject_faults(seed):
-    """Each of four faults in FAULT_RATE of the training steps, drawn from the seed."""
-    faults, state, now = ("nan", "inf", "burst", "ignored"), {}, {}
-    rng, counts = np.random.default_rng((seed, 4)), {}
-
-    def prepare(model):
-        state["model"] = model
-        model.standardise_3d.register_forward_hook(spoil)
-        for name, parameters in model.parts().items():
-            for parameter in parameters:
-                parameter.register_hook(lambda grad, name=name: burst(grad, name))
-
-    def spoil(module, args, out):
-        return out.index_fill(0, torch.tensor([0], device=out.device), math.nan) if now.get("nan") else out
-
-    def burst(grad, name):
-        image = state["model"].setting.fusion != "identity"
-        return 1e6 * grad if now.get("burst") and stages.PARTS[name] == ("2d" if image else "3d") else grad
-
-    to_device, weigh = train.to_device, train.weighted_sum
-
-    def spoiled(batch, device):
-        batch = to_device(batch, device)
-        now.clear()
-        if state["model"].training:
-            now.update(zip(faults, (rng.random(len(faults)) < FAULT_RATE).tolist()))
-            for name in filter(now.get, faults):
-                key = f"{name}, stage {state['model'].setting.stage}"
-                counts[key] = counts.get(key, 0) + 1
-            if now["ignored"]:
-                batch["segment"] = torch.full_like(batch["segment"], -1)
-                batch["superpoint_instance"] = torch.full_like(batch["superpoint_instance"], -1)
-                batch |= {key: batch[key][:0] for key in ("instance_label", "instance_batch")}
-        return batch
-
-    train.to_device = spoiled
-    train.weighted_sum = lambda terms, weights: weigh(terms, weights) * (math.inf if now.get("inf") else 1)
-    on_new_model(prepare)
-    inject_faults.counts = counts
-
-
-def as_it_is(setting):
-    return setting
-
-
-VARIANTS = {  # name: what it is, change of a setting with 2D on, patch made before training
-    "baseline": ("3D baseline", as_it_is, None),
-    "fixed": ("alpha fixed at 0.5", fixed, None),
-    "plain": ("plain learned gate, no FiLM", plain, None),
-    "film_geometry": ("plain + FiLM from geometry", with_film, None),
-    "film_2d": ("plain + FiLM from 2D onto 3D", with_film, film_from_2d),
-    "after_fixed": ("plain, learned after fixed", after_fixed, None),
-    "dropout": ("plain + branch dropout", plain, drop_branches),
-    "prior": ("plain + prior", with_prior, None),
-    "kept": ("the curriculum: after fixed, prior, FiLM from geometry, inputs blanked", as_it_is, None),
-    "kept_whole": ("the curriculum without blanked inputs", without_blanks, None),
-    "kept_film_2d": ("the curriculum with FiLM from 2D onto 3D", as_it_is, film_from_2d),
-    "kept_no_film": ("the curriculum without FiLM", without_film, None),
-    "kept_film_late": ("the curriculum with FiLM from stage 3 on", film_late, None),
-    "kept_no_prior": ("the curriculum without prior", without_prior, None),
-    "kept_no_fixed": ("the curriculum, gate learned under its prior from stage 2 on", without_fixed, None),
-    "lean": ("plain + FiLM from geometry, inputs blanked in stage 3", lean, None),
+VARIANTS = {  # name: what it is; function rows -> rows; function (config, load) -> model
+    "baseline": ("3D baseline", fused(), train.new_model),
     "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
               "from geometry; bad steps still skipped", all_at_once, no_standardisation),
-    "faults": ("the curriculum with faults injected", as_it_is, inject_faults),
+    "plain": ("plain learned gate, no FiLM", fused(
+        {"gate": True, "film": False}, {"gate": False}, fusion="learned", film=False, blank=0.0), train.new_model),
+    "fixed": ("alpha fixed at 0.5", fused(
+        {"gate": False, "film": False}, {"gate": False}, fusion="simple", film=False, blank=0.0), train.new_model),
+    "film_2d": ("plain + FiLM from 2D onto 3D", fused(
+        {"gate": True}, {"gate": False}, fusion="learned", blank=0.0), film_of_2d),
+    "kept": ("the curriculum: after fixed, prior, FiLM from geometry, inputs blanked", fused(), train.new_model),
+    "kept_whole": ("the curriculum without blanked inputs", fused(blank=0.0), train.new_model),
+    "kept_no_prior": ("the curriculum without prior", fused(losses={"gate": False}), train.new_model),
+    "kept_no_fixed": ("the curriculum, gate learned under its prior from stage 2 on", fused(
+        {"gate": True}, {"gate": True}, fusion="learned"), train.new_model),
+    "faults": ("the curriculum with faults injected", fused(), with_faults),
 }
-
-
-BLANKED = {  # what is done to every batch of the val rooms
+BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
     "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
     "no images": dict,
@@ -203,74 +123,66 @@ BLANKED = {  # what is done to every batch of the val rooms
 }
 
 
-def blanked(path, names=tuple(BLANKED)):
-    """Val mIoU of a checkpoint with its inputs blanked in each of these ways, keys of BLANKED: dict."""
-    model, config, _ = train.load_model(path)
+def blanked(path, names=tuple(BLANKED), device=train.Config.device):
+    """Val mIoU of a checkpoint, of train.py or of a variant, with its inputs blanked in these ways: dict."""
+    of_variant = Path(path).parent / "blanked.json"
+    variant = json.loads(of_variant.read_text())["variant"] if of_variant.exists() else "kept"
+    model, config, _ = train.load_model(path, device, VARIANTS[variant][2])
     result = {}
     for name in names:
         views = 2 * config.views if config.model == "bifusion" and name != "no images" else 0
-        val_set = SceneDataset(config.data, "val", voxel_size=config.voxel_size, seed=config.seed, views=views,
-                               image_size=train.RECIPES[config.preset]["image_size"])
-        scenes = map(BLANKED[name], loader(val_set, config.batch_size, 0, False, config.seed))
-        result[name] = round(train.evaluate(model, scenes, torch.device("cpu"))["miou"], 4)
+        scenes = SceneDataset(config.data, "val", voxel_size=config.voxel_size, views=views, seed=config.seed,
+                              image_size=train.RECIPES[config.preset]["image_size"])
+        batches = map(BLANKED[name], DataLoader(scenes, config.batch_size, collate_fn=collate))
+        result[name] = round(train.evaluate(model, batches, torch.device(device))["miou"], 4)
     return result
 
 
 def run(name, argv):
-    what, change, patch = VARIANTS[name]
-    config = train.parse_config(argv)
-    at = stages.setting_at
-
-    def setting_at(*args, **kwargs):
-        setting = at(*args, **kwargs)
-        return change(setting) if setting.fusion != "identity" or name == "naive" else setting
-
-    whole, epochs = train.evaluate, iter(range(stages.stage_epochs(config.compress)[3][1], -1, -1))
-
-    def evaluate(*args):  # after the last epoch alone: that is what is compared
-        return {"miou": None, "iou": ()} if next(epochs) else whole(*args)
-
-    train.setting_at, train.evaluate = setting_at, evaluate
-    if patch:
-        patch(config.seed)
-    result, stop = {"variant": name, "what": what, "seed": config.seed}, StopSignals()
+    """Train a variant as train.py would, judge it with its inputs blanked too, and write blanked.json."""
+    what, change, build = VARIANTS[name]
+    config, stop = train.parse_config(argv), runs.Stop()
+    rows = change(curriculum(config.compress, config.plan, config.tower_weights != SCRATCH, config.tower_rate))
+    path, result = Path(config.out, "blanked.json"), {"variant": name, "what": what, "seed": config.seed}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))  # tells `blanked` how the model is built
     try:
-        result["as they are"] = train.train(config, stop)[-1]["val_miou"]
-        train.evaluate = whole
-        result |= blanked(Path(config.out, "stage3.pt"), ("points black", "images black")[: 1 + (name != "baseline")])
-    except SystemExit as end:  # it diverged: a row of the table all the same
-        result["diverged"] = str(end.code)
+        result["as they are"] = train.train(config, rows, build, {rows[-1].last_epoch}, stop)[-1]["val_miou"]
+        names = ("points black",) if name == "baseline" else ("points black", "images black")
+        result |= blanked(Path(config.out, "last.pt"), names, config.device)
+    except Diverged as error:  # a row of the table all the same
+        result["diverged"] = str(error)
+    except runs.Stopped as where:
+        sys.exit(f"{where}; go on with the same command and --resume")
     finally:
         stop.release()
-    if name == "faults":
-        result["faults"] = inject_faults.counts
-    with whole_file(Path(config.out, "blanked.json")) as file:
-        file.write(json.dumps(result, indent=1).encode())
+    path.write_text(json.dumps(result, indent=1))
     print(result)
 
 
 def table(folder):
     """Markdown rows of all finished runs below a folder: mean and standard deviation over the seeds."""
-    found = {}
+    found = {name: [] for name in VARIANTS}  # in their order; a variant of an earlier commit comes last
     for path in sorted(Path(folder).glob("*/blanked.json")):
-        result = json.loads(path.read_text())
-        log = read_log(path.parent / "log.jsonl")[0]
-        ratios = [line["fusion_2d_ratio"] for line in log if line["fusion_ramp"] == 1]
-        found.setdefault((result["variant"], result.get("what", result["variant"])), []).append(
-            result | {"ratios": ratios, "skipped": sum(line["skipped_steps"] for line in log)})
-    rows = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
-    order = list(VARIANTS)  # a variant of an earlier commit comes last
-    for name, what in sorted(found, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
-        runs = found[name, what]
-        ratios = [ratio for run in runs for ratio in run["ratios"]]
-        figures = [[run[key] for run in runs if key in run] for key in ("as they are", "images black", "points black")]
-        cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") if v else "-"
-                 for v in figures]
-        cells.insert(1, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
-        seeds = ", ".join(f"{run['seed']}{' (diverged)' * ('diverged' in run)}" for run in runs)
-        skipped = sum(run["skipped"] for run in runs)
-        rows.append(" | ".join([f"| {what}", seeds, *cells, f"{skipped} |"]))
-    return "\n".join(rows)
+        result, log = json.loads(path.read_text()), runs.read_log(path.parent / "log.jsonl")
+        if "as they are" in result or "diverged" in result:
+            found.setdefault(result["variant"], []).append((result, log))
+    lines = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
+             "|---" * 7 + "|"]
+    for name, finished in found.items():
+        results, epochs = [result for result, _ in finished], [line for _, log in finished for line in log]
+        ratios = [line["fusion_2d_ratio"] for line in epochs
+                  if line["fusion_ramp"] == 1 and line["fusion_2d_ratio"] is not None]
+        cells = [", ".join(f"{result['seed']}{' (diverged)' * ('diverged' in result)}" for result in results)]
+        for key in ("as they are", "images black", "points black"):
+            values = [result[key] for result in results if key in result]
+            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "-")
+        cells.insert(2, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
+        if results:
+            cells = [results[0].get("what", name), *cells, str(sum(line["skipped_steps"] for line in epochs))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv):

@@ -1,15 +1,14 @@
 """Kill a training again and again and compare what it ends with to a training that was left alone.
 
-    python tests/kill.py --kills 20 --epochs 24
+    python -m tests.kill --kills 20 --epochs 24
 
-Every kill is a SIGKILL to a real process at a random moment, every third one as soon as a half-written checkpoint lies
-in the run folder; then `--resume`. Weights, optimiser, random state and log must come out equal bit by bit; seconds
-and memory of an epoch may differ. Generates six tiny rooms in a temporary folder. Exit code 1 where anything differs.
+Every kill is a SIGKILL to a process at a random moment, every third one while a checkpoint is written; then `--resume`.
+Weights, optimiser, random state and log must come out equal bit by bit; seconds and memory of an epoch may differ.
+Generates six tiny rooms in a temporary folder. Exit code 1 where anything differs.
 """
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -19,23 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 
 import train
-from experiments.report import read_log
+from runs import read_checkpoint, read_log
 
 TINY = {"image_size": (64, 48), "voxel_size": 0.25, "views": 2, "batch_size": 1}
 VARYING = ("seconds", "peak_memory_mb")
 
 
 def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
-    """A training of tiny rooms in a process of its own (a fork: torch is imported once); prepare runs in it first.
-
-    Its frozen tower's maps lie beside the run folder, so that kills meet their making too.
-    """
+    """A training of tiny rooms in a process of its own (a fork: torch is imported once); prepare runs in it first. Its
+    frozen tower's maps lie beside the run folder, so that kills meet their making too."""
     def run():
         sys.stdout = sys.stderr = file = open(output, "w", buffering=1)  # noqa: SIM115 - open to the end
         os.dup2(file.fileno(), 1)
@@ -54,72 +49,61 @@ def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
 
 def kill_and_resume(out, data, kills, longest, rng, *flags):
     """Train with this many kills, each within longest seconds after none or one more checkpoint, then to the end.
+    Returns how many kills there were and how many of them met a half-written checkpoint."""
+    def going_on():
+        return start(out, data, *(("--resume",) if Path(out, "config.json").exists() else flags))
 
-    Returns how many kills there were and how many of them met a half-written checkpoint.
-    """
+    def written(pattern):
+        found = set()
+        for path in Path(out).glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
+
     done = met = 0
     while done < kills:
-        process, before, saved = start(out, data, *going(out, flags)), half_written(out), last_saved(out)
+        process, before, saved = going_on(), written("*.pt.tmp"), written("last.pt")
         ahead, moment = rng.random() < 0.5, rng.uniform(0, longest)
-        while process.is_alive() and ahead and last_saved(out) == saved:
+        while process.is_alive() and ahead and written("last.pt") == saved:
             time.sleep(0.001)
         moment += time.time()
         while process.is_alive() and time.time() < moment:
             time.sleep(0.001)
-        while done % 3 == 2 and process.is_alive() and not half_written(out) - before:
+        while done % 3 == 2 and process.is_alive() and not written("*.pt.tmp") - before:
             pass
         if not process.is_alive():
             break  # it came to its end
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         done += 1
-        met += bool(half_written(out) - before)
-        print(f"kill {done}: {place(out)}", flush=True)
-    process = start(out, data, *going(out, flags))
+        met += bool(written("*.pt.tmp") - before)
+        last = Path(out, "last.pt")
+        print(f"kill {done}: {[name for name, _ in written('*.tmp')]}, last.pt goes on at "
+              f"{read_checkpoint(last)['next'] if last.exists() else 'nothing'}", flush=True)
+    process = going_on()
     process.join()
     assert process.exitcode == 0, f"the last training ended with {process.exitcode}"
     return done, met
-
-
-def going(out, flags):
-    """The flags that go on with a run; those that start it where there is none."""
-    return ("--resume",) if Path(out, "config.json").exists() else flags
-
-
-def last_saved(out):
-    """When last.pt was written, 0 for never."""
-    return Path(out, "last.pt").stat().st_mtime_ns if Path(out, "last.pt").exists() else 0
-
-
-def half_written(out):
-    """Checkpoints in the making: set of name and time."""
-    found = set()
-    for path in Path(out).glob("*.pt.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_ctime_ns))
-    return found
-
-
-def place(out):
-    """What lies in a run folder, in words."""
-    last, unfinished = Path(out, "last.pt"), [path.name for path in Path(out).glob("*.tmp")]
-    saved = f"last.pt of epoch {train.load_checkpoint(last)['epoch']}" if last.exists() else "no checkpoint yet"
-    return saved + (f", half-written {', '.join(unfinished)}" if unfinished else "")
 
 
 def differences(one, other):
     """What differs between two run folders: list of str."""
     found = []
     for name in ("stage1.pt", "stage2.pt", "stage3.pt", "best.pt", "last.pt"):
-        a, b = (train.load_checkpoint(Path(folder, name)) for folder in (one, other))
-        found += [f"{name}: {key}" for key in a.keys() | b.keys()
-                  if key != "config" and not same(a.get(key), b.get(key))]
-    logs = [[{k: v for k, v in line.items() if k not in VARYING} for line in read_log(Path(folder, "log.jsonl"))[0]]
-            for folder in (one, other)]
+        a, b = (read_checkpoint(Path(folder, name)) for folder in (one, other))
+        for state in (a, b):
+            del state["config"], state["sums"]["seconds"]
+        found += [f"{name}: {key}" for key in a.keys() | b.keys() if not same(a.get(key), b.get(key))]
+    logs = log_lines(one), log_lines(other)
     if logs[0] != logs[1]:
         wrong = [a["epoch"] for a, b in zip(*logs) if a != b]
         found.append(f"log.jsonl: epochs {wrong}, {len(logs[0])} and {len(logs[1])} lines")
     return found
+
+
+def log_lines(out):
+    """The log of a run folder without what differs from run to run."""
+    return [{k: v for k, v in line.items() if k not in VARYING} for line in read_log(Path(out, "log.jsonl"))]
 
 
 def same(a, b):
@@ -152,13 +136,12 @@ def main():
         whole.join()
         assert whole.exitcode == 0, (folder / "said").read_text()
         took = time.time() - began
-        print(f"python {' '.join(sys.argv)}\nleft alone: {args.epochs} epochs of 4 steps in {took:.1f} s", flush=True)
+        print(f"python -m tests.kill {' '.join(sys.argv[1:])}\n"
+              f"left alone: {args.epochs} epochs of 4 steps in {took:.1f} s", flush=True)
         kills, met = kill_and_resume(folder / "killed", folder / "rooms", args.kills, took / args.epochs,
                                      random.Random(args.seed), *flags)
-        lines = (folder / "killed" / "log.jsonl").read_text().splitlines()
         found = differences(folder / "whole", folder / "killed")
-        print(f"{kills} kills, {met} of them while a file was written, {len(lines)} lines logged of "
-              f"{len({json.loads(line)['epoch'] for line in lines})} epochs: "
+        print(f"{kills} kills, {met} of them while a file was written: "
               f"{'; '.join(found) if found else 'every checkpoint and the log equal bit by bit'}")
     sys.exit(bool(found))
 

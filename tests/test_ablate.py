@@ -1,103 +1,144 @@
-"""ablate.py: every variant changes what it says and nothing else, and its patches reach what train.py calls."""
+"""ablate.py: a variant changes what it says, and nothing outside of the model it builds. failures.py: how it ends."""
 
 import json
 import math
+import signal
+import sys
+from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
 
-import fusion
-import model as networks
+import guard
+import runs
 import train
-from experiments import ablate
-from stages import PARTS, setting_at
+from experiments import ablate, failures
+from fusion import FiLM
+from stages import INSTANCE, PARTS, curriculum
 
-UNCHANGED = ("baseline", "kept", "kept_film_2d", "faults")
-
-
-@pytest.fixture(autouse=True)
-def _patches_end_with_the_test(monkeypatch):
-    for owner, names in ((train, ("setting_at", "evaluate", "new_model", "to_device", "weighted_sum")),
-                         (networks, ("FiLM", "blend")), (networks.BiFusion, ("forward",)),
-                         (fusion.Standardise, ("forward",))):
-        for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))
+PLAIN = {"gate": True, "film": False, "prior": False, "fusion": "learned", "blank": 0.0}
+CHANGES = {  # of the rows with 2D on; gate and film: whether they train, prior: whether it is among the losses
+    "baseline": {}, "kept": {}, "faults": {}, "kept_whole": {"blank": 0.0}, "kept_no_prior": {"prior": False},
+    "kept_no_fixed": {"fusion": "learned", "gate": True, "prior": True}, "plain": PLAIN,
+    "fixed": PLAIN | {"fusion": "simple", "gate": False}, "film_2d": PLAIN | {"film": True}}
 
 
 @pytest.mark.parametrize("name", ablate.VARIANTS)
-@pytest.mark.parametrize("epoch", [21, 25, 40, 41, 50, 60, 61, 70])
-def test_a_variant_changes_what_it_says_and_no_more(name, epoch):
-    before = setting_at(epoch, pretrained=True)
-    after = ablate.VARIANTS[name][1](before)
-    assert set(after.parts) <= set(PARTS) and len(set(after.parts)) == len(after.parts)
-    assert (after.stage, after.name) == (before.stage, before.name)
-    first, last = {"kept_whole": (61, 128), "kept_film_late": (21, 60), "kept_no_prior": (41, 128),
-                   "kept_no_fixed": (21, 40)}.get(name, (21, 128))
-    assert (after == before) == (name in UNCHANGED or not first <= epoch <= last)
-    if name not in (*UNCHANGED, "naive"):
-        assert (after.clip, after.ramp, after.tower_rate) == (before.clip, before.ramp, before.tower_rate)
-        assert ("gate" in after.parts) == (after.fusion == "learned") and ("film" in after.parts) == after.film
-        assert set(after.parts) - {"gate", "film"} == set(before.parts) - {"gate", "film"}
-        assert set(after.losses) - {"gate"} == set(before.losses) - {"gate"}
-    if name in ("plain", "film_geometry", "film_2d", "dropout", "prior", "lean"):
-        assert after.fusion == "learned" and after.film == (name in ("film_geometry", "film_2d", "lean"))
-        assert ("gate" in after.losses) == (name == "prior") and (after.blank == 0 or name == "lean")
-    if name.startswith("kept"):
-        assert after.film == (name != "kept_no_film" and (name != "kept_film_late" or epoch > 60))
-        assert after.blank == before.blank * (name != "kept_whole")
-        assert after.fusion == ("learned" if name == "kept_no_fixed" else before.fusion)
-        assert ("gate" in after.losses) == (after.fusion == "learned" and name != "kept_no_prior")
-    if name == "naive":
-        assert (after.clip, after.tower_rate, after.ramp) == (math.inf, 1.0, 1.0)
+def test_a_variant_changes_what_it_says_of_the_curriculum_and_no_more(name):
+    for before, after in zip(curriculum(), ablate.VARIANTS[name][1](curriculum()), strict=True):
+        expected, found = (asdict(row) | {"trains": set(row.trains), "losses": set(row.losses)}
+                           for row in (before, after))
+        if name == "naive":
+            expected |= {"trains": set(PARTS), "losses": {"semantic", *INSTANCE, "alignment"}, "tower_rate": 1.0,
+                         "clip": math.inf, "fusion": "learned", "ramp_epochs": 0, "film": True, "blank": 0.0}
+        elif before.fusion != "identity":
+            change = CHANGES[name]
+            for key, word, there in (("trains", "gate", change.get("gate")), ("trains", "film", change.get("film")),
+                                     ("losses", "gate", change.get("prior"))):
+                if there is not None:
+                    expected[key] = expected[key] | {word} if there else expected[key] - {word}
+            expected |= {key: value for key, value in change.items() if key in ("fusion", "blank", "film")}
+        assert found == expected
+        assert len(after.trains) == len(found["trains"]) and len(after.losses) == len(found["losses"])  # none twice
 
 
-def run(name, tiny_rooms, tmp_path, monkeypatch, *flags):
+@pytest.fixture
+def run(tiny_rooms, tmp_path, monkeypatch):
+    """Function (variant, flags) -> log and blanked.json of a run of 4 epochs of 2 steps."""
     for key, value in {"image_size": (64, 48), "voxel_size": 0.25, "views": 2, "batch_size": 2}.items():
         monkeypatch.setitem(train.RECIPES["small"], key, value)
-    ablate.main([name, "0", "--compress", "43", "--data", str(tiny_rooms), "--out", str(tmp_path / "run"),
-                 "--device", "cpu", "--cache", str(tmp_path / "cache"), *flags])
-    return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+
+    def run(name, *flags):
+        out = tmp_path / (name + "_again" * ("again" in flags))
+        flags = [flag for flag in flags if flag != "again"]
+        ablate.main([name, "0", "--compress", "43", "--out", str(out), "--device", "cpu", "--cache",
+                     str(tiny_rooms.parent / "cache"), "--data", str(tiny_rooms), *flags])
+        return runs.read_log(out / "log.jsonl"), json.loads((out / "blanked.json").read_text())
+    return run
 
 
-def test_injected_faults_are_skipped_or_clipped_and_counted(tiny_rooms, tmp_path, monkeypatch):
+class StopsInEpoch2(runs.Stop):
+    def agreed(self):
+        self.steps = getattr(self, "steps", 0) + 1  # asked once a step, and at the end of an epoch
+        self.asked = signal.SIGTERM if self.steps > 5 else 0
+        return super().agreed()
+
+
+def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed(run, monkeypatch):
+    log, result = run("kept")
+    assert [line["val_miou"] is not None for line in log] == [False, False, False, True]
+    assert result["as they are"] == log[-1]["val_miou"] and {"points black", "images black"} < result.keys()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="go on with the same command and --resume"):
+        patch.setattr(runs, "Stop", StopsInEpoch2)
+        run("kept", "again")
+    assert run("kept", "again", "--resume")[1] == result
+
+
+@pytest.mark.parametrize("variant, check", [
+    ("film_2d", lambda line, state: state["film.mlp.0.weight"].shape[1] == 64),  # reads features, not geometry
+    ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 0.1)])  # nothing standardises it
+def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, capsys, variant, check):
+    log, result = run(variant)
+    path = tmp_path / variant / "last.pt"
+    assert check(log[-1], torch.load(path, weights_only=True)["model"])
+    capsys.readouterr()
+    ablate.main(["--blank", str(path)])
+    said = json.loads(capsys.readouterr().out.partition(" ")[2])
+    assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
+    assert said["images black"] == result["images black"] and set(said) == set(ablate.BLANKED)
+    assert type(train.new_model(train.parse_config(["--tower-weights", "scratch"])).film) is FiLM  # nobody else's
+
+
+def test_injected_faults_are_recorded_and_skipped_or_clipped(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
-    log = run("faults", tiny_rooms, tmp_path, monkeypatch)
-    counts = json.loads((tmp_path / "run" / "blanked.json").read_text())["faults"]
-    records = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    named = [record["first_not_finite"] for record in records]
-    assert set(named) == {"output of standardise_3d", "weighted loss"}
-    of = {fault: sum(n for key, n in counts.items() if key.startswith(fault)) for fault in ("nan", "inf", "burst")}
-    assert named.count("output of standardise_3d") == of["nan"] and of["burst"] > 0
-    assert named.count("weighted loss") <= of["inf"]  # a step may have both
-    assert sum(line["skipped_steps"] for line in log) == len(records)
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    log, _ = run("faults")  # of its 8 steps two get NaN, two inf, one a burst, one ignored labels: never two at once
+    injected, skipped = ([json.loads(line) for line in (tmp_path / "faults" / name).read_text().splitlines()]
+                         for name in ("faults.jsonl", "skipped.jsonl"))
+    assert Counter(line["fault"] for line in injected) == {"nan": 2, "inf": 2, "burst": 1, "ignored": 1}
+    assert Counter(line["first_not_finite"] for line in skipped) == {"output of standardise_3d": 2,
+                                                                     "loss term semantic": 2}
+    assert sum(line["skipped_steps"] for line in log) == len(skipped)
+    assert any(norm > 1e3 for line in log for norm in line["grad_norm"].values())  # a burst that was clipped
+    state = torch.load(tmp_path / "faults" / "last.pt", weights_only=True)["model"]
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-def test_a_variant_that_diverges_stays_in_the_table(tiny_rooms, tmp_path, monkeypatch):
+def test_a_variant_that_diverges_stays_in_the_table_and_another_error_does_not_pass_for_it(run, tmp_path, monkeypatch):
+    run("baseline")
+    assert ablate.table(tmp_path).count(" 0 |") == 2  # its seed; skipped in all
     monkeypatch.setattr(ablate, "FAULT_RATE", 1.0)
-    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 2)
-    run("faults", tiny_rooms, tmp_path, monkeypatch)
-    assert "0 (diverged) | -" in ablate.table(tmp_path)
+    monkeypatch.setattr(guard, "MAX_SKIPPED_IN_A_ROW", 2)
+    assert "2 steps in a row" in run("faults")[1]["diverged"]
+    assert "faults injected | 0 (diverged) | - |" in ablate.table(tmp_path)
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run("faults")
+    monkeypatch.setattr(train, "train", lambda *args, **kwargs: sys.exit("the disk is full"))
+    with pytest.raises(SystemExit, match="disk"):
+        run("plain")
+    assert "plain" not in ablate.table(tmp_path)
 
 
-def test_patches_reach_the_model_that_train_makes(tiny_rooms, tmp_path, monkeypatch):
-    ablate.no_standardisation(0)
-    ablate.film_from_2d(0)
-    run("dropout", tiny_rooms, tmp_path, monkeypatch)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert abs(log[-1]["rms_3d"] - 1) > 0.1  # nothing standardises it
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    assert state["film.mlp.0.weight"].shape[1] == 64  # reads features, not geometry
-    assert networks.blend.__module__ == "ablate"
-
-
-def test_blanking_is_measured_on_val_and_unknown_words_get_the_variants(tiny_rooms, tmp_path, monkeypatch, capsys):
-    log = run("kept", tiny_rooms, tmp_path, monkeypatch)
-    capsys.readouterr()
-    ablate.main(["--blank", str(tmp_path / "run" / "last.pt")])
-    said = json.loads(capsys.readouterr().out.partition(" ")[2])
-    assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
-    assert set(said) == set(ablate.BLANKED)
-    with pytest.raises(SystemExit, match="kept_film_2d"):
+def test_unknown_words_get_the_variants():
+    with pytest.raises(SystemExit, match="kept_no_fixed"):
         ablate.main(["unknown", "0"])
+
+
+def test_a_row_of_the_table_is_mean_and_deviation_over_the_seeds(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "blanked.json").write_text(json.dumps(
+            {"variant": "plain", "what": "plain gate", "seed": seed, "as they are": 0.2 + 0.2 * seed}))
+        (tmp_path / str(seed) / "log.jsonl").write_text("".join(json.dumps(
+            {"epoch": e, "fusion_ramp": e, "fusion_2d_ratio": 0.3 * e + 0.1 * seed, "skipped_steps": 1}) + "\n"
+            for e in (0, 1)))
+    assert ablate.table(tmp_path).splitlines()[2] == "| plain gate | 0, 1 | 0.300 ± 0.141 | 0.30..0.40 | - | - | 4 |"
+
+
+@pytest.mark.parametrize("with_cure, code", [(0.0, 0), (0.5, 1)])
+def test_failures_exits_with_1_where_one_is_not_as_promised(tmp_path, capsys, monkeypatch, with_cure, code):
+    finding = failures.Finding("jolt", "jump of the logits", 1.5, with_cure, sick=0.1, well=1e-5)
+    monkeypatch.setattr(failures, "EXPERIMENTS", [lambda: finding])
+    assert failures.main(["--out", str(tmp_path / "failures.png")]) == code
+    assert capsys.readouterr().out.split()[-1] == ("NO" if code else "yes")
+    assert (tmp_path / "failures.png").read_bytes().startswith(b"\x89PNG")

@@ -3,42 +3,38 @@
     pytest -m gpu            # with those of the other files; skipped where there is no CUDA device
 """
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
-from test_ranks import assert_close, gradients, torchrun, torchrun_trains_all_stages
+from test_processes import torchrun_trains_all_stages
 
 from data import SceneDataset, collate
 from predict import open_checkpoint, predict_scene
 from train import RECIPES, load_model, to_device
 
 pytestmark = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, one of stage 2, two of stage 3
+SHORT = ("--compress", 43)  # 4 epochs: one of stage 1, two of stage 2, one of stage 3
 
 
 @pytest.fixture(scope="module")
 def runs(run_train, tmp_path_factory):
-    """Folders of short runs made on each device, from the committed miniature CLIP."""
+    """Folder of short runs made on each device, with the pretrained tower of the preset."""
     root = tmp_path_factory.mktemp("devices")
     for device in ("cpu", "cuda"):
         run_train(root / device, *SHORT, "--device", device)
     return root
 
 
-def labels_on(path, device, tiny_rooms):
+def logits_on(path, device, tiny_rooms):
     model, config, _ = load_model(path, device)
     scenes = SceneDataset(tiny_rooms, "val", voxel_size=config.voxel_size, views=4, image_size=(64, 48))
     with torch.no_grad():
-        out = model(to_device(collate([scenes[0], scenes[1]]), device))
-    return out["logits"].cpu()
+        return model(to_device(collate([scenes[0], scenes[1]]), device))["logits"].cpu()
 
 
 @pytest.mark.parametrize("made_on", ["cpu", "cuda"])
 def test_a_checkpoint_of_either_device_predicts_the_same_labels_on_both(runs, tiny_rooms, made_on):
-    here, there = (labels_on(runs / made_on / "stage3.pt", device, tiny_rooms) for device in ("cpu", "cuda"))
+    here, there = (logits_on(runs / made_on / "stage3.pt", device, tiny_rooms) for device in ("cpu", "cuda"))
     clear = here.topk(2, 1).values.diff(dim=1).abs().squeeze(1) > 1e-2  # the rest are ties of floating point
     assert clear.float().mean() > 0.9
     assert torch.equal(here.argmax(1)[clear], there.argmax(1)[clear])
@@ -52,45 +48,20 @@ def test_a_run_goes_on_on_the_other_device(run_train, tmp_path, first, second):
     assert sum(line["skipped_steps"] for line in log) == 0
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--checkpoint-tower",), ("--cache-gb", 0)])
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--cache-gb", 0), ("--tower-weights", "scratch"),
+                                   ("--tower", "RN50", "--tower-weights", "scratch")])
 def test_every_way_of_running_the_tower_runs_on_cuda(run_train, tmp_path, flags):
     log = run_train(tmp_path / "run", *SHORT, "--device", "cuda", *flags)
     assert len(log) == 4 and all(np.isfinite(line["loss"]) and line["skipped_steps"] == 0 for line in log)
 
 
-def test_scans_and_texts_are_predicted_on_cuda_as_on_the_cpu(runs, tiny_rooms, make_batch, monkeypatch):
+def test_a_scan_is_predicted_on_cuda_as_on_the_cpu(runs, tiny_rooms, monkeypatch):
     monkeypatch.setitem(RECIPES["small"], "image_size", (64, 48))
     found = [predict_scene(*open_checkpoint(runs / "cuda" / "stage3.pt", device), tiny_rooms / "val" / "room_0000",
                            device)[1]["labels"] for device in ("cpu", "cuda")]
     assert (found[0] == found[1]).mean() > 0.99
 
 
-@two_gpus
-@pytest.mark.parametrize("fixed", [True, False], ids=["batch norms held", "batch norms over both processes"])
-def test_two_gpus_with_half_the_batch_give_the_gradients_of_one_with_all_of_it(make_model, pairs_of_scenes, tmp_path,
-                                                                               fixed):
-    pairs = {case: pairs_of_scenes[case] for case in ("whole", "no frames")}
-    made = make_model(pretrained=True, num_classes=20)
-    (tmp_path / "pairs").write_bytes(pickle.dumps(pairs))
-    torch.save(made.state_dict(), tmp_path / "weights")
-    torchrun(f"""
-import pickle, torch, ranks
-from conftest import _make_model
-from test_ranks import gradients
-@ranks.joined()
-def main():
-    device, made = ranks.use("cuda"), _make_model(pretrained=True, num_classes=20)
-    made.load_state_dict(torch.load({str(tmp_path / "weights")!r}))
-    with open({str(tmp_path / "pairs")!r}, "rb") as file:
-        found = gradients(made, pickle.load(file), {fixed}, device)
-    torch.save(found, {str(tmp_path)!r} + f"/found_{{ranks.rank()}}")
-main()
-""", tmp_path)
-    whole = gradients(made, pairs, fixed, "cuda")
-    for rank in (0, 1):
-        assert_close(torch.load(tmp_path / f"found_{rank}"), whole)
-
-
-@two_gpus
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_torchrun_trains_all_stages_on_two_gpus(tiny_rooms, tmp_path):
     torchrun_trains_all_stages("cuda", tiny_rooms, tmp_path)

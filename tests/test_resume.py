@@ -1,5 +1,4 @@
-"""Nothing is lost: runs that are killed, stopped by a signal or met by a full disk go on to the same end, bit for bit.
-"""
+"""Runs that are killed, stopped by a signal or met by a full disk go on to the same end, bit for bit."""
 
 import os
 import random
@@ -7,19 +6,17 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from kill import VARYING, differences, kill_and_resume, same, start
+from kill import differences, kill_and_resume, same, start
 
 import train
-from cache import FeatureCache
-from experiments.report import read_log
-from tower import VIEW_CHUNK
-from train import load_checkpoint, main, save_checkpoint
+from runs import Run, read_checkpoint, read_log
+from tower import MapCache
+from train import main
 
 SHORT = ("--compress", 43, "--batch-size", 1)  # 4 epochs of 4 steps: one of stage 1, one of stage 2, two of stage 3
 
@@ -44,10 +41,6 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.time() < end, "it never came to that"
         time.sleep(0.005)
-
-
-def log_lines(out):
-    return [{k: v for k, v in line.items() if k not in VARYING} for line in read_log(out / "log.jsonl")[0]]
 
 
 def stop_at(monkeypatch, number, call):
@@ -84,10 +77,8 @@ def test_worker_processes_change_no_bit_and_neither_does_a_kill_that_leaves_them
 def test_a_run_killed_before_its_first_last_pt_begins_anew(whole, run_train, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    for name in ("config.json", "best.pt"):
-        shutil.copy(whole / name, out)
-    (out / "log.jsonl").write_text((whole / "log.jsonl").read_text().splitlines(keepends=True)[0])
-    (out / "stage1.pt.tmp").write_bytes(b"half")
+    shutil.copy(whole / "config.json", out)
+    (out / "last.pt.tmp").write_bytes(b"half")
     run_train(out, "--resume")
     assert differences(whole, out) == []
     assert not list(out.glob("*.tmp"))
@@ -114,25 +105,24 @@ def test_a_signal_saves_the_step_reached_and_resuming_there_gives_the_same_run(
         run_train(out, *SHORT)
     monkeypatch.undo()
     assert stop.value.code == 128 + number
-    assert f"python train.py --resume --out {out} --workers 0" in capsys.readouterr().err
+    assert re.search(rf"stopped in epoch {epoch} after step {step} of 4; all of it is in {out}/last.pt; go on with: "
+                     rf"python train.py --resume --out {out}( --device cpu)? --workers 0", capsys.readouterr().err)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    state = load_checkpoint(out / "last.pt")
-    assert (state["epoch"], state["step"], state["steps"]) == (epoch, step, 4)
-    assert state["stage"] == min(3, epoch + 1)
-    logged = log_lines(out) if (out / "log.jsonl").exists() else []
-    assert [line["epoch"] for line in logged] == list(range(epoch))
+    state = read_checkpoint(out / "last.pt")
+    assert (state["next"], state["steps"], state["row"]["stage"]) == ([epoch, step], 4, 2)
+    assert [line["epoch"] for line in read_log(out / "log.jsonl")] == list(range(epoch))
     run_train(out, "--resume")
     assert differences(whole, out) == []
-    assert log_lines(out) == log_lines(whole)
-    assert read_log(out / "log.jsonl")[1] == []  # no epoch was logged twice
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4  # no epoch was logged twice
 
 
-def test_a_signal_while_a_checkpoint_is_written_ends_after_it(whole, run_train, tmp_path, monkeypatch):
+def test_a_signal_while_a_checkpoint_is_written_ends_after_it_and_resuming_evaluates_alone(
+        whole, run_train, tmp_path, monkeypatch):
     out, real, saves = tmp_path / "run", torch.save, []
 
     def save(state, file):
-        saves.append(state["epoch"])
-        if len(saves) == 4:  # best.pt, stage1.pt, last.pt come before, if the first epoch is the best so far
+        saves.append(state["next"])
+        if len(saves) == 2:
             file.write(b"")
             os.kill(os.getpid(), signal.SIGTERM)
         real(state, file)
@@ -140,32 +130,27 @@ def test_a_signal_while_a_checkpoint_is_written_ends_after_it(whole, run_train, 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(SystemExit) as stop:
         run_train(out, *SHORT)
-    monkeypatch.undo()
+    monkeypatch.setattr(torch, "save", real)
     assert stop.value.code == 128 + signal.SIGTERM
-    state = load_checkpoint(out / "last.pt")
-    assert state["epoch"] == saves[3] == len(log_lines(out)) - 1
-    assert state["partial"] is None
+    assert saves == [[0, 4], [1, 4]] and read_checkpoint(out / "last.pt")["next"] == [1, 4]
+    assert [line["epoch"] for line in read_log(out / "log.jsonl")] == [0]
+    taken, forward = [], train.forward
+    monkeypatch.setattr(train, "forward", lambda model, *args: taken.append(model.row.stage) or forward(model, *args))
     run_train(out, "--resume")
     assert differences(whole, out) == []
-    assert read_log(out / "log.jsonl")[1] == []
+    assert taken == [2] * 4 + [3] * 4  # rows of the epochs 2 and 3; nothing of epoch 1 but its evaluation
 
 
-def test_a_folder_stopped_in_its_first_epoch_is_not_overwritten_by_a_new_start(run_train, tmp_path, monkeypatch):
-    stop_at(monkeypatch, signal.SIGTERM, 1)
-    with pytest.raises(SystemExit):
-        run_train(tmp_path / "run", *SHORT)
-    with pytest.raises(SystemExit, match="already holds a run"):
-        run_train(tmp_path / "run", *SHORT)
-
-
-def test_a_stage_stopped_in_its_first_epoch_is_not_begun_again(run_train, tmp_path, monkeypatch):
+def test_what_was_stopped_in_its_first_epoch_is_not_begun_again(run_train, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    run_train(out, *SHORT, "--stage", 1)
-    stop_at(monkeypatch, signal.SIGTERM, 1)
-    with pytest.raises(SystemExit):
-        run_train(out, "--stage", 2)
-    with pytest.raises(SystemExit, match="already holds epochs up to 1, stage 2 starts at 1"):
-        run_train(out, "--stage", 2)
+    for flags, said in (((*SHORT, "--stage", 1), "already holds a run"),
+                        (("--stage", 2), "already holds epoch 1, stage 2 starts at 1")):
+        stop_at(monkeypatch, signal.SIGTERM, 1)
+        for match in ("143", said):
+            with pytest.raises(SystemExit, match=match):
+                run_train(out, *flags)
+        monkeypatch.undo()
+        run_train(out, "--resume", *flags[-2:])
 
 
 def test_sigterm_to_a_whole_group_with_its_workers_saves_too(whole, tiny_rooms, tmp_path):
@@ -174,21 +159,25 @@ def test_sigterm_to_a_whole_group_with_its_workers_saves_too(whole, tiny_rooms, 
     wait_for((out / "stage1.pt").exists)
     os.killpg(process.pid, signal.SIGTERM)
     assert finish(process) == 128 + signal.SIGTERM, (tmp_path / "said").read_text()
-    assert f"python train.py --resume --out {out} --workers 1" in (tmp_path / "said").read_text()
+    assert re.search(rf"--resume --out {out}( --device cpu)? --workers 1", (tmp_path / "said").read_text())
     assert finish(start(out, tiny_rooms, "--resume")) == 0
     assert differences(whole, out) == []
 
 
-def test_sigterm_to_a_whole_group_while_the_maps_are_computed_ends_after_the_chunk_in_hand(whole, tiny_rooms, tmp_path):
+def test_sigterm_to_a_whole_group_while_the_maps_are_computed_keeps_those_made(whole, tiny_rooms, tmp_path):
     def slowly():
-        real = FeatureCache.write
+        real = MapCache.fill
 
-        def write(*args):
-            time.sleep(0.05)
-            real(*args)
+        def fill(self, files, load, workers, until, share):
+            def slow(items, *args, **kwargs):
+                for item in until(items, *args, **kwargs):
+                    time.sleep(0.3)
+                    yield item
+
+            return real(self, files, load, workers, slow, share)
 
         os.setsid()
-        FeatureCache.write = write
+        MapCache.fill = fill
 
     def maps():
         return [path for path in Path(f"{out}_cache").glob("*/*") if path.suffix != ".tmp"]
@@ -199,13 +188,11 @@ def test_sigterm_to_a_whole_group_while_the_maps_are_computed_ends_after_the_chu
     os.killpg(process.pid, signal.SIGTERM)
     assert finish(process) == 128 + signal.SIGTERM, said.read_text()
     assert "Traceback" not in said.read_text()
-    assert re.search(rf"stopped after {len(maps())} of \d+ maps; these are kept", said.read_text())
-    assert f"python train.py --resume --out {out} --workers 1" in said.read_text()
-    assert len(maps()) == VIEW_CHUNK
-    state = load_checkpoint(out / "last.pt")
-    assert (state["epoch"], state["step"]) == (1, 0)
+    assert "stopped in epoch 1 after step 0 of 4" in said.read_text()
+    made = len(maps())
+    assert 0 < made < 40 and read_checkpoint(out / "last.pt")["next"] == [1, 0]
     assert finish(start(out, tiny_rooms, "--resume")) == 0
-    assert len(maps()) > VIEW_CHUNK
+    assert len(maps()) > made
     assert differences(whole, out) == []
 
 
@@ -242,52 +229,40 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole_and_the_run_goes_
     assert finish(process) == 1
     said = (tmp_path / "said").read_text()
     assert "Traceback" not in said
-    assert "Make room there, then go on with: python train.py --resume --out" in said
-    assert ".pt" in said
+    assert f"What was saved before in {out} is whole. Mend it, then go on with: python train.py --resume" in said
+    assert "last.pt" in said
     assert not list(out.glob("*.tmp"))
     assert before == {name: (out / name).read_bytes() for name in before}
     run_train(out, "--resume")
     assert differences(whole, out) == []
 
 
-def test_a_small_real_disk_that_is_full_keeps_the_checkpoint_before(tmp_path, make_model):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "none", disk],
-                                   capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        model = make_model()
-        optimizer = torch.optim.AdamW(model.parameters())
-        config = train.Config()
-        save_checkpoint(disk / "last.pt", model, optimizer, config, 0)
-        before = (disk / "last.pt").read_bytes()
-        (disk / "other").write_bytes(bytes(1_500_000 - len(before) - len(before) // 2))
-        with pytest.raises(OSError, match=r"No space left on device: '.*last\.pt'"):
-            save_checkpoint(disk / "last.pt", model, optimizer, config, 1)
-        assert (disk / "last.pt").read_bytes() == before
-        assert {path.name for path in disk.iterdir()} == {"last.pt", "other"}
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("name", ["log.jsonl", "skipped.jsonl"])
-def test_half_a_line_is_cut_off_without_rewriting_the_lines_before(tmp_path, name):
-    path = tmp_path / name
+def test_half_a_line_of_the_log_is_left_out_and_cut_off_without_rewriting_the_lines_before(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_log(path) == []
     path.write_text('{"epoch": 0}\n{"epoch": 1, "lo')
     number = path.stat().st_ino
-    train.append_line(path, '{"epoch": 1}')
-    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
-    assert path.stat().st_ino == number
+    assert read_log(path) == [{"epoch": 0}]
+    Run(tmp_path).append({"epoch": 1})
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n' and path.stat().st_ino == number
     path.write_text('{"epo')
-    assert train.logged(path) == []
-    assert train.logged(Path(tmp_path, "nothing")) == []
+    assert read_log(path) == []
+    path.write_text('{"epoch": 0}\n{"epoch": \n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: expected an epoch as a JSON object"):
+        read_log(path)
+
+
+def test_a_line_that_goes_back_takes_the_place_of_what_followed_and_keeps_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"epoch": {epoch}, "try": {go}}}\n' for go, epoch in ((1, 0), (1, 1), (1, 2), (2, 1))))
+    first, second = read_log(path)
+    assert (first, second.pop("replaced")) == ({"epoch": 0, "try": 1}, [{"epoch": e, "try": 1} for e in (1, 2)])
+    assert second == {"epoch": 1, "try": 2}
 
 
 def test_the_comparison_of_these_tests_sees_one_changed_bit(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "run")
-    state = load_checkpoint(out / "last.pt")
+    state = read_checkpoint(out / "last.pt")
     state["model"]["semantic_head.bias"][0] *= 1 + 1e-7
     torch.save(state, out / "last.pt")
     assert differences(whole, out) == ["last.pt: model"]

@@ -1,0 +1,388 @@
+"""Several processes: the gradients of one, one log, one decision, one end. On the CPU, by gloo."""
+
+import copy
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kill import TINY, differences
+
+import guard
+import runs
+import train
+from data import EpochBatches, Scenes, collate
+from losses import LOSS_WEIGHTS, weighted_sum
+from model import VoxelBatchNorm, import_spconv
+from stages import curriculum
+
+SHORT = ("--compress", 64)  # 4 epochs of 2 steps, one a row
+STORES = []  # of torchrun's own; they live as long as the processes
+
+
+def start(work, output=os.devnull, world=2):
+    """work() in this many processes as torchrun would start them (forks: torch is imported once); a list of them."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
+
+    def run(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+        sys.stdout = sys.stderr = file = open(output, "a", buffering=1)  # noqa: SIM115 - open to the end
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        work()
+
+    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(started, seconds=60):
+    """Exit codes, negative for the signal that ended a process; none of them may hang."""
+    end = time.time() + seconds
+    for process in started:
+        process.join(max(0, end - time.time()))
+    hung = [process.kill() for process in started if process.is_alive()]
+    assert not hung, "still running"
+    return [process.exitcode for process in started]
+
+
+def results(work, folder, world=2):
+    """What work() returns in each of these processes, which have joined."""
+    @runs.joined
+    def run():
+        torch.save(work(), folder / f"{runs.rank()}.pt")
+
+    codes = finish(start(run, folder / "said", world))
+    assert codes == [0] * world, (folder / "said").read_text()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def training(out, data, *flags, prepare=lambda: None):
+    """A function that runs train.main on tiny rooms; prepare runs before it."""
+    def work():
+        train.RECIPES["small"] |= TINY | {"batch_size": 2}
+        prepare()
+        train.main(["--out", str(out), "--device", "cpu", "--workers", "0", "--cache", f"{data}_cache",
+                    *([] if "--resume" in flags else ["--data", str(data)]), *map(str, flags)])
+    return work
+
+
+def fingerprint(model):
+    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_once_for_all_forks():
+    import open_clip  # noqa: F401
+
+    import_spconv()
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_rooms, tmp_path_factory):
+    """Folder of a run of two processes that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert finish(start(training(folder, tiny_rooms, *SHORT))) == [0, 0]
+    return folder
+
+
+# ---- shares
+
+@pytest.mark.parametrize(("length", "batch_size", "world"), [(8, 4, 2), (7, 4, 2), (9, 6, 3), (1, 2, 2), (2, 8, 4)])
+def test_the_shares_of_a_batch_are_the_batch_of_one_process_and_in_training_equally_long(length, batch_size, world):
+    def batches(shuffle, share=(0, 1)):
+        sampler = EpochBatches(length, batch_size, shuffle, 3, share)
+        sampler.set_epoch(2)
+        return list(sampler), len(sampler)
+
+    (whole, steps), shares = batches(True), [batches(True, (rank, world)) for rank in range(world)]
+    assert {steps} == {len(whole)} == {len(share) for share, _ in shares} == {count for _, count in shares}
+    order = [i for batch in whole for i in batch]
+    for batch, *parts in zip(whole, *(share for share, _ in shares)):
+        assert len({len(part) for part in parts}) == 1
+        together = [part[k] for k in range(len(parts[0])) for part in parts]
+        extra = len(together) - len(batch)
+        assert together == batch + [order[k % length] for k in range(extra)] and extra < world
+    for rank in range(world):  # no scene is evaluated twice or left out
+        share, count = batches(False, (rank, world))
+        assert [i for batch in share for _, i in batch] == list(range(rank, length, world)) and len(share) == count
+
+
+def test_in_one_process_nothing_is_reduced_or_copied():
+    module = torch.nn.BatchNorm1d(1)
+    runs.share_batch_norms(module)
+    runs.average_gradients(module)
+    assert type(module) is torch.nn.BatchNorm1d and module.weight.grad is None
+    assert runs.mean([1.0, None]) == [1.0, None] and runs.gather(7) == [7]
+    assert (runs.from_first(lambda: 3), runs.largest(2), runs.rank(), runs.world()) == (3, 2, 0, 1)
+
+
+def test_means_hold_what_is_not_finite_and_leave_out_what_is_not_there(tmp_path):
+    def work():
+        rank = runs.rank()
+        found = runs.mean([1.0 + rank, None if rank else 4.0, None, math.inf if rank else 1.0,
+                           math.inf if rank else -math.inf])
+        with runs.alone():
+            assert runs.mean([1.0]) == [1.0] and runs.gather(rank) == [rank]
+        return found, runs.gather(rank), runs.from_first(lambda: rank), runs.largest(10 * rank)
+
+    one, other = results(work, tmp_path)
+    assert str(one) == str(other) == "([1.5, 4.0, None, inf, nan], [0, 1], 0, 10)"
+
+
+# ---- gradients
+
+def gradients(made, pairs, put, still):
+    """{case and row: (gradients, running statistics, loss terms)} of this process's share of two scenes.
+
+    still: the batch norms do not train, so gradients alone are compared.
+    """
+    found = {}
+    for case, scenes in pairs.items():
+        batch = collate([scenes[runs.rank()]] if runs.world() > 1 else scenes)
+        for row in curriculum(pretrained=made.tower.pretrained):
+            model = put(copy.deepcopy(made), row).train()
+            model.decoder.choose_queries = torch.arange  # not at random
+            runs.share_batch_norms(model.unet)
+            for module in model.modules():
+                if still and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            terms, _ = train.forward(model, batch, row)
+            weighted_sum(terms, LOSS_WEIGHTS["bifusion"]).backward()
+            runs.average_gradients(model)
+            found[f"{case}, {row.name}"] = (
+                {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                dict(model.unet.named_buffers()), runs.mean([term.item() for term in terms.values()]))
+    return found
+
+
+def assert_close(ours, whole):
+    for key, (grads, buffers, numbers) in whole.items():
+        assert ours[key][0].keys() == grads.keys(), key
+        for name, grad in grads.items():
+            torch.testing.assert_close(ours[key][0][name], grad, rtol=1e-4, atol=1e-5, msg=f"{key}: {name}")
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(ours[key][1][name], buffer, rtol=1e-5, atol=1e-5, msg=f"{key}: {name}")
+        assert ours[key][2] == pytest.approx(numbers, abs=1e-5)
+
+
+@pytest.mark.parametrize(("pretrained", "still", "cases"), [
+    (True, True, ("whole", "no frames", "no labels", "no instances", "nothing to learn")),
+    (False, True, ("whole", "no frames")), (True, False, ("whole", "no frames"))],
+    ids=["pretrained", "from scratch", "batch norms train"])
+def test_gradients_of_two_processes_with_half_the_batch_are_those_of_one_with_all_of_it(
+        make_model, pairs_of_scenes, put, tmp_path, pretrained, still, cases):
+    pairs = {case: pairs_of_scenes[case] for case in cases}
+    args = make_model(pretrained=pretrained, num_classes=20), pairs, put, still
+    whole = gradients(*args)
+    for ours in results(lambda: gradients(*args), tmp_path):
+        assert_close(ours, whole)
+    trained = {name.partition(".")[0] for name in whole["whole, enhancement"][0]}
+    assert {"unet", "decoder", "tower", "standardise_2d", "film", "gates", "semantic_head"} <= trained
+    assert whole["whole, stability"][1]["stem_bn.running_mean"].any() != still
+
+
+def test_gradients_are_reduced_once_and_after_every_batch_norm(make_model, pairs_of_scenes, row, put, tmp_path):
+    """Reductions in another order in another process are a deadlock under NCCL."""
+    made, scenes = make_model(pretrained=True, num_classes=20), pairs_of_scenes["whole"]
+
+    def work():
+        reduce, order = torch.distributed.all_reduce, []
+        torch.distributed.all_reduce = lambda tensor, **group: order.append(len(tensor)) or reduce(tensor, **group)
+        model = put(copy.deepcopy(made), row(70, pretrained=True)).train()
+        runs.share_batch_norms(model.unet)
+        terms, _ = train.forward(model, collate([scenes[runs.rank()]]), model.row)
+        weighted_sum(terms, LOSS_WEIGHTS["bifusion"]).backward()
+        runs.average_gradients(model)
+        norms = sum(isinstance(module, VoxelBatchNorm) for module in model.modules())
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        return len(order) == 4 * norms + 1 and order[-1] == len(trained) + sum(trained) > max(order[:-1])
+
+    assert results(work, tmp_path) == [True, True]
+
+
+def test_a_process_with_a_single_voxel_trains_with_the_voxels_of_the_others(tmp_path):
+    feat, weight = torch.randn(5, 3), torch.randn(5, 3)
+
+    def work():
+        norm = torch.nn.Sequential(VoxelBatchNorm(3)).train()
+        runs.share_batch_norms(norm)
+        mine = slice(None) if runs.world() == 1 else slice(0, 1) if runs.rank() else slice(1, 5)
+        out = norm(rows := feat[mine].clone().requires_grad_())
+        (out * weight[mine]).sum().backward()
+        return out.detach(), rows.grad, norm[0].running_mean, norm[0].running_var
+
+    whole, parts = work(), results(work, tmp_path)
+    for k in (0, 1):
+        assert torch.allclose(torch.cat([parts[1][k], parts[0][k]]), whole[k], atol=1e-5)
+    for part in parts:
+        assert torch.allclose(part[2], whole[2]) and torch.allclose(part[3], whole[3])
+
+
+# ---- a run
+
+def torchrun_trains_all_stages(device, data, folder):
+    """A run by torchrun in two processes: its log, after a look at its files and at the weights in both processes."""
+    out, script, tests = folder / "run", folder / "script.py", Path(__file__).parent
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]
+from test_processes import SHORT, fingerprint, runs, train, training
+evaluate = train.evaluate
+def look(model, *args):
+    with open({str(folder)!r} + f"/weights_{{runs.rank()}}", "a") as file:
+        print(fingerprint(model), file=file)
+    return evaluate(model, *args)
+train.evaluate = look
+training({str(out)!r}, {str(data)!r}, *SHORT, "--device", {device!r})()
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+                          capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("stage 3, epochs 3-3: loss") == 1
+    assert done.stdout.count("2 process(es); 4 train") == 1
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    assert all(math.isfinite(line["loss"]) and line["skipped_steps"] == 0 for line in log)
+    assert {path.name for path in out.iterdir()} == {"config.json", "log.jsonl", "stage1.pt", "stage2.pt", "stage3.pt",
+                                                     "last.pt", "best.pt"}
+    one, other = ((folder / f"weights_{rank}").read_text().split() for rank in (0, 1))
+    assert one == other and len(set(one)) == 4
+    return log
+
+
+def test_torchrun_trains_all_stages_with_one_log_and_equal_weights_in_all_processes(tiny_rooms, tmp_path):
+    torchrun_trains_all_stages("cpu", tiny_rooms, tmp_path)
+
+
+def test_two_processes_log_what_one_logs_while_nothing_is_drawn_at_random(whole, run_train, tmp_path):
+    one, two = run_train(tmp_path / "run", *SHORT, "--stage", 1)[0], runs.read_log(whole / "log.jsonl")[0]
+    assert one["steps"] == two["steps"] and one["lr"] == two["lr"]
+    for key in ("loss", "val_miou"):
+        assert two[key] == pytest.approx(one[key], abs=2e-3)
+    assert two["grad_norm"]["3d"] == pytest.approx(one["grad_norm"]["3d"], rel=1e-3)
+
+
+def test_evaluation_shared_by_two_processes_is_that_of_one(make_model, tiny_rooms, row, put, tmp_path):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(tiny_rooms / "train", root / split, ignore=shutil.ignore_patterns("*3"))  # three scenes
+
+    def work():
+        scenes = Scenes(root, 0.25, (64, 48), 2, 0, 0, torch.device("cpu"), "", 0)
+        scenes.read(1, None)
+        return train.evaluate(put(make_model(num_classes=20), row(70)), scenes.val_batches, torch.device("cpu"))
+
+    whole = work()
+    assert whole["confusion"].sum() > 1000 and "AP" in whole
+    for part in results(work, tmp_path):
+        assert part.keys() == whole.keys()
+        for key, value in whole.items():
+            np.testing.assert_allclose(part[key], value, atol=1e-6)
+
+
+# ---- steps that are not finite
+
+def test_a_nan_in_one_process_skips_the_step_in_all_and_changes_nothing_in_any(tiny_rooms, tmp_path):
+    out = tmp_path / "run"
+
+    def prepare():
+        to_device, remember, step = train.to_device, guard.Guard.remember, torch.optim.AdamW.step
+        calls = iter(range(99))
+        file = open(tmp_path / f"seen_{os.environ['RANK']}", "a", buffering=1)  # noqa: SIM115 - open to the end
+
+        def poisoned(batch, device):
+            if next(calls) == 1 and runs.rank() == 1:
+                batch["color"][0] = math.nan
+            return to_device(batch, device)
+
+        def look(self):
+            print("before", fingerprint(self.model), file=file)
+            remember(self)
+
+        def count(self, *args, **kwargs):
+            print("step", file=file)
+            return step(self, *args, **kwargs)
+
+        train.to_device, guard.Guard.remember, torch.optim.AdamW.step = poisoned, look, count
+
+    said = tmp_path / "said.txt"
+    codes = finish(start(training(out, tiny_rooms, "--compress", 10, "--stage", 1, prepare=prepare), said))
+    assert codes == [0, 0], said.read_text()
+    one, other = ((tmp_path / f"seen_{rank}").read_text().splitlines() for rank in (0, 1))
+    assert one == other
+    assert [line.split()[0] for line in one] == ["before", "step", "before", "before", "step", "before", "step"]
+    assert one[2] == one[3] != one[0]
+    assert [line["skipped_steps"] for line in runs.read_log(out / "log.jsonl")] == [1, 0]
+    record, = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    assert (record["epoch"], record["step"], record["first_not_finite"]) == (0, 1, "input color")
+    assert len(record["scenes"]) == 2 and record["loss"] == "nan"
+    assert [one["first_not_finite"] for one in record["found"]] == ["input color",
+                                                                    "not found, the second try was finite"]
+    assert [name for part in record["found"] for name in part["scenes"]] == record["scenes"]
+    assert said.read_text().count("skipped, not finite: input color") == 1
+
+
+# ---- going on, ends
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_resuming_gives_the_run_left_alone(
+        whole, tiny_rooms, tmp_path):
+    out, said = tmp_path / "run", tmp_path / "said.txt"
+
+    def prepare():
+        to_device, calls = train.to_device, iter(range(99))
+
+        def stop(batch, device):
+            if next(calls) == 3 and os.environ["RANK"] == "1":  # two steps and an evaluation before: epoch 1, step 0
+                os.kill(os.getpid(), signal.SIGTERM)
+            return to_device(batch, device)
+
+        train.to_device = stop
+
+    codes = finish(start(training(out, tiny_rooms, *SHORT, prepare=prepare), said))
+    assert codes == [128 + signal.SIGTERM] * 2, said.read_text()
+    state = runs.read_checkpoint(out / "last.pt")
+    assert state["next"] == [1, 1]
+    assert len(state["torch_rng"]) == 2 and not torch.equal(*state["torch_rng"])
+    assert finish(start(training(out, tiny_rooms, "--resume"))) == [0, 0]
+    assert differences(whole, out) == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(whole, run_train, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(out / "stage2.pt", out / "last.pt")
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:3]))
+    assert [line["epoch"] for line in run_train(out, "--resume")] == [0, 1, 2, 3]
+    assert "number of processes: 2 when the checkpoint was made, 1 now" in capsys.readouterr().out
+
+
+def test_what_one_process_cannot_read_ends_all_with_the_message(tiny_rooms, tmp_path):
+    root, said = shutil.copytree(tiny_rooms, tmp_path / "data"), tmp_path / "said.txt"
+    broken = sorted((root / "train").iterdir())[2] / "coord.npy"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert finish(start(training(tmp_path / "run", root, *SHORT), said)) == [1, 1]  # none waits for the other
+    assert f"{broken}: expected an array of numbers" in said.read_text()
+
+
+@pytest.mark.parametrize(("flags", "message"), [(("--batch-size", 3), "cannot be shared evenly by 2 processes"),
+                                                (("--device", "cuda:1"), "one device for 2 processes")])
+def test_flags_that_several_processes_cannot_have_are_refused_in_all(tiny_rooms, tmp_path, flags, message):
+    out, said = tmp_path / "run", tmp_path / "said.txt"
+    assert finish(start(training(out, tiny_rooms, *flags), said)) == [1, 1]
+    assert message in said.read_text() and "Traceback" not in said.read_text()
+    assert not out.exists()
