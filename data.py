@@ -14,14 +14,12 @@ import numpy as np
 import torch
 
 import runs
-from scenes.augment import augment_images, augment_points, recolor
+from scenes.augment import augment_images, augment_points, blank, recolor
 from scenes.folder import IGNORE, NUM_CLASSES, STUFF, frame_files, load_frames, load_scene, usable_frames
 from scenes.points import complete, voxel_majority, voxel_means, voxelise
 from tower import MapCache
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
-
-# ------------------------------------------------------------------------------------------------------------- batches
 
 
 def evenly_spread(values, count):
@@ -31,14 +29,11 @@ def evenly_spread(values, count):
 
 
 def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
-    """One scene as the networks take it.
+    """One scene as the networks take it: dict of arrays, the keys of `collate`.
 
     Args:
-        scene: dict of `load_scene`.  frames: dict of `load_frames`.  voxel_size: metres.
+        scene: dict of `load_scene`, completed.  frames: dict of `load_frames`.  voxel_size: metres.
         rng:   numpy Generator for the augmentation; None = none.  vary_images: False leaves the images as they are.
-
-    Returns:
-        dict of arrays, the keys of `collate` for one scene.
     """
     coord, color, normal = scene["coord"], scene["color"].astype(np.float32), scene["normal"]
     image = frames["image"]
@@ -50,13 +45,11 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     m = len(grid_coord)
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
-    middle = voxel_coord.mean(0)
-    voxel_coord = voxel_coord - np.array([middle[0], middle[1], voxel_coord[:, 2].min()], np.float32)
+    voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], voxel_coord[:, 2].min())
     length = np.linalg.norm(normal, axis=1, keepdims=True)
-    segment = scene["segment"]
+    segment, superpoint = scene["segment"], scene["superpoint"]
     if segment is None:
         segment = np.full(len(coord), IGNORE, np.int64)
-    superpoint = scene["superpoint"]
     point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint)
     piece, piece_points = np.unique(superpoint * m + point_to_voxel, return_counts=True)
     return {
@@ -69,19 +62,6 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
         "superpoint_instance": superpoint_instance, "instance_label": instance_label,
         "has_instances": np.array([scene["instance"] is not None]), "whole": np.array([True]),
     }
-
-
-def blank(item, share, rng):
-    """In training, a scene without what one branch reads: with probability share its images are one grey, with the same
-    its points are one grey without normals. So the gate meets an empty branch, and each branch learns to do without the
-    other. `whole` says that neither happened."""
-    draw, grey = rng.random(2)
-    images, points = draw < share, draw > 1 - share
-    if images:
-        item = item | {"image": np.full_like(item["image"], 255 * grey)}
-    if points:
-        item = item | {"color": np.full_like(item["color"], 2 * grey - 1), "normal": np.zeros_like(item["normal"])}
-    return item | {"whole": np.array([not (images or points)])}
 
 
 def instance_targets(segment, instance, superpoint):
@@ -124,19 +104,14 @@ class SceneDataset(torch.utils.data.Dataset):
     """The scenes of one split. dataset[i] or dataset[(epoch, i)]; what is random depends on (seed, epoch, i) alone.
 
     Args:
-        root, split: folder and "train", "val" or "test".
-        voxel_size:  metres.
-        image_size:  (W, H) of the frames.
+        root, split: folder and "train", "val" or "test"; FileNotFoundError where there is no scene.
+        voxel_size:  metres.  image_size: (W, H) of the frames.
         views:       frames of a scene (all, where it has fewer); 0 reads no image.
         augment:     True: augmented, and random frames; False: as it is, and evenly spaced frames.
         maps:        tower.MapCache whose maps stand in for the images; or None.
-        vary_images: with augment alone; False as long as the image tower is frozen, so that an image gives the same
-                     maps every time.
-        blank:       with augment alone; share of the scenes without images, and as many without colours and normals.
+        vary_images: False as long as the image tower is frozen, so that an image gives the same maps every time.
+        blank:       share of the scenes without images, and as many without colours and normals (`augment.blank`).
         keep_bytes:  of scenes and frames that each process keeps in memory.
-
-    Raises:
-        FileNotFoundError: no such folder or no scene in it.
     """
 
     def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
@@ -280,7 +255,6 @@ class Scenes:
     Args:
         root, voxel_size, image_size, seed: as SceneDataset.
         batch_size: scenes a step, of all processes together.  workers: processes that load, for train and val each.
-        device:     torch.device; for a GPU batches lie in page-locked memory.
         cache, cache_gb: folder of the maps and its largest size; 0 = the tower runs in every step.
 
     Attributes: steps, of an epoch; train and val, SceneDataset; val_batches, DataLoader.
@@ -321,7 +295,7 @@ class Scenes:
             maps = MapCache(self.cache, frozen_tower.eval(), self.train.image_size, self.cache_gb)
             filled = maps.fill(self.train.view_files() | self.val.view_files(), self.train.load_view, self.workers,
                                until, share)
-            maps = None if runs.largest(int(not filled)) else maps  # the same in all processes
+            maps = maps if all(runs.gather(filled)) else None  # the same in all processes
         self.make(views, blank, maps, not frozen)
         self.train_batches, self.val_batches = (
             torch.utils.data.DataLoader(  # its own generator: the training draws the same numbers whoever loads

@@ -27,13 +27,10 @@ class Diverged(Exception):
 
 
 class Guard:
-    """Leaves a model as it was before a failed step, finds what failed and writes it down.
+    """Leaves a model (any nn.Module) as it was before a failed step, finds what failed and writes it down.
 
-    Args:
-        model: any nn.Module.
-        path:  of the records, one JSON object a line; made with the first. None: nothing is written.
-
-    Attributes: skipped_in_a_row, steps refused since the last that was taken.
+    path: of the records, one JSON object a line; None: nothing is written.  skipped_in_a_row: steps refused since the
+    last that was taken.
     """
 
     def __init__(self, model, path=None):
@@ -78,10 +75,9 @@ class Guard:
             forward: function of the batch -> dict of loss terms, as in the step.
             weigh:   function of these terms -> loss, whose gradient is looked at too; None: the loss was not finite.
 
-        Returns:
-            str: "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold
-            them), "loss term alignment", "weighted loss", "gradient of semantic_head.weight" (in the order of the
-            backward), or that the second try was finite.
+        Returns "input color", "weight unet.stem.weight", "output of unet.stem" (inner modules before those that hold
+        them), "loss term alignment", "weighted loss", "gradient of semantic_head.weight" (in the order of the
+        backward), or that the second try was finite.
         """
         named = [(f"input {key}", value) for key, value in batch.items()]
         named += [(f"weight {name}", value) for name, value in self.model.state_dict(keep_vars=True).items()]

@@ -50,8 +50,7 @@ def read_log(path):
     """log.jsonl -> list of dicts, one an epoch, ascending; [] where no epoch is finished.
 
     Half a line at the end, as a killed run leaves it, is left out. A line that goes back to an epoch already written
-    takes the place of everything from that epoch on: the run was resumed there. It keeps that as `replaced`, list of
-    dicts: it did happen. Raises ValueError where another line is broken.
+    (the run was resumed there) takes the place of all from that epoch on and keeps it as `replaced`, list of dicts.
     """
     *lines, _ = Path(path).read_bytes().decode(errors="replace").split("\n") if Path(path).exists() else [""]
     log = []
@@ -104,7 +103,7 @@ class Run:
                 unfinished.unlink()
             with whole_file(self.folder / "config.json") as file:
                 file.write(json.dumps(config, indent=1).encode())
-        wait()
+        gather(None)  # until all processes have come here
 
     def save(self, state, device):
         """Write last.pt: state (dict) and the random states of all processes, which must all call it."""
@@ -113,7 +112,7 @@ class Run:
         if rank() == 0:
             with whole_file(self.folder / "last.pt") as file:
                 torch.save(state, file)
-        wait()
+        gather(None)
 
     def finish(self, line, stage_ends, bar):
         """End an epoch: copies of last.pt as best.pt and stage{1,2,3}.pt where it is, the line (dict) for the log, and
@@ -162,7 +161,7 @@ class Sums(dict):
 
 
 def finite(value):
-    """A float of six digits for the log: None where it is missing or not finite."""
+    """Six digits for the log: None where the value is missing or not finite."""
     return float(f"{float(value):.6g}") if value is not None and math.isfinite(value) else None
 
 
@@ -226,12 +225,11 @@ class Stop:
 
     def agreed(self):
         """Number of a signal that came to any of the processes, 0 for none: the same in all, which must all ask."""
-        self.asked = largest(self.asked) or self.asked  # one may have come this moment
+        self.asked = max(gather(self.asked)) or self.asked  # one may have come this moment
         return self.asked
 
     def until(self, items, agree=False):
-        """The items, up to a stop; none is fetched after it. agree: all processes, which must have equally many, stop
-        before the same one."""
+        """The items, up to a stop. agree: all processes, which must have equally many, stop before the same one."""
         items = iter(() if self.asked else items)  # no worker starts either
         while not self.asked or agree:
             try:
@@ -261,8 +259,8 @@ def world():
 
 
 def joined(main):
-    """Decorator of a main function: join the processes that torchrun started, if it did; rank 0 alone has a stdout.
-    Where one dies, torchrun ends the others and says which it was."""
+    """Decorator of a main function: join the processes that torchrun started; rank 0 alone has a stdout. Where one
+    dies, torchrun ends the others and says which it was."""
     @functools.wraps(main)
     def run(*args):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -295,20 +293,11 @@ def alone():
 
 
 def gather(value):
-    """[value of rank 0, of rank 1, ...], in every process; any object. What follows is made of it."""
+    """[value of rank 0, of rank 1, ...], in every process; any object."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def wait():
-    """Until all processes have come here."""
-    gather(None)
-
-
-def largest(number):
-    return max(gather(number))
 
 
 def from_first(make):
@@ -352,8 +341,8 @@ def average_gradients(model):
 
 
 def share_buffers(model):
-    """Rank 0's buffers in every process: the statistics to evaluate with. Those of shared batch norms are equal anyway;
-    an image tower's are each process's own, since one may have no view in a step and would keep the others waiting."""
+    """Rank 0's buffers in every process, to evaluate with. An image tower's batch norms are each process's own: one may
+    have no view in a step and would keep the others waiting."""
     for buffer in model.buffers() if world() > 1 else ():
         dist.broadcast(buffer, 0)
 

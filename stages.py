@@ -3,8 +3,7 @@
 Needs torch alone and imports no other file of this project: copy it and it works on any model with a method `parts()`
 that returns {part name: list of parameters}, see PARTS.
 
-    rows = curriculum()                              # CURRICULUM, or a shorter one, plan A, plan B
-    row = row_at(rows, epoch)
+    row = row_at(curriculum(), epoch)                # of CURRICULUM, a shorter one, plan A, plan B
     apply_row(model, row)                            # who gets a gradient; model.row is what the forward reads
     model.ramp = row.ramp(epoch + step / steps)      # share of alpha in force
     set_rates(optimizer, row, lr)
@@ -18,15 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# part of the model -> the branch whose gradient is clipped together and logged under this name
-PARTS = {
+PARTS = {  # part of the model -> the branch whose gradient is clipped together and logged under this name
     "3d": "3d",  # sparse U-Net, its standardisation, the semantic head
     "decoder": "decoder",  # the query decoder
     "2d": "2d",  # neck of the image tower and the standardisation behind it
-    "tower": "2d",  # the image tower but for its ends
-    "tower_ends": "2d",  # conv1 (RGB-D) and the last blocks of the image tower
-    "gate": "fusion",
-    "film": "fusion",
+    "tower": "2d", "tower_ends": "2d",  # the image tower; of it conv1 (RGB-D) and the last blocks
+    "gate": "fusion", "film": "fusion",
 }
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 

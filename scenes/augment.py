@@ -70,3 +70,16 @@ def augment_images(image, rng):
     gain = rng.uniform(0.8, 1.2, (len(image), 1, 1, 1)).astype(np.float32)
     offset = rng.uniform(-25, 25, (len(image), 1, 1, 1)).astype(np.float32)
     return ((image - np.float32(127)) * gain + (127 + offset)).clip(0, 255).astype(np.uint8)
+
+
+def blank(item, share, rng):
+    """In training, a scene without what one branch reads: with probability share its images are one grey, with the same
+    its points are one grey without normals. So the gate meets an empty branch, and each branch learns to do without the
+    other. `whole` says that neither happened."""
+    draw, grey = rng.random(2)
+    images, points = draw < share, draw > 1 - share
+    if images:
+        item = item | {"image": np.full_like(item["image"], 255 * grey)}
+    if points:
+        item = item | {"color": np.full_like(item["color"], 2 * grey - 1), "normal": np.zeros_like(item["normal"])}
+    return item | {"whole": np.array([not (images or points)])}
