@@ -76,8 +76,8 @@ def small_model(row=ENHANCEMENT):
 
 
 def take_steps(cured, model, change=None, steps=1, owner=train, **commonly_written):
-    """Steps as in train.py's loop, on the room with entries of its batch changed; where cured is False, the owner (module
-    or class) holds what is commonly written. Returns the share of steps lost: not finite, or an error of a norm."""
+    """Steps as in train.py's loop, on the room with entries of its batch changed. Uncured, the owner (a module or
+    class) holds what is commonly written. Returns the share of steps lost: not finite, or an error of a norm."""
     batch, optimizer = room() | (change or {}), torch.optim.AdamW(stages.parameter_groups(model, 1e-3, 0.05))
     guard, taken = Guard(model), 0
     with contextlib.nullcontext() if cured else mock.patch.multiple(owner, **commonly_written), \
@@ -263,7 +263,7 @@ def train_toy(to_width=Standardise, film=FiLM, scale_2d=1.0, steps=300, count=40
     return torch.tensor(watched[-20:]).double().mean(0).tolist()
 
 
-# commonly written: a linear layer to the common width, and no norm. At scale 1 it solves the toy too (error 0); at 1,000
+# commonly written: a linear layer to the common width, and no norm. It solves the toy at scale 1 (error 0); at 1,000
 # five times the steps do not help it (0.75)
 failure("2D features 1,000 times too large", "error rate (one branch alone: 0.75)", 0.4, 0.02)(
     lambda cured: train_toy(Standardise if cured else nn.Linear, scale_2d=1000.0)[0])
