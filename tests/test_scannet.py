@@ -3,6 +3,7 @@
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from fusion import link_views
 from scenes import rooms, scannet
 from scenes.folder import load_frames, load_scene
 from scenes.points import complete
+
+ENDINGS = ("_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt",
+           ".sens")
 
 
 @pytest.fixture
@@ -58,9 +62,6 @@ def prepared(tmp_path):
         return scene
 
     return make
-
-
-# ------------------------------------------------------------------------------------------------- scans to scenes
 
 
 def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path, run):
@@ -139,22 +140,19 @@ def test_the_folder_of_the_scans_may_be_given_and_the_split_lists_apart(download
     ("nowhere", (), r"nowhere is no folder; give the folder of the ScanNet download"),
     ("empty", (), r"no scan in .*empty: expected folders like scene0000_00 with scene0000_00_vh_clean_2\.ply"),
     ("download", ("--frames", "0"), r"expected --frames and --workers of 1 or more, got 0 and 1"),
-    ("download", ("--frames-only",), r"no scene in .*out/train, val or test to add frames to")])
-def test_what_cannot_be_prepared_ends_with_the_reason(download, tmp_path, run, folder, flags, reason):
-    (tmp_path / "empty").mkdir()
+    ("download", ("--frames-only",), r"no scene in .*out/train, val or test to add frames to"),
+    ("download", ("--splits", "LISTS"), r"train.txt: expected names like scene0000_00, found '\.\./elsewhere'")])
+def test_what_cannot_be_prepared_ends_with_the_reason(download, tmp_path, run, monkeypatch, folder, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("LISTS").mkdir()
+    Path("LISTS/scannetv2_train.txt").write_text("scene0000_00\n../elsewhere\n")
     with pytest.raises(SystemExit, match=reason):
         run(*flags, scans=tmp_path / folder)
 
 
-def test_a_split_list_of_other_names_is_refused(tmp_path):
-    (tmp_path / "list").write_text("scene0000_00\n../elsewhere\n")
-    with pytest.raises(ValueError, match=r"list: expected names like scene0000_00, found '\.\./elsewhere'"):
-        scannet.read_split(tmp_path / "list")
-
-
 @pytest.mark.parametrize("how", ["missing", "truncated"])
-@pytest.mark.parametrize("name", ["_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json",
-                                  ".aggregation.json", ".txt", ".sens"])
+@pytest.mark.parametrize("name", ENDINGS)
 def test_a_scan_without_a_whole_file_is_listed_with_the_reason_and_the_others_go_on(
         download, tmp_path, run, name, how):
     path = download / "scans" / "scene0000_00" / f"scene0000_00{name}"
@@ -200,7 +198,7 @@ def test_instances_follow_the_groups(tmp_path, groups, instance):
 
 def test_the_200_classes_are_200():
     ids = list(map(int, scannet.IDS_200))
-    assert len(ids) == len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
+    assert len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +238,6 @@ def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(genera
         np.testing.assert_allclose(new[key], old[key], atol=1e-5, rtol=1e-6)
     assert len(expected) > 5000
     assert len(found ^ expected) <= 0.005 * len(expected)
-
-
-# ----------------------------------------------------------------------------------------------------------- frames
 
 
 def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path):
@@ -326,47 +321,31 @@ def test_frames_only_says_when_there_is_no_mesh_to_compare_with(download, prepar
     assert "1 scenes made, 0 were there, 0 skipped, 1 scans not found" in said
 
 
-# --------------------------------------------------------------------------------------------------- damaged files
-
-
-@DAMAGE
-@QUICK
-def test_a_damaged_sens_is_read_or_a_clear_error(tmp_path, how, place, value):
-    path = tmp_path / "scene0000_00.sens"
-    path.write_bytes(damage(sens_bytes(sheet_frames(range(3), lost=(1,))), how, place, value))
-    scene_or_clear_error(path, lambda: list(scannet.read_sens(path)[1]))
-
-
-@pytest.mark.parametrize("name", ["_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json",
-                                  ".aggregation.json", ".txt"])
+@pytest.mark.parametrize("name", [
+    *(f"scene0000_00{ending}" for ending in ENDINGS), "color/20.jpg", "depth/20.png", "pose/20.txt",
+    "intrinsic/intrinsic_color.txt"])
 @DAMAGE
 @QUICK
 def test_a_scan_with_a_damaged_file_is_a_scene_or_a_clear_error(tmp_path, name, how, place, value):
-    scan = tmp_path / "scene0000_00"
+    scan, of_frames = tmp_path / "scene0000_00", "/" in name or name.endswith(".sens")
     if not scan.is_dir():
         write_sheet(scan)
-        (tmp_path / "whole").write_bytes((scan / f"scene0000_00{name}").read_bytes())
-    (scan / f"scene0000_00{name}").write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
+        write_exported(scan, sheet_frames((0, 20)))
+        if name.endswith(".sens"):
+            (scan / name).write_bytes(sens_bytes(sheet_frames(range(3), lost=(1,))))
+        (tmp_path / "whole").write_bytes((scan / name).read_bytes())
+    (scan / name).write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
 
     def read():
+        if of_frames:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4))
+            return
         scene, axis = scannet.read_scan(scan, labelled=True)
         assert all(len(array) == len(scene["coord"]) for array in scene.values()) and np.isfinite(axis).all()
         assert np.isfinite(scene["coord"]).all() and scene["segment20"].max() < 20 and scene["segment20"].min() >= -1
 
-    scene_or_clear_error(scan, read)
-
-
-@pytest.mark.parametrize("name", ["color/20.jpg", "depth/20.png", "pose/20.txt", "intrinsic/intrinsic_color.txt"])
-@DAMAGE
-@QUICK
-def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how, place, value):
-    scan = tmp_path / "scene0000_00"
-    if not scan.is_dir():
-        write_exported(scan, sheet_frames((0, 20)))
-        (tmp_path / "whole").write_bytes((scan / name).read_bytes())
-    (scan / name).write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    scene_or_clear_error(scan / name, lambda: scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4)))
+    scene_or_clear_error(scan / name if of_frames else scan, read)
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
@@ -425,21 +404,11 @@ def test_a_sens_whose_header_promises_too_much_is_refused(tmp_path, offset, kind
     assert str(path) in str(error.value) and reason in str(error.value)
 
 
-def test_a_depth_image_that_unpacks_to_far_more_than_it_should_is_refused_in_little_memory(tmp_path):
-    bomb = zlib.compress(bytes(200 * 2**20))
-    data = sens_bytes(sheet_frames(range(1)))
+def test_images_that_are_far_larger_than_they_should_be_are_refused_in_little_memory(tmp_path):
+    bomb, data = zlib.compress(bytes(200 * 2**20)), sens_bytes(sheet_frames(range(1)))
     start = data.index(jpeg_bytes(0))
     whole = data[: start - 8] + struct.pack("<Q", len(bomb)) + jpeg_bytes(0) + bomb
     (tmp_path / "a.sens").write_bytes(whole)
-
-    def read():
-        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found 1537 or more"):
-            list(scannet.read_sens(tmp_path / "a.sens")[1])
-
-    assert peak_memory(read) < 2 * len(whole) + 2**20
-
-
-def test_an_image_that_says_it_is_huge_is_refused_in_little_memory():
     jpeg, png = bytearray(jpeg_bytes(0)), bytearray(image_bytes(sheet_frames()[0][3]))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = struct.pack(">HH", 9000, 9000)  # Pillow itself allows that
@@ -447,8 +416,10 @@ def test_an_image_that_says_it_is_huge_is_refused_in_little_memory():
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
 
     def read():
-        for data, kind in ((jpeg, "JPEG"), (png, "PNG")):
+        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found 1537 or more"):
+            list(scannet.read_sens(tmp_path / "a.sens")[1])
+        for image, kind in ((jpeg, "JPEG"), (png, "PNG")):
             with pytest.raises(ValueError, match=rf"a: expected a whole {kind}, found .*pixels"):
-                scannet._check_image("a", bytes(data), kind)
+                scannet._check_image("a", bytes(image), kind)
 
-    assert peak_memory(read) < 2**20
+    assert peak_memory(read) < 2 * len(whole) + 2**20
