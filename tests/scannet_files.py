@@ -26,8 +26,8 @@ def ply_bytes(coord, color, faces=None, label=None):
     """A mesh with ScanNet's properties; label (N,) only in labels.ply."""
     columns = {"x": coord[:, 0], "y": coord[:, 1], "z": coord[:, 2]} | dict(zip(("red", "green", "blue"), color.T))
     columns |= {"alpha": np.full(len(coord), 255)} | ({} if label is None else {"label": label})
-    vertex = np.zeros(len(coord), [(name, {"x": "f4", "y": "f4", "z": "f4", "label": "u2"}.get(name, "u1"))
-                                   for name in columns])
+    kinds = {"x": "f4", "y": "f4", "z": "f4", "label": "u2"}  # colours: u1
+    vertex = np.zeros(len(coord), [(name, kinds.get(name, "u1")) for name in columns])
     for name, values in columns.items():
         vertex[name] = values
     face = np.zeros(0 if faces is None else len(faces), [("vertex_indices", "i4", (3,))])
@@ -38,8 +38,7 @@ def ply_bytes(coord, color, faces=None, label=None):
 
 
 def image_bytes(array, kind="PNG"):
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, kind)
+    Image.fromarray(array).save(out := io.BytesIO(), kind)
     return out.getvalue()
 
 

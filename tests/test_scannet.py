@@ -27,11 +27,9 @@ ENDINGS = ("_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.se
 def download(tmp_path):
     """A download: three labelled scans, one of them in no list, a test scan, split lists, label table."""
     root = tmp_path / "download"
-    for name in ("scene0000_00", "scene0011_00", "scene0500_00"):
-        write_sheet(root / "scans" / name)
-        (root / "scans" / name / f"{name}.sens").write_bytes(sens_bytes(sheet_frames()))
-    write_scan(root / "scans_test" / "scene0707_00", axis=None)
-    (root / "scans_test" / "scene0707_00" / "scene0707_00.sens").write_bytes(sens_bytes(sheet_frames()))
+    scans = [write_sheet(root / "scans" / name) for name in ("scene0000_00", "scene0011_00", "scene0500_00")]
+    for scan in (*scans, write_scan(root / "scans_test" / "scene0707_00", axis=None)):
+        (scan / f"{scan.name}.sens").write_bytes(sens_bytes(sheet_frames()))
     (root / "Tasks" / "Benchmark").mkdir(parents=True)
     for split, name in (("train", "scene0000_00"), ("val", "scene0011_00"), ("test", "scene0707_00")):
         (root / "Tasks" / "Benchmark" / f"scannetv2_{split}.txt").write_text(name + "\n")
@@ -99,12 +97,11 @@ def test_poses_follow_the_points_and_images_stay_byte_for_byte(tmp_path, run):
 
 
 def test_parallel_runs_write_the_same_files_as_one_process(download, tmp_path):
-    written = []
     for workers in (1, 2):
-        out = tmp_path / str(workers)
-        scannet.prepare(download, out, every=2, workers=workers)
-        written.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
-    assert len(written[0]) > 30 and written[0] == written[1]
+        scannet.prepare(download, tmp_path / str(workers), every=2, workers=workers)
+    one, two = ({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+                for out in (tmp_path / "1", tmp_path / "2"))
+    assert len(one) > 30 and one == two
 
 
 def test_finished_scenes_are_skipped_and_half_written_ones_redone(download, tmp_path, monkeypatch):
@@ -172,14 +169,12 @@ def test_a_scan_without_a_whole_file_is_listed_with_the_reason_and_the_others_go
 
 def test_files_of_another_scan_are_refused(tmp_path):
     scan = write_sheet(tmp_path / "scene0000_00")
-    labels = scan / "scene0000_00_vh_clean_2.labels.ply"
-    whole = labels.read_bytes()
-    labels.write_bytes(ply_bytes(SHEET[0][:2], GREY[:2], label=np.array([1, 2])))
-    with pytest.raises(ValueError, match=r"labels\.ply: expected labels of 30 vertices, found 2"):
-        scannet.read_scan(scan, labelled=True)
-    labels.write_bytes(whole)
     write_groups(scan, [("wall", [123456])])
     with pytest.raises(ValueError, match=r"aggregation\.json: expected segments of the scan's segs\.json"):
+        scannet.read_scan(scan, labelled=True)
+    few = ply_bytes(SHEET[0][:2], GREY[:2], label=np.array([1, 2]))
+    (scan / "scene0000_00_vh_clean_2.labels.ply").write_bytes(few)
+    with pytest.raises(ValueError, match=r"labels\.ply: expected labels of 30 vertices, found 2"):
         scannet.read_scan(scan, labelled=True)
 
 
@@ -201,30 +196,22 @@ def test_the_200_classes_are_200():
     assert len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    """A generated room as a scene folder."""
-    folder = tmp_path_factory.mktemp("rooms") / "room"
-    rooms.write_scene(folder, (3, 0, 0), COLOR_SIZE)
-    return folder
-
-
 def visible_voxels(folder, scene):
     """The frames of a scene folder and the set of its 5 cm voxels that any of them sees."""
     frames = load_frames(folder, scene["frame_ids"], COLOR_SIZE)
     item = scene_item(complete(scene)[0], frames, 0.05)
-    world, *views = (torch.from_numpy(item[key]) for key in (
-        "world_coord", "world_to_camera", "intrinsics", "depth"))
+    world, *views = (torch.from_numpy(item[key]) for key in ("world_coord", "world_to_camera", "intrinsics", "depth"))
     rows = np.unique(link_views(world, *views).point)
     return frames, {tuple(cell) for cell in item["grid_coord"][rows].tolist()}
 
 
 @pytest.mark.parametrize("sens", [True, False], ids=["sens", "exported"])
-def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(generated, tmp_path, sens):
-    write_room(tmp_path / "raw" / "scans" / "scene0001_00", generated, sens)
+def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(tmp_path, sens):
+    folders = tmp_path / "room", tmp_path / "out" / "train" / "scene0001_00"
+    rooms.write_scene(folders[0], (3, 0, 0), COLOR_SIZE)
+    write_room(tmp_path / "raw" / "scans" / "scene0001_00", folders[0], sens)
     (tmp_path / "raw" / "scannetv2_train.txt").write_text("scene0001_00\n")
     scannet.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--frames", "1", "--workers", "1"])
-    folders = generated, tmp_path / "out" / "train" / "scene0001_00"
     direct, back = (load_scene(folder) for folder in folders)
     for key in ("color", "segment", "instance", "superpoint"):
         np.testing.assert_array_equal(back[key], direct[key], err_msg=key)
@@ -236,14 +223,12 @@ def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(genera
         np.testing.assert_array_equal(new[key], old[key])
     for key in ("world_to_camera", "intrinsics"):
         np.testing.assert_allclose(new[key], old[key], atol=1e-5, rtol=1e-6)
-    assert len(expected) > 5000
-    assert len(found ^ expected) <= 0.005 * len(expected)
+    assert len(expected) > 5000 and len(found ^ expected) <= 0.005 * len(expected)
 
 
 def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path):
-    path = tmp_path / "a.sens"
-    path.write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,))))
-    intrinsics, frames = scannet.read_sens(path, every=2)
+    (tmp_path / "a.sens").write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,))))
+    intrinsics, frames = scannet.read_sens(tmp_path / "a.sens", every=2)
     frames = list(frames)
     np.testing.assert_array_equal(intrinsics, CAMERA)
     assert [index for index, *_ in frames] == [0, 2, 6, 8]
