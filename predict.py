@@ -65,7 +65,7 @@ def tiles(coord, voxel_size, limit):
         return cut(rows[left]) + cut(rows[~left])
 
     cores, place = cut(np.arange(len(coord))), coord[:, :2]
-    around = [(place >= place[core].min(0) - MARGIN) & (place <= place[core].max(0) + MARGIN) for core in cores]
+    around = ((place >= place[core].min(0) - MARGIN) & (place <= place[core].max(0) + MARGIN) for core in cores)
     return [(core, np.flatnonzero(near.all(1))) for core, near in zip(cores, around)]
 
 
@@ -147,6 +147,8 @@ def write(out, model, scene, prediction, min_score):
     """Write the four files of a scan into the folder out and say so; model is its name, for the picture."""
     labels, instance, rows = panoptic(prediction, min_score)
     title, name, true_instance = scene["name"], scene["name"], None
+    if prediction["notes"]:
+        print(f"{name}: {'; '.join(prediction['notes'])}")
     coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]  # f64 where it must be
     if scene["segment"] is not None:
         true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"])[0]
@@ -164,8 +166,6 @@ def write(out, model, scene, prediction, min_score):
     draw(out / f"{name}.png", scene, prediction["labels"], instance, true_instance, f"{model}: {title}")
     views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
     sight = views.get(prediction["seen"]) or f"{prediction['seen']:.0%} seen by frames"
-    if prediction["notes"]:
-        print(f"{name}: {'; '.join(prediction['notes'])}")
     print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, {len(np.unique(labels))} classes, "
           f"{len(rows)} instances -> {out}/{name}_semantic.ply, {name}_instances.ply, {name}_instances.txt, "
           f"{name}.png\n{table}", end="")

@@ -24,23 +24,21 @@ COLUMN = np.arange(30) % 6  # of the sheet: one segment each
 
 def ply_bytes(coord, color, faces=None, label=None):
     """A mesh with ScanNet's properties; label (N,) only in labels.ply."""
-    columns = {axis: ("f4", coord[:, i]) for i, axis in enumerate("xyz")}
-    columns |= {name: ("u1", color[:, i]) for i, name in enumerate(("red", "green", "blue"))} | {"alpha": ("u1", 255)}
-    columns |= {} if label is None else {"label": ("u2", label)}
-    vertex = np.zeros(len(coord), [(name, kind) for name, (kind, _) in columns.items()])
-    for name, (_, values) in columns.items():
+    columns = {"x": coord[:, 0], "y": coord[:, 1], "z": coord[:, 2]} | dict(zip(("red", "green", "blue"), color.T))
+    columns |= {"alpha": np.full(len(coord), 255)} | ({} if label is None else {"label": label})
+    kinds = {"x": "f4", "y": "f4", "z": "f4", "label": "u2"}  # colours: u1
+    vertex = np.zeros(len(coord), [(name, kinds.get(name, "u1")) for name in columns])
+    for name, values in columns.items():
         vertex[name] = values
     face = np.zeros(0 if faces is None else len(faces), [("vertex_indices", "i4", (3,))])
-    if faces is not None:
-        face["vertex_indices"] = faces
+    face["vertex_indices"] = np.zeros((0, 3)) if faces is None else faces
     out = io.BytesIO()
     PlyData([PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")], byte_order="<").write(out)
     return out.getvalue()
 
 
 def image_bytes(array, kind="PNG"):
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, kind)
+    Image.fromarray(array).save(out := io.BytesIO(), kind)
     return out.getvalue()
 
 
@@ -50,13 +48,11 @@ def jpeg_bytes(i, size=COLOR_SIZE):
 
 def sheet_frames(indices=range(5), lost=(3,)):
     """Frames (index, pose, jpeg, depth): frame i stands at (i, 0.5, 1.5) and sees 1 m + i mm; a lost pose is -inf."""
-    frames = []
-    for i in indices:
-        pose = np.eye(4)
-        pose[:3, 3] = i, 0.5, 1.5
-        pose = np.full((4, 4), -np.inf) if i in lost else pose
-        frames.append((i, pose, jpeg_bytes(i), np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)))
-    return frames
+    def pose(i):
+        return np.array([[1, 0, 0, i], [0, 1, 0, 0.5], [0, 0, 1, 1.5], [0, 0, 0, 1]])
+
+    return [(i, np.full((4, 4), -np.inf) if i in lost else pose(i), jpeg_bytes(i),
+             np.full(DEPTH_SIZE[::-1], 1000 + i, np.uint16)) for i in indices]
 
 
 def sens_bytes(frames, camera=CAMERA):
@@ -83,10 +79,7 @@ def write_exported(folder, frames, camera=CAMERA, padded=False):
 
 
 def write_scan(folder, coord=SHEET[0], color=GREY, faces=SHEET[1], axis=AXIS, label=None, segments=None, groups=()):
-    """The files of one scan but its frames; label (N,) NYU40 ids; groups are (category, segment ids).
-
-    Without a label it is a test scan; without axis its .txt has no axisAlignment.
-    """
+    """The files of one scan but its frames; label (N,) NYU40 ids, None in a test scan; groups: (category, segments)."""
     folder.mkdir(parents=True)
     stem = f"{folder}/{folder.name}"
     Path(f"{stem}_vh_clean_2.ply").write_bytes(ply_bytes(coord, color, faces))
@@ -114,15 +107,12 @@ def write_sheet(folder):
 
 
 def write_room(folder, room, sens):
-    """A generated room (scene folder) as a labelled scan without faces, turned and shifted by the inverse of AXIS.
-
-    Groups are the instances in their order, then floor and walls, which ScanNet groups too. Frames: .sens or exported.
-    """
+    """A generated room (scene folder) as a labelled scan without faces, moved by the inverse of AXIS."""
     coord, color, segment, instance, superpoint = (
         np.load(room / f"{name}.npy") for name in ("coord", "color", "segment20", "instance", "superpoint"))
     back = np.linalg.inv(AXIS)
     groups = [(CLASS_NAMES[segment[mine][0]], np.unique(superpoint[mine]).tolist()) for mine in (
-        *(instance == i for i in range(instance.max() + 1)), segment == 1, segment == 0)]
+        *(instance == i for i in range(instance.max() + 1)), segment == 1, segment == 0)]  # ScanNet groups these too
     write_scan(folder, coord @ back[:3, :3].T + back[:3, 3], color, None, AXIS, np.array(NYU40_IDS)[segment],
                superpoint, groups)
     frames = [(i, back @ np.loadtxt(room / "pose" / f"{i}.txt"), (room / "color" / f"{i}.jpg").read_bytes(),

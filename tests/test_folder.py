@@ -1,11 +1,7 @@
 """scenes/folder.py: scene folders and scans of any form, good, bad and hostile. Other tests take its file makers."""
 
-import ast
 import pickle
 import re
-import shutil
-import subprocess
-import sys
 import tracemalloc
 import warnings
 from contextlib import suppress
@@ -19,33 +15,29 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 
 from conftest import Payload
-from scenes import folder
 from scenes.folder import load_frames, load_scene, read_ply, read_scan
 
-ROOT = Path(__file__).parents[1]
 ENCODINGS = ("ascii", "binary_little_endian", "binary_big_endian")
 SCENE_ARRAYS = ("coord.npy", "color.npy", "normal.npy", "segment20.npy", "instance.npy", "superpoint.npy")
 XYZ = "property float x\nproperty float y\nproperty float z\n"
-
-
-# ------------------------------------------------------------------------------------------------ files for the tests
+FACE = "element face 1\nproperty list uchar int vertex_index\n"
+POINTS = np.zeros((4, 3))
 
 
 def camera_to_world(yaw=0.0):
     """A level camera (4, 4), 3 m before the middle of the scenes below; yaw 0 looks along world +y."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    matrix = np.array([[c, 0, -s, 2 + 3 * s], [s, 0, c, 3 - 3 * c], [0, -1, 0, 1], [0, 0, 0, 1]])
-    return matrix  # its columns: right, down, forward, position
+    c, s = np.cos(yaw), np.sin(yaw)  # columns: right, down, forward, position
+    return np.array([[c, 0, -s, 2 + 3 * s], [s, 0, c, 3 - 3 * c], [0, -1, 0, 1], [0, 0, 0, 1]])
 
 
-def write_scene(folder, points=200, frames=(), color_size=(64, 48), depth_size=(64, 48), seed=0, **arrays):
-    """Write a scene folder: points in a box around (2, 3, 1) m and frames that look at it; return the folder.
+def write_scene(folder, points=200, frames=(), size=(64, 48), seed=0, **arrays):
+    """Write a scene folder: points in a box around (2, 3, 1) m and frames (ids) that look at it; return the folder.
 
-    frames: ids; frame i has a depth map of 1000 + 10 i mm.  arrays: .npy files by name, in place of those made here
-    (None = leave out); normals, labels and instances are made, superpoints are not.
+    Frame i has a depth map of 1000 + 10 i mm. arrays: .npy files by name, in place of those made (None = leave out).
     """
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
+    for name in ("color", "depth", "pose", "intrinsic"):
+        (folder / name).mkdir(parents=True)
     coord = rng.uniform((1, 2.2, 0.4), (3, 3.8, 1.6), (points, 3)).astype(np.float32)
     normal = rng.normal(size=coord.shape)
     made = {"coord": coord, "color": rng.integers(0, 256, (points, 3)).astype(np.uint8),
@@ -54,16 +46,13 @@ def write_scene(folder, points=200, frames=(), color_size=(64, 48), depth_size=(
     for name, array in {**made, **arrays}.items():
         if array is not None:
             np.save(folder / f"{name}.npy", array)
-    for name in ("color", "depth", "pose", "intrinsic"):
-        (folder / name).mkdir()
-    width, height = color_size
+    width, height = size
     camera = np.eye(4)
     camera[:2, :3] = [[0.9 * width, 0, 0.47 * width], [0, 0.85 * width, 0.52 * height]]
     np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", camera)
     for i in frames:
-        image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-        Image.fromarray(image).save(folder / "color" / f"{i}.jpg")
-        Image.fromarray(np.full(depth_size[::-1], 1000 + 10 * i, np.uint16)).save(folder / "depth" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(folder / "color" / f"{i}.jpg")
+        Image.fromarray(np.full((height, width), 1000 + 10 * i, np.uint16)).save(folder / "depth" / f"{i}.png")
         np.savetxt(folder / "pose" / f"{i}.txt", camera_to_world(0.2 * i))
     return folder
 
@@ -92,15 +81,9 @@ def write_ply(path, coord, color=None, faces=None, encoding="binary_little_endia
 def damage(data, how, place, value):
     """The bytes of a file cut short, with bits turned, with bytes replaced by a large number, or swapped about."""
     at = int(place * len(data))
-    if how == "cut":
-        return data[:at]
-    if how == "flip":
-        return data[:at] + bytes([data[at] ^ (1 << value % 8)]) + data[at + 1 :] if at < len(data) else data
-    if how == "large":
-        return data[:at] + b"\xff" * 8 + data[at + 8 :]
-    if how == "digits":
-        return data[:at] + b"9" * 12 + data[at:]
-    return data[at:] + data[:at]
+    head, byte, tail = data[:at], data[at : at + 1], data[at + 1 :]
+    return {"cut": head, "flip": head + bytes(b ^ (1 << value % 8) for b in byte) + tail, "swap": byte + tail + head,
+            "large": head + b"\xff" * 8 + tail[7:], "digits": head + b"9" * 12 + byte + tail}[how]
 
 
 DAMAGE = given(how=st.sampled_from(["cut", "flip", "large", "digits", "swap"]), place=st.floats(0, 1),
@@ -109,13 +92,11 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def scene_or_clear_error(path, read):
-    """Run read; a ValueError must name the file. Returns True where it went through."""
+    """Run read; a ValueError must name the file, what was expected and what was found."""
     try:
         read()
     except ValueError as error:
         assert str(path) in str(error) and "expected" in str(error) and "found" in str(error)
-        return False
-    return True
 
 
 def peak_memory(function):
@@ -127,17 +108,12 @@ def peak_memory(function):
         tracemalloc.stop()
 
 
-# --------------------------------------------------------------------------------------------------------------- .ply
-
-
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("polygons", ["triangles", "quads", "mixed", None])
-def test_a_ply_of_any_encoding_gives_the_same_points_and_triangles(tmp_path, encoding, polygons):
-    coord, color, triangles = sheet()
-    faces, expected = {
-        "quads": ([[0, 1, 7, 6], [1, 2, 8, 7]], [[0, 1, 7], [0, 7, 6], [1, 2, 8], [1, 8, 7]]), None: (None, None),
-        "mixed": ([[0, 1, 7, 6], [1, 2, 8]], [[0, 1, 7], [0, 7, 6], [1, 2, 8]]), "triangles": (triangles, triangles),
-    }[polygons]
+@pytest.mark.parametrize(("faces", "expected"), [
+    ([[0, 1, 7, 6], [1, 2, 8, 7]], [[0, 1, 7], [0, 7, 6], [1, 2, 8], [1, 8, 7]]), (None, None), [sheet()[2]] * 2,
+    ([[0, 1, 7, 6], [1, 2, 8]], [[0, 1, 7], [0, 7, 6], [1, 2, 8]])], ids=["quads", "no faces", "triangles", "mixed"])
+def test_a_ply_of_any_encoding_gives_the_same_points_and_triangles(tmp_path, encoding, faces, expected):
+    coord, color, _ = sheet()
     mesh = read_ply(write_ply(tmp_path / "a.ply", coord, color, faces, encoding, nx=np.zeros(30), ny=np.full(30, 2.0),
                               nz=np.zeros(30), label=np.arange(30).astype(np.uint16)))
     assert mesh["coord"].dtype == np.float32 and mesh["color"].dtype == np.uint8 and mesh["normal"].dtype == np.float32
@@ -175,14 +151,10 @@ def ply(body, vertices=1, properties=XYZ, encoding="ascii", face=""):
     return f"ply\nformat {encoding} 1.0\nelement vertex {vertices}\n{properties}{face}end_header\n{body}"
 
 
-FACE = "element face 1\nproperty list uchar int vertex_index\n"
-
-
 @given(data=st.binary(max_size=300), encoding=st.sampled_from(ENCODINGS))
 @QUICK
 def test_any_bytes_behind_a_ply_header_are_a_mesh_or_a_clear_error(tmp_path, data, encoding):
-    path = tmp_path / "a.ply"
-    face = "element face 2\nproperty list int uchar vertex_index\n"
+    path, face = tmp_path / "a.ply", "element face 2\nproperty list int uchar vertex_index\n"
     path.write_bytes(ply("", 2, encoding=encoding, face=face).encode() + data)
     scene_or_clear_error(path, lambda: read_ply(path))
 
@@ -191,9 +163,6 @@ def test_any_bytes_behind_a_ply_header_are_a_mesh_or_a_clear_error(tmp_path, dat
 def test_a_mesh_of_triangles_takes_no_more_than_twice_its_file_in_memory(tmp_path, encoding):
     path = write_ply(tmp_path / "a.ply", *sheet(120, 100), encoding)
     assert peak_memory(lambda: read_ply(path)) < 2 * path.stat().st_size
-
-
-# ------------------------------------------------------------------------------------------------------ any other scan
 
 
 def test_a_ply_is_a_scan_with_what_it_has_and_what_it_lacks_is_said(tmp_path):
@@ -243,24 +212,15 @@ def test_a_folder_is_a_scene_or_one_file_of_points_with_frames(tmp_path):
             read_scan(path)
 
 
-POINTS = np.zeros((4, 3))
-
-
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("a.ply", "", "a whole .ply"), ("a.ply", "solid cube", "no end_header"), ("a.ply", ply("0 0 0\n", -5), "negative"),
-    ("a.ply", "ply\nelement vertex 1\nend_header\n", "line 2: expected one of {format"),
     ("a.ply", "ply\nformat ascii 1.0\nelement face 0\nend_header\n", "'vertex'"),
     ("a.ply", ply("", vertices=0), "at least one point"), ("a.ply", ply("0 a 0\n"), "malformed input"),
     ("a.ply", ply("1 2 3\n", properties=XYZ.replace("float y", "float w")), "vertex properties x y z, found x, w"),
     ("a.ply", ply("1 0 0 0\n", properties=XYZ.replace("float x", "list uchar float x")), "numbers, found object"),
     ("a.ply", ply("0 0 0\n", 2**60), f"{3 * 2**60} numbers announced"), ("a.ply", ply("0 0 nan\n"), "found 1 of 1"),
-    ("a.ply", ply("0", 2**60, encoding="binary_little_endian"), f"{3 * 2**60} numbers announced"),
     ("a.ply", ply("0 0 0\n" * 99, 90, encoding="binary_big_endian"), "early end-of-file"),
-    ("a.ply", ply("0 0 0\n\n0 0 0\n", 2), "row 1: property 'x': early end-of-line"),
-    ("a.ply", ply("0 0 0 0\n"), "expected end-of-line"),
-    ("a.ply", ply("0 0 0 0\n", properties=XYZ + "property float x\n"), "two properties with same name"),
     ("a.ply", ply("0 0 0\n3 0 0 1\n", face=FACE), "faces of vertices 0..0, found 0..1"),
-    ("a.ply", ply("0 0 0\n900 0 0 0\n", face=FACE), "a whole .ply"),
     ("a.ply", ply("0 0 0 300 1 1\n", properties=XYZ + XYZ.replace(" x", " r").replace(" y", " g").replace(" z", " b")),
      "colours in 0..255, or floats in 0..1, found 1.0..300.0"),
     ("a.npy", b"\x93NUMPY", "an array of numbers"), ("g.npz", b"PK\x03\x04", "an .npz with one of"),
@@ -283,26 +243,18 @@ def test_a_file_that_holds_no_scan_is_refused_with_the_reason(tmp_path, name, co
     assert reason in str(error.value)
 
 
-def write_scan(folder, form):
-    """A small scan in one of the ENCODINGS, as npy or as npz; returns its path."""
-    coord, color, faces = sheet()
-    path = folder / f"a.{'ply' if form in ENCODINGS else form}"
-    if form in ENCODINGS:
-        return write_ply(path, coord, color, faces, form, label=np.arange(30).astype(np.uint16))
-    np.savez(path, coord=coord, color=color) if form == "npz" else np.save(path, coord)
-    return path
-
-
 @pytest.mark.parametrize("form", [*ENCODINGS, "npy", "npz"])
 @DAMAGE
 @QUICK
 def test_a_damaged_file_is_a_scan_or_a_clear_error(tmp_path, form, how, place, value):
-    path = write_scan(tmp_path, form)
+    coord, color, faces = sheet()
+    path = tmp_path / f"a.{'ply' if form in ENCODINGS else form}"
+    if form in ENCODINGS:
+        write_ply(path, coord, color, faces, form, label=np.arange(30).astype(np.uint16))
+    else:
+        np.savez(path, coord=coord, color=color) if form == "npz" else np.save(path, coord)
     path.write_bytes(damage(path.read_bytes(), how, place, value))
     scene_or_clear_error(path, lambda: read_scan(path))
-
-
-# ---------------------------------------------------------------------------------------------------- the scene folder
 
 
 @pytest.mark.parametrize("form", ["as written here", "as Pointcept prepares it"])
@@ -336,45 +288,40 @@ def test_optional_arrays_are_none_where_absent_and_superpoints_are_numbered_from
 
 
 def spoil(path, content):
-    """Put in place of a file an array, text, a picture (form, mode, size), or a share or number of its own bytes."""
+    """Put in place of a file an array, text, a picture (form, mode, size), or its own bytes up to a place."""
     if isinstance(content, np.ndarray):
         np.save(path, content)
     elif isinstance(content, str):
         path.write_text(content)
-    elif isinstance(content, tuple):
-        Image.new(*content[1:]).save(path, content[0])
-        content = 100 if content[0] == "PNG" else 1.0  # the head must do
-    if isinstance(content, float | int):
-        data = path.read_bytes()
-        path.write_bytes(data[: int(content * len(data)) if isinstance(content, float) else content])
+    else:
+        if isinstance(content, tuple):
+            Image.new(*content[1:]).save(path, content[0])
+            content = 100 if content[0] == "PNG" else None  # the head must do
+        path.write_bytes(path.read_bytes()[:content])
 
 
 def holed(rows, value, kind=np.float32):
-    array = np.ones((200, 3), kind)
-    array[rows, 1] = value
-    return array
+    return np.where(np.arange(200)[:, None] < rows, value, np.ones(3)).astype(kind)
 
 
 @pytest.mark.parametrize(("files", "content", "said"), [
-    *[(" ".join(SCENE_ARRAYS), keep, "an array of numbers, found a file that cannot be read") for keep in (0, 30, 0.8)],
+    *[(" ".join(SCENE_ARRAYS), end, "an array of numbers, found a file that cannot be read") for end in (0, 30, -300)],
     ("coord.npy", np.zeros((200, 4)), "shape (N, 3), found (200, 4)"), ("coord.npy", np.zeros((0, 3)), "at least one"),
     ("coord.npy", np.zeros((200, 3), complex), "numbers, found complex"),
     ("color.npy normal.npy", np.zeros((199, 3)), "shape (200, 3), found (199, 3)"),
     ("instance.npy segment20.npy superpoint.npy", np.zeros((200, 2), int), "shape (200,), found (200, 2)"),
-    ("segment20.npy", np.full(200, 20), "labels -1..19, found 20..20"),
-    ("segment20.npy", np.full(200, -2), "labels -1..19, found -2..-2"),
-    ("coord.npy", holed([3, 7], np.nan), "finite coordinates, found 2 of 200 points"),
-    ("coord.npy", holed(range(9), -np.inf), "finite coordinates, found 9 of 200 points"),
-    ("color.npy", holed([5], np.inf), "finite colours, found 1 of 200 points"),
-    ("color.npy", holed([5], 256), "colours in 0..255, or floats in 0..1, found 1.0..256.0"),
-    ("color.npy", holed([5], 256, int), "colours in 0..255, or floats in 0..1, found 1..256"),
-    ("color.npy", holed([5], -1), "colours in 0..255, or floats in 0..1, found -1.0..1.0"),
+    *[("segment20.npy", np.full(200, label), f"labels -1..19, found {label}..{label}") for label in (20, -2)],
+    *[("coord.npy", holed(2, bad), "finite coordinates, found 2 of 200 points") for bad in (np.nan, -np.inf)],
+    ("color.npy", holed(1, np.inf), "finite colours, found 1 of 200 points"),
+    ("color.npy", holed(1, 256), "colours in 0..255, or floats in 0..1, found 1.0..256.0"),
+    ("color.npy", holed(1, 256, int), "colours in 0..255, or floats in 0..1, found 1..256"),
+    ("color.npy", holed(1, -1), "colours in 0..255, or floats in 0..1, found -1.0..1.0"),
     ("pose/1.txt", "1 0 0\n0 1 0\n0 0 1\n", "shape (4, 4), found (3, 3)"),
     *[("pose/1.txt intrinsic/intrinsic_color.txt", x, "a matrix as text") for x in ("1 0 0 0\n0 1 0\n", "no pose")],
     ("intrinsic/intrinsic_color.txt", "1 0\n0 1\n", "shape (3, 3), found (2, 2)"),
     ("intrinsic/intrinsic_color.txt", "nan 0 1\n0 1 1\n0 0 1\n", "finite numbers"),
-    *[("color/1.jpg", keep, "an image, found") for keep in (0, 10, 300, 0.5, 0.9)],
-    *[("depth/1.png", keep, "an image, found") for keep in (0, 10, 20, 33, 40, 50, 0.7, 0.8)],
+    *[("color/1.jpg", keep, "an image, found") for keep in (0, 10, 300, 1500, -300)],
+    *[("depth/1.png", keep, "an image, found") for keep in (0, 10, 20, 33, 40, 50, -40, -25)],
     *[("depth/1.png", ("PNG", mode, (64, 48)), f"one channel of 16 bit, found mode {mode}") for mode in ("RGB", "L")],
     ("depth/1.png", ("JPEG", "RGB", (64, 48)), "one channel of 16 bit, found mode RGB"),
     ("color/1.jpg depth/1.png", ("PNG", "1", (4200, 4100)), "4200x4100 pixels, more than"),  # Pillow itself allows that
@@ -410,7 +357,7 @@ def test_frames_need_image_depth_and_a_finite_pose_and_come_in_numeric_order(tmp
 
 
 def test_images_intrinsics_and_depth_of_scannet_sizes_come_to_one_size(tmp_path):
-    scene_folder = write_scene(tmp_path / "scene", frames=(0,), color_size=(1296, 968))
+    scene_folder = write_scene(tmp_path / "scene", frames=(0,), size=(1296, 968))
     np.savetxt(scene_folder / "intrinsic" / "intrinsic_color.txt", [[1170, 0, 650], [0, 1160, 480], [0, 0, 1]])
     right = np.arange(1296) >= 648  # both are halved at the same place
     Image.fromarray(np.tile(255 * right[:, None], (968, 1, 3)).astype(np.uint8)).save(scene_folder / "color" / "0.jpg")
@@ -435,15 +382,11 @@ def test_depth_is_millimetres_and_not_interpolated_and_world_to_camera_inverts_t
     depth = np.random.default_rng(7).choice(np.array([0, 1000, 3001, 65535], np.uint16), (48, 64))
     Image.fromarray(depth).save(scene_folder / "depth" / "0.png")
     frames = load_frames(scene_folder, [3, 0, 2], (64, 48))
-    np.testing.assert_array_equal(frames["depth"][1], depth.astype(np.float32) / 1000)
+    np.testing.assert_array_equal(frames["depth"][1], depth / np.float32(1000))
     for matrix, i in zip(frames["world_to_camera"], (3, 0, 2)):
         np.testing.assert_allclose(matrix @ camera_to_world(0.2 * i), np.eye(4), atol=1e-6)
     for size in ((32, 24), (50, 37), (100, 90)):
-        values = np.unique(load_frames(scene_folder, [0], size)["depth"])
-        np.testing.assert_array_equal(values, np.array([0, 1000, 3001, 65535], np.float32) / 1000)
-
-
-# --------------------------------------------------------------------------------------------------- nothing runs code
+        assert set(load_frames(scene_folder, [0], size)["depth"].flat) == set(frames["depth"][1].flat)
 
 
 @pytest.mark.parametrize("form", ["array of objects", "bare pickle"])
@@ -465,42 +408,20 @@ def test_no_array_ever_runs_what_is_pickled_in_it(name, form, tmp_path):
     assert touched.exists()  # the test can fail: this is what happens otherwise
 
 
-UNSAFE = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "eval", "exec", "compile", "__import__",
-          "os.system", "os.popen", "torch.jit.load", "torch.hub.load", "yaml.load"}
-SAFE = {"torch.load": "weights_only=True", "Image.open": "formats="}  # what a call needs; an EPS starts Ghostscript
-
-
-def hazards(text):
-    """The imports and calls of a source that could run what a file holds."""
-    for node in ast.walk(ast.parse(text)):
-        line, names = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call) else "", []
-        if isinstance(node, ast.Call):
-            names = [ast.unparse(node.func)]
-        elif line:
-            names = [part.partition(".")[0] for part in line.replace(",", "").split()[1:]]
-        if (UNSAFE & set(names) or any(SAFE.get(name, "") not in line for name in names)
-                or "shell=" in line or re.search("allow_pickle=(?!False)", line)):
-            yield line
+HAZARD = re.compile(  # what could run what a file holds; an EPS starts Ghostscript
+    r"^ *(import|from) .*\b(pickle|dill|cloudpickle|joblib|shelve|marshal)\b|(?<![.\w])(eval|exec|compile|__import__)\("
+    r"|os\.(system|popen)|torch\.(jit|hub)\.load\(|yaml\.load|shell=|allow_pickle=(?!False)"
+    r"|torch\.load\((?!.*weights_only=True)|Image\.open\((?!.*formats=)", re.MULTILINE)
 
 
 def test_no_source_reads_a_file_in_a_way_that_could_run_it():
-    sources = [path for pattern in ("*.py", "scenes/*.py", "experiments/*.py") for path in ROOT.glob(pattern)
+    root = Path(__file__).parents[1]
+    sources = [path for folder in (root, root / "scenes", root / "experiments") for path in folder.glob("*.py")
                if path.name not in ("conftest.py", "test_stability.py")]
     assert len(sources) > 15
-    assert [(path.name, hazard) for path in sources for hazard in hazards(path.read_text())] == []
+    code = {path.name: re.sub(r'"[^"\n]*"', '""', path.read_text()) for path in sources}  # without texts
+    assert [(name, found[0]) for name, text in code.items() for found in HAZARD.finditer(text)] == []
     for text in ("import pickle", "from pickle import loads", "import joblib.x", "torch.load(path)", "eval(text)",
                  "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=flag)", "Image.open(path)",
                  "torch.jit.load(path)", "subprocess.run(x, shell=True)"):
-        assert len(list(hazards(text))) == 1, text
-
-
-def test_the_file_copied_alone_reads_a_mesh_and_a_scene(tmp_path):
-    shutil.copy(folder.__file__, tmp_path)
-    write_scan(tmp_path, "ascii")
-    write_scene(tmp_path / "scene", frames=(0,))
-    code = ("import sys; sys.path.insert(0, '.'); from folder import load_frames, read_scan\n"
-            "assert read_scan('a.ply')[0]['faces'].shape == (40, 3) and read_scan('scene')[0]['frame_ids'] == [0]\n"
-            "assert load_frames('scene', [0], (32, 24))['image'].shape == (1, 3, 24, 32)\n"
-            "assert not {'torch', 'scipy', 'scenes', 'matplotlib'} & sys.modules.keys()")
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout + done.stderr == "", done.stderr
+        assert HAZARD.search(f"x = 1\n    {text}"), text

@@ -1,9 +1,5 @@
 """scenes/points.py: voxels against slow loops; normals, superpoints and what `complete` makes of a bare scan."""
 
-import shutil
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -19,21 +15,13 @@ def plane(axis, at=0.0, size=2.0, spacing=0.05):
     return coord, np.tile(np.eye(3, dtype=np.float32)[axis], (len(coord), 1))
 
 
-def members_by_cell(coord, voxel_size):
-    """Slow voxels: {cell (x, y, z): list of its points}, in ascending order of the cells."""
-    low, cells = coord.min(0), {}
-    for i, point in enumerate(coord):
-        cell = tuple(int(v) for v in np.floor((point - low) / np.float32(voxel_size)))
-        cells.setdefault(cell, []).append(i)
-    return dict(sorted(cells.items()))
-
-
 def test_voxels_have_the_members_means_and_majorities_of_a_slow_loop():
     rng = np.random.default_rng(0)
     coord = (rng.uniform(-1, 1, (500, 3)) * (1, 2, 0.5) + (5, -3, 0)).astype(np.float32)
     labels, values = rng.integers(-1, 4, 500), rng.normal(size=(500, 2)).astype(np.float32)
     grid, point_to_voxel = voxelise(coord, 0.3)
-    slow = members_by_cell(coord, 0.3)
+    cells = ((coord - coord.min(0)) / np.float32(0.3)).astype(int).tolist()
+    slow = {cell: [i for i in range(500) if cells[i] == list(cell)] for cell in sorted(map(tuple, cells))}
     assert 50 < len(slow) < 300 and grid.dtype == point_to_voxel.dtype == np.int64
     np.testing.assert_array_equal(grid, list(slow))
     mean = voxel_means(values, point_to_voxel, len(grid))
@@ -42,13 +30,8 @@ def test_voxels_have_the_members_means_and_majorities_of_a_slow_loop():
         np.testing.assert_array_equal(np.flatnonzero(point_to_voxel == row), members)
         np.testing.assert_allclose(mean[row], values[members].mean(0), atol=1e-5)
         votes = [int((labels[members] == k).sum()) for k in range(4)]
-        assert majority[row] == (votes.index(max(votes)) if max(votes) else IGNORE)
-
-
-def test_ignored_points_have_no_vote_unless_there_is_no_other():
-    labels = np.array([-1, -1, -1, 3, -1, -1, 2, 1, 2, 0, 0, 2, 2])
-    rows = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3])
-    assert voxel_majority(labels, rows, 4, 4).tolist() == [3, -1, 2, 0]
+        assert majority[row] == (votes.index(max(votes)) if max(votes) else IGNORE)  # the lowest on a tie
+    assert (majority == IGNORE).any()
 
 
 def test_the_order_of_the_points_does_not_matter_and_a_voxel_leads_to_itself():
@@ -125,19 +108,6 @@ def test_what_a_scan_lacks_is_computed_and_said(fine, monkeypatch):
     scene, notes = complete(scene | {"normal": None, "faces": faces})
     assert notes == ["no normals: from the faces"]
     np.testing.assert_array_equal(scene["normal"], vertex_normals(coord, faces))
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_a_scan_of_few_points_is_completed(n):
-    coord = np.random.default_rng(n).random((n, 3)).astype(np.float32)
-    scene, _ = complete({"coord": coord, "normal": None, "superpoint": None})
-    assert np.isfinite(scene["normal"]).all() and scene["superpoint"].shape == (n,)
-
-
-def test_the_file_copied_alone_works_and_needs_numpy_and_scipy_alone(tmp_path):
-    shutil.copy(points.__file__, tmp_path)
-    code = ("import sys; sys.path.insert(0, '.'); import numpy as np; from points import complete\n"
-            "scene, notes = complete({'coord': np.random.rand(50, 3), 'normal': None, 'superpoint': None})\n"
-            "assert len(notes) == 2 and not {'torch', 'PIL', 'plyfile', 'scenes'} & sys.modules.keys()")
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout + done.stderr == "", done.stderr
+    for n in (1, 2, 5):
+        few, _ = complete({"coord": coord[:n], "normal": None, "superpoint": None})
+        assert np.isfinite(few["normal"]).all() and few["superpoint"].shape == (n,)

@@ -1,37 +1,39 @@
-"""predict.py: labels, .ply and picture of scenes with and without labels and frames; errors in one line."""
+"""predict.py and scenes/picture.py: labels, .ply and picture of scans of any form; errors in one line."""
 
+import contextlib
+import io
 import shutil
-import sys
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plyfile import PlyData, PlyElement
+from plyfile import PlyData
+from test_folder import write_ply as write_mesh
 
-import data
 import predict
 from data import collate, scene_item
 from metrics import instance_ap
-from model import build_model
+from scenes import picture
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, load_frames, load_scene
-from stages import parameter_groups, setting_at, stage_epochs
-from train import RECIPES, Config, save_checkpoint, to_device
-
+from scenes.points import voxelise
+from stages import curriculum
+from train import Config, new_model
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Untrained checkpoints of preset small at the end of the curriculum: {model: path}."""
+    """Untrained checkpoints of preset small in the last row of the curriculum: {model: path}."""
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     for name in ("baseline", "bifusion"):
         torch.manual_seed(1)
-        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, batch_size=1, lr=1e-3, weight_decay=0.0)
-        model = build_model(name, "small", len(CLASS_NAMES))
+        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, tower="clip_small", tower_weights="scratch")
+        model = new_model(config, load=False)
         torch.nn.init.normal_(model.semantic_head.weight)  # so that an untrained network finds several classes
-        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0))
         paths[name] = folder / f"{name}.pt"
-        save_checkpoint(paths[name], model, optimizer, config, epoch=stage_epochs()[3][1])
+        torch.save({"model": model.state_dict(), "optimizer": {}, "next": [129, 0], "ramp": 1.0,
+                    "row": asdict(curriculum(pretrained=False)[-1]), "config": asdict(config)}, paths[name])
     return paths
 
 
@@ -40,12 +42,23 @@ def room(tiny_rooms):
     return sorted((tiny_rooms / "val").iterdir())[0]
 
 
-def copy_scene(room, folder, *names):
-    """A scene folder with only these arrays of the room, without frames."""
-    folder.mkdir()
-    for name in names:
-        np.save(folder / f"{name}.npy", np.load(room / f"{name}.npy"))
-    return folder
+@pytest.fixture(scope="module")
+def predicted(checkpoints, room, tmp_path_factory):
+    """The room and the same in other forms, predicted: {model: (folder of the files, lines of the screen)}."""
+    scans, results = tmp_path_factory.mktemp("scans"), {}
+    coord, color = (np.load(room / f"{name}.npy") for name in ("coord", "color"))
+    (scans / "ignored").mkdir()
+    for name, array in (("coord", coord), ("color", color), ("segment20", np.full(len(coord), -1))):
+        np.save(scans / "ignored" / f"{name}.npy", array)
+    shutil.copytree(room, scans / "phone", ignore=shutil.ignore_patterns("*.npy"))
+    write_mesh(scans / "phone" / "mesh.ply", coord, color)
+    write_mesh(scans / "far.ply", coord + np.float64(431_000.25), color)
+    for name, given in (("baseline", []), ("bifusion", sorted(scans.iterdir()))):
+        out, screen = tmp_path_factory.mktemp("predicted"), io.StringIO()
+        with contextlib.redirect_stdout(screen):
+            run(checkpoints[name], room, *given, out=out)
+        results[name] = out, screen.getvalue().splitlines()
+    return results
 
 
 def run(checkpoint, *scenes, out):
@@ -54,113 +67,89 @@ def run(checkpoint, *scenes, out):
 
 def failure(checkpoint, *scenes, out):
     """The message with which predict.py exits."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=r"^error: .*\Z") as stopped:  # one line; sys.exit prints a text and exits 1
         run(checkpoint, *scenes, out=out)
-    message = stopped.value.code
-    assert isinstance(message, str), "sys.exit with a text prints it and exits 1"
-    assert message.startswith("error: ") and "\n" not in message
-    return message
+    return stopped.value.code
 
 
 @pytest.mark.parametrize("name", ["baseline", "bifusion"])
-def test_the_ply_holds_every_point_in_the_colour_of_its_voxel_s_class(checkpoints, room, tmp_path, name, capsys):
-    run(checkpoints[name], room, out=tmp_path)
-    ply = PlyData.read(tmp_path / f"{room.name}_semantic.ply")
-    vertex = ply["vertex"].data
-    assert not ply.text and ply.byte_order == "<"
-    assert [(p.name, p.val_dtype) for p in ply["vertex"].properties] == [
-        ("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "u2")]
-    scene = load_scene(room)
-    assert np.array_equal(np.stack([vertex[k] for k in "xyz"], 1), scene["coord"])
-
+def test_the_ply_holds_every_point_in_the_colour_of_its_voxel_s_class(checkpoints, predicted, room, name):
+    (out, lines), scene = predicted[name], load_scene(room)
+    vertex = PlyData.read(out / f"{room.name}_semantic.ply")["vertex"].data
+    assert vertex.dtype.descr == [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "|u1"), ("green", "|u1"),
+                                  ("blue", "|u1"), ("label", "<u2")]
+    assert np.array_equal(np.stack([vertex[key] for key in "xyz"], 1), scene["coord"])
     model, config = predict.open_checkpoint(checkpoints[name])
-    assert not model.training
-    ids = scene["frame_ids"]
-    ids = [ids[i] for i in np.linspace(0, len(ids) - 1, 2 * config.views).round().astype(int)]
-    frames = load_frames(room, ids, RECIPES["small"]["image_size"])
-    batch = to_device(collate([scene_item(scene, frames, config.voxel_size)]), "cpu")
+    ids = np.array(scene["frame_ids"])
+    frames = load_frames(room, ids[np.linspace(0, len(ids) - 1, 2 * config.views).round().astype(int)], (160, 120))
+    batch = collate([scene_item(scene, frames, config.voxel_size)])
     with torch.no_grad():
         labels = model(batch)["logits"].argmax(1)[batch["point_to_voxel"]].numpy()
-    assert len(np.unique(labels)) > 1
+    assert not model.training and len(np.unique(labels)) > 1
     assert np.array_equal(vertex["label"], np.array(NYU40_IDS)[labels])
-    assert np.array_equal(np.stack([vertex[k] for k in ("red", "green", "blue")], 1), CLASS_COLORS[labels])
-
-    lines = capsys.readouterr().out.splitlines()
-    for part in (room.name, "mIoU 0.", f"{len(labels)} points", f"{len(batch['grid_coord'])} voxels",
-                 f"{len(np.unique(labels))} classes", "3D only" if name == "baseline" else "seen by frames"):
-        assert part in lines[0]
+    assert np.array_equal(np.stack([vertex[key] for key in ("red", "green", "blue")], 1), CLASS_COLORS[labels])
+    assert all(part in lines[0] for part in (
+        room.name, "mIoU 0.", f"{len(labels)} points", f"{len(batch['grid_coord'])} voxels",
+        f"{len(np.unique(labels))} classes", "3D only" if name == "baseline" else "seen by frames")), lines[0]
 
 
-def test_the_picture_shows_ground_truth_only_where_there_is_one(checkpoints, room, tmp_path, capsys):
-    bare = copy_scene(room, tmp_path / "bare", "coord", "color", "normal")
-    ignored = copy_scene(room, tmp_path / "ignored", "coord", "color", "normal", "segment20")
-    np.save(ignored / "segment20.npy", np.full(len(np.load(room / "coord.npy")), -1))
-    run(checkpoints["bifusion"], room, bare, ignored, out=tmp_path / "out")
-    height = {}
-    for name in (room.name, "bare", "ignored"):
-        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
-            height[name] = picture.height
-            assert np.ptp(np.asarray(picture.convert("L"))) > 100  # something is drawn
-    assert height["bare"] == height["ignored"] == height[room.name] / 2
-    lines = [line for line in capsys.readouterr().out.splitlines() if " points, " in line]
-    assert "mIoU" in lines[0] and "mIoU" not in lines[1] + lines[2]
-    assert "3D only (no frame sees it)" in lines[1]
-
-
-def test_points_and_colours_are_enough_for_a_prediction(checkpoints, room, tmp_path):
-    bare = copy_scene(room, tmp_path / "bare", "coord", "color")
-    run(checkpoints["bifusion"], bare, out=tmp_path)
-    assert PlyData.read(tmp_path / "bare_semantic.ply")["vertex"].count == len(np.load(room / "coord.npy"))
+def test_scans_without_labels_frames_or_normals_are_predicted_and_what_they_lack_is_said(predicted, room):
+    out, lines = predicted["bifusion"]
+    said = {line.partition(": ")[0].partition(",")[0]: line for line in lines if " points, " in line}
+    notes = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines if "no normals" in line}
+    computed = "no normals: estimated; no superpoints: computed"
+    assert notes == {"phone": computed} | dict.fromkeys(("ignored", "far"), f"no frames: 3D only; {computed}")
+    assert [name for name, line in said.items() if "mIoU" in line] == [room.name]
+    assert [name for name, line in said.items() if "% seen by frames" in line] == [room.name, "phone"]
+    assert all("3D only (no frame sees it)" in said[name] for name in ("ignored", "far"))
+    height, coord = {}, np.load(room / "coord.npy")
+    for name in said:
+        vertex = PlyData.read(out / f"{name}_instances.ply")["vertex"]
+        assert {"label", "instance"} < set(vertex.data.dtype.names) and vertex.count == len(coord)
+        grey = np.asarray(Image.open(out / f"{name}.png").convert("L"))
+        height[name] = len(grey)
+        assert np.ptp(grey) > 100  # something is drawn
+    assert {height[room.name] / height[name] for name in ("ignored", "phone", "far")} == {2}  # no ground truth
+    vertex = PlyData.read(out / "far_semantic.ply")["vertex"]
+    np.testing.assert_allclose(np.stack([vertex[key] for key in "xyz"], 1), coord + np.float64(431_000.25), atol=1e-4)
 
 
 def test_the_picture_leaves_out_what_faces_away_and_shows_the_nearest():
-    side = np.linspace(0, 2, 60)
-    x, y = (a.ravel() for a in np.meshgrid(side, side))
-    sheet = np.stack([x, y, np.zeros_like(x)], 1)
-    coord = np.concatenate([sheet, sheet + np.array([0, 0, 0.5]), sheet + np.array([0, 0, 1])])
-    normal = np.repeat([[0, 0, 1.0], [0, 0, 1.0], [0, 0, -1.0]], len(sheet), 0)  # the highest faces down: a ceiling
-    color = np.repeat(np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8), len(sheet), 0)
-    picture = predict.render(coord, normal, color, size=(90, 80), elevation=90)
-    red, green, blue = (((picture.argmax(2) == k) & (picture.min(2) == 0)).sum() for k in range(3))
-    assert picture.shape == (80, 90, 3) and blue == red == 0 and green > 3000
+    x, y = (a.ravel() for a in np.meshgrid(*2 * [np.linspace(0, 2, 60)]))
+    coord = np.concatenate([np.stack([x, y, np.full_like(x, z)], 1) for z in (0, 0.5, 1)])
+    normal = np.repeat([[0, 0, 1.0], [0, 0, 1.0], [0, 0, -1.0]], len(x), 0)  # the highest faces down: a ceiling
+    color = np.repeat(np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8), len(x), 0)
+    order = np.random.default_rng(0).permutation(len(coord))
+    image = picture.render(coord[order], normal[order], color[order], size=(90, 80), elevation=90)
+    red, green, blue = (((image.argmax(2) == k) & (image.min(2) == 0)).sum() for k in range(3))
+    assert image.shape == (80, 90, 3) and blue == red == 0 and green > 3000
+    few = picture.render(coord[:2], normal[:2], color[:2], size=(9, 8))  # squares that reach over the border
+    assert few.shape == (8, 9, 3) and (few.max(2) < 255).any()
 
 
-def test_a_checkpoint_that_cannot_be_used_says_why_in_one_line(checkpoints, room, tmp_path):
+def test_a_checkpoint_or_device_that_cannot_be_used_says_why_in_one_line(checkpoints, room, tmp_path):
     state = torch.load(checkpoints["bifusion"], weights_only=True)
-
-    def saved(name, **changes):
-        torch.save(state | changes, tmp_path / name)
-        return tmp_path / name
-
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(checkpoints["bifusion"].read_bytes()[:5000])
-    weights = {k: v for k, v in state["model"].items() if k != "semantic_head.bias"}
-    code = tmp_path / "code.pt"
-    torch.save({"model": sys.exit}, code)
-    for path, reason in [(cut, "readable"), (code, "readable"), (tmp_path / "none.pt", "train.py"),
-                         (saved("keys.pt", model=weights), "semantic_head.bias"),
-                         (saved("config.pt", config=state["config"] | {"colour": 1}), "colour"),
-                         (saved("preset.pt", config=state["config"] | {"preset": "huge"}), "huge"),
-                         (saved("classes.pt", num_classes=7), "semantic_head")]:
-        before = path.read_bytes() if path.exists() else None
-        message = failure(path, room, out=tmp_path / "out")
-        assert path.name in message and reason in message
-        assert before is None or path.read_bytes() == before
+    config, weights, key = state["config"], state["model"], "semantic_head.bias"
+    for name, content, reason in [
+            ("cut", checkpoints["bifusion"].read_bytes()[:5000], "readable"), ("code", {"model": print}, "readable"),
+            ("keys", state | {"model": {k: v for k, v in weights.items() if k != key}}, key),
+            ("classes", state | {"model": weights | {key: torch.zeros(7)}}, f"{key}: copying a param with shape"),
+            ("config", state | {"config": config | {"colour": 1}}, "colour"), ("row", state | {"row": {}}, "version"),
+            ("preset", state | {"config": config | {"preset": "huge"}}, "choose from ['base', 'small']")]:
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        before, message = path.read_bytes(), failure(path, room, out=tmp_path / "out")
+        assert path.name in message and reason in message and path.read_bytes() == before
+    assert "none.pt not found; a checkpoint is made by" in failure(tmp_path / "none.pt", room, out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'tpu9' cannot be used .*; try --device cpu"):
+        predict.open_checkpoint(checkpoints["baseline"], "tpu9")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_scene_or_device_ends_in_one_line(checkpoints, room, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "absent", tmp_path / "empty"):
-        message = failure(checkpoints["baseline"], folder, out=tmp_path)
-        assert str(folder) in message and ("coord.npy" in message or "scene folder" in message)
-    other = tmp_path / room.name
-    assert "two scenes" in failure(checkpoints["baseline"], room, other, out=tmp_path)
-    with pytest.raises(ValueError, match="--device cpu"):
-        predict.open_checkpoint(checkpoints["baseline"], "tpu9")
-
-
-# ---- instances
+def test_a_bad_scene_ends_in_one_line(checkpoints, room, tmp_path):
+    for folder in (tmp_path / "absent", tmp_path):
+        assert f"{folder}: expected a scene folder" in failure(checkpoints["baseline"], folder, out=tmp_path)
+    assert "two scenes" in failure(checkpoints["baseline"], room, tmp_path / room.name, out=tmp_path)
 
 
 def scored(scores, masks, classes, labels):
@@ -173,170 +162,102 @@ def test_panoptic_gives_each_point_to_its_best_instance_and_leaves_the_rest_sema
                                                [0, 0, 0, 0, 0, 1]], [4, 5, 6, 7], [0, 0, 0, 0, 1, 1])
     labels, instance, rows = predict.panoptic(prediction, min_score=0.5)
     assert rows == [0, 1]  # the third keeps one of its three points, the fourth is not sure enough
-    assert instance.tolist() == [1, 1, 1, 2, 0, 0]
-    assert labels.tolist() == [4, 4, 4, 5, 1, 1]
+    assert instance.tolist() == [1, 1, 1, 2, 0, 0] and labels.tolist() == [4, 4, 4, 5, 1, 1]
     assert prediction["labels"].tolist() == [0, 0, 0, 0, 1, 1]
     labels, instance, rows = predict.panoptic(scored([], np.zeros((0, 3)), [], [2, 2, 0]))
     assert labels.tolist() == [2, 2, 0] and instance.tolist() == [0, 0, 0] and rows == []
 
 
-def test_the_list_and_the_ply_of_the_instances_say_the_same(checkpoints, room, tmp_path, monkeypatch, capsys):
-    coord = load_scene(room)["coord"]
-    masks = np.zeros((3, len(coord)), bool)
-    masks[0, :400], masks[1, 400:1000], masks[2, 300:420] = True, True, True
-
-    def predict_scene(model, config, folder, device):
-        return load_scene(room) | {"origin": np.zeros(3)}, {
-            "labels": np.zeros(len(coord), np.int64), "members": [np.flatnonzero(mask) for mask in masks], "voxels": 7,
-            "seen": None, "classes": np.array([4, 18, 4]), "scores": np.array([0.91, 0.5, 0.4]), "notes": [],
-            "true_instance": np.zeros(len(coord), np.int64)}
-
-    monkeypatch.setattr(predict, "predict_scene", predict_scene)
-    run(checkpoints["baseline"], room, out=tmp_path)
-    vertex = PlyData.read(tmp_path / f"{room.name}_instances.ply")["vertex"].data
-    assert np.array_equal(vertex["instance"], np.where(masks[0], 1, np.where(masks[1], 2, 0)))
-    assert np.array_equal(np.unique(vertex["label"][:1000]), [5, 36]) and (vertex["label"][1000:] == 1).all()
-    color = np.stack([vertex[k] for k in ("red", "green", "blue")], 1)
-    assert len(np.unique(color, axis=0)) == 3
+def test_the_list_and_the_ply_of_the_instances_say_the_same(room, tmp_path, capsys):
+    scene = load_scene(room) | {"origin": np.zeros(3)}
+    coord, i = scene["coord"], np.arange(len(scene["coord"]))
+    masks = [i < 400, (i >= 400) & (i < 1000), (i >= 300) & (i < 420)]
+    prediction = scored([0.91, 0.5, 0.4], masks, [4, 18, 4], np.zeros(len(coord), int))
+    predict.write(tmp_path, "baseline", scene, prediction | {"voxels": 7, "seen": None, "notes": []}, 0.3)
+    vertex = PlyData.read(tmp_path / f"{room.name}_instances.ply")["vertex"]
+    label, instance, *color = (vertex[key] for key in ("label", "instance", "red", "green", "blue"))
+    assert np.array_equal(instance, np.where(masks[0], 1, np.where(masks[1], 2, 0)))
+    assert np.array_equal(np.unique(label[:1000]), [5, 36]) and (label[1000:] == 1).all()
+    assert np.unique(color, axis=1).shape == (3, 3)
     table = (tmp_path / f"{room.name}_instances.txt").read_text()
     assert table in capsys.readouterr().out
-    first, second = table.splitlines()[1:]
-    assert first.split()[:4] == ["1", "chair", "0.910", "400"]
-    assert second.split()[:4] == ["2", "bathtub", "0.500", "600"]
-    box = [float(x) for x in second.split()[4:] if x != ".."]
-    expected = np.stack([coord[400:1000].min(0), coord[400:1000].max(0)], 1).ravel()
-    assert box == pytest.approx(expected, abs=0.006)
+    first, second = (line.split() for line in table.splitlines()[1:])
+    assert first[:4] == ["1", "chair", "0.910", "400"] and second[:4] == ["2", "bathtub", "0.500", "600"]
+    box = [float(x) for x in second[4:] if x != ".."]
+    assert box == pytest.approx(np.stack([coord[400:1000].min(0), coord[400:1000].max(0)], 1).ravel(), abs=0.006)
 
 
 def test_a_predicted_instance_has_the_colour_of_the_true_one_that_it_lies_on():
     true = np.array([0, 0, 5001, 5001, 5001, 7002, 7002])
     found = np.array([0, 2, 1, 1, 0, 2, 2])
-    ours, theirs = predict.instance_colors(found, true), predict.instance_colors(true)
+    ours, theirs = picture.instance_colors(found, true), picture.instance_colors(true)
     assert np.array_equal(ours[2], theirs[2]) and np.array_equal(ours[5], theirs[5])
-    assert (ours[[0, 4]] == predict.NO_INSTANCE).all() and not np.array_equal(theirs[2], theirs[5])
+    assert (ours[[0, 4]] == picture.NO_INSTANCE).all() and not np.array_equal(theirs[2], theirs[5])
 
 
 def test_a_room_s_true_masks_as_prediction_give_ap_one(room):
-    scene = load_scene(room)
-    frames = load_frames(room, [], RECIPES["small"]["image_size"])
-    batch = collate([scene_item(scene, frames, 0.25)])
-    owner, labels = batch["superpoint_instance"], batch["instance_label"]
-    masks = owner == torch.arange(len(labels))[:, None]
+    batch = collate([scene_item(load_scene(room), load_frames(room, [], (64, 48)), 0.25)])
+    labels = batch["instance_label"]
+    masks = batch["superpoint_instance"] == torch.arange(len(labels))[:, None]
     layer = {"class_logits": 40.0 * torch.eye(len(CLASS_NAMES) + 1)[labels], "mask_logits": 40 * (masks.float() - 0.5),
              "score": torch.ones(len(labels))}
-    gt, *found = predict.instances_of_scene(layer, batch, 0)
-    result = instance_ap([dict(zip(("gt", "masks", "labels", "scores"), (gt, *found)))], THINGS)
+    found = predict.instances_of_scene(layer, batch, 0)
+    result = instance_ap([dict(zip(("gt", "masks", "labels", "scores"), found))], THINGS)
     assert len(labels) > 5 and result["AP"] == result["AP25"] == 1
 
 
-# ---- any scan
-
-
-@pytest.fixture
-def points():
-    """coord (N, 3) f32, color (N, 3) u8, normal (N, 3) of a floor and a wall, and the triangles of a grid on both."""
-    u, v = (a.ravel() for a in np.meshgrid(np.linspace(0, 2, 40), np.linspace(0, 2, 40)))
-    floor, wall = np.stack([u, v, 0 * u], 1), np.stack([u, 0 * u, v + 0.05], 1)
-    i = (np.arange(39)[:, None] * 40 + np.arange(39)).ravel()
-    faces = np.concatenate([np.stack([i, i + 1, i + 40], 1), np.stack([i + 1, i + 41, i + 40], 1)])
-    coord = np.concatenate([floor, wall]).astype(np.float32)
-    color = np.random.default_rng(0).integers(0, 256, coord.shape).astype(np.uint8)
-    normal = np.repeat([[0, 0, 1.0], [0, 1.0, 0]], 1600, 0).astype(np.float32)
-    return coord, color, normal, np.concatenate([faces, faces[:, ::-1] + 1600])
-
-
-def write_with_plyfile(path, coord, color=None, normal=None, faces=None, text=False, byte_order="<"):
-    """A .ply as another library writes it, with a property that nobody asked for."""
-    columns = {"x": coord[:, 0], "quality": np.arange(len(coord), dtype=np.float32), "y": coord[:, 1], "z": coord[:, 2]}
-    if color is not None:
-        columns |= dict(zip(("red", "green", "blue"), color.T))
-    if normal is not None:
-        columns |= dict(zip(("nx", "ny", "nz"), normal.T))
-    vertex = np.zeros(len(coord), [(name, column.dtype) for name, column in columns.items()])
-    for name, column in columns.items():
-        vertex[name] = column
-    elements = [PlyElement.describe(vertex, "vertex")]
-    if faces is not None:
-        rows = np.zeros(len(faces), [("vertex_indices", "i4", (3,))])
-        rows["vertex_indices"] = faces
-        elements.append(PlyElement.describe(rows, "face"))
-    PlyData(elements, text=text, byte_order=byte_order).write(str(path))
-    return path
-
-
-def test_a_folder_with_points_and_frames_is_seen_by_its_frames(checkpoints, room, tmp_path, capsys):
-    folder = tmp_path / "phone"
-    shutil.copytree(room, folder, ignore=shutil.ignore_patterns("*.npy"))
-    write_with_plyfile(folder / "mesh.ply", np.load(room / "coord.npy"), np.load(room / "color.npy"))
-    run(checkpoints["bifusion"], folder, out=tmp_path / "out")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "phone: no normals: estimated; no superpoints: computed"
-    assert "seen by frames" in lines[1] and (tmp_path / "out" / "phone_instances.ply").is_file()
-
-
-def test_far_coordinates_keep_their_millimetres(checkpoints, points, tmp_path):
-    coord, color, normal, _ = points
-    far = coord.astype(np.float64) + np.array([431_000.25, 5_290_000.5, 320])
-    run(checkpoints["baseline"], write_with_plyfile(tmp_path / "far.ply", far, color, normal), out=tmp_path)
-    vertex = PlyData.read(tmp_path / "far_semantic.ply")["vertex"]
-    np.testing.assert_allclose(np.stack([vertex[k] for k in "xyz"], 1), far, atol=1e-4)
-    near, _ = predict.read_scan(write_with_plyfile(tmp_path / "near.ply", coord, color, normal))
-    np.testing.assert_allclose(np.ptp(predict.read_scan(tmp_path / "far.ply")[0]["coord"], 0), np.ptp(near["coord"], 0),
-                               atol=1e-5)
-
-
-def test_a_large_scan_is_cut_into_tiles_that_cover_each_point_once(points, monkeypatch):
-    coord = np.concatenate([points[0] + np.array([2.1 * i, 0, 0], np.float32) for i in range(4)])
-    assert len(predict.tiles(coord, 0.1, limit=10**6)) == 1
+def test_a_large_scan_is_cut_into_tiles_that_cover_each_point_once():
+    coord = np.random.default_rng(0).uniform(0, (9, 2, 1), (6000, 3)).astype(np.float32)
+    ((core, rows),) = predict.tiles(coord, 0.1, limit=10**6)
+    assert np.array_equal(core, np.arange(6000)) and np.array_equal(rows, core)
     cut = predict.tiles(coord, 0.1, limit=900)
-    assert len(cut) >= 4
-    assert np.array_equal(np.sort(np.concatenate([core for core, _ in cut])), np.arange(len(coord)))
+    assert len(cut) >= 4 and np.array_equal(np.sort(np.concatenate([core for core, _ in cut])), np.arange(len(coord)))
     for core, rows in cut:
-        assert len(data.voxelise(coord[core], 0.1)[0]) <= 900 and np.isin(core, rows).all()
-        low, high = coord[core, :2].min(0), coord[core, :2].max(0)
-        around = ((coord[:, :2] >= low - predict.MARGIN) & (coord[:, :2] <= high + predict.MARGIN)).all(1)
-        assert np.array_equal(rows, np.flatnonzero(around))
+        assert len(voxelise(coord[core], 0.1)[0]) <= 900 and np.isin(core, rows).all()
+        off = np.maximum(coord[core].min(0) - coord, coord - coord[core].max(0))[:, :2].max(1)  # metres to the tile
+        assert np.array_equal(rows, np.flatnonzero(off <= predict.MARGIN))
+    with pytest.raises(ValueError, match="6000 points lie above one another, too many for a tile"):
+        predict.tiles(coord * [0, 0, 1], 1e-4, limit=900)
 
 
 def test_a_scan_in_tiles_gets_the_labels_of_the_whole(checkpoints, room, monkeypatch):
     model, config = predict.open_checkpoint(checkpoints["bifusion"])
-    _, whole = predict.predict_scene(model, config, room)
-    assert not any("tiles" in note for note in whole["notes"])
 
     def by_place(batch):  # a network whose labels depend on the place in the world alone
-        out = forward(batch)
-        band = (batch["world_coord"][:, 0] / 2).floor().long() % 20
-        return out | {"logits": torch.nn.functional.one_hot(band, 20).float()}
+        return forward(batch) | {"logits": torch.eye(20)[(batch["world_coord"][:, 0] / 2).floor().long() % 20]}
+
+    def all_of_it(layer, batch, i):  # a decoder that finds one instance, the whole tile
+        n = len(batch["point_to_voxel"])
+        return torch.zeros(n), torch.ones(1, n, dtype=torch.bool), torch.tensor([n % 20]), torch.rand(1)
 
     forward, model.forward = model.forward, by_place
+    monkeypatch.setattr(predict, "instances_of_scene", all_of_it)
     _, whole = predict.predict_scene(model, config, room)
     monkeypatch.setattr(predict, "TILE_VOXELS", whole["voxels"] // 3)
     _, parts = predict.predict_scene(model, config, room)
-    assert any("tiles" in note for note in parts["notes"])
+    assert whole["notes"] == [] and parts["notes"] == [f"cut into {len(parts['members'])} tiles"]
     assert (parts["labels"] == whole["labels"]).mean() > 0.85  # voxels on a border between bands differ with the grid
-    assert np.array_equal(parts["true_instance"], whole["true_instance"])
-    assert all(len(np.unique(m)) == len(m) for m in parts["members"])
-    assert (np.diff(parts["scores"]) <= 0).all()
+    assert np.array_equal(np.sort(np.concatenate(parts["members"])), *whole["members"])
+    assert (np.diff(parts["scores"]) < 0).all() and parts["classes"].shape == parts["scores"].shape
 
 
-def test_frames_whose_pose_is_lost_are_counted_on_the_screen_and_without_any_the_scan_is_3d_only(
-        checkpoints, room, tmp_path, capsys):
-    scene = shutil.copytree(room, tmp_path / "scene")
+def test_frames_whose_pose_is_lost_are_counted_and_without_any_the_scan_is_3d_only(checkpoints, room, tmp_path):
+    scene, model = shutil.copytree(room, tmp_path / "scene"), predict.open_checkpoint(checkpoints["bifusion"])
     poses = sorted(scene.glob("pose/*.txt"))
-    for lost in (poses[:2], poses):
+    for lost, seen in ((poses[:2], True), (poses, False)):
         for path in lost:
             np.savetxt(path, np.full((4, 4), -np.inf))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run(checkpoints["bifusion"], scene, out=tmp_path / "out")
-        assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in capsys.readouterr().out
-        assert [str(w.message) for w in caught if "used 3D-only" in str(w.message)] == (
-            [] if len(lost) == 2 else [str(caught[-1].message)])
+            _, prediction = predict.predict_scene(*model, scene)
+        assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in prediction["notes"]
+        assert (prediction["seen"] > 0) == seen
+        assert sum("used 3D-only" in str(warning.message) for warning in caught) == (not seen)
 
 
-def test_frames_encoded_once_for_all_tiles_give_the_logits_of_their_images(make_model, make_batch, train_steps):
+def test_frames_encoded_once_for_all_tiles_give_the_logits_of_their_images(make_model, make_batch, row, train_steps):
     model, batch = make_model(), make_batch(views=(3, 2))
-    train_steps(model, setting_at(70), batch)
+    train_steps(model, row(70), batch)
     model.eval()
     frames = {key: batch[key].numpy() for key in ("image", "depth", "world_to_camera", "intrinsics")}
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Tests of rooms.py: same bytes for the same seed, exact geometry, clean labels, nothing half-made."""
+"""scenes/rooms.py: same bytes for the same seed, exact geometry, clean labels, nothing half-made."""
+
 import itertools
 
 import numpy as np
@@ -8,7 +9,6 @@ from scipy.spatial import cKDTree
 
 from scenes import rooms
 from scenes.folder import CLASS_NAMES
-
 
 SIZE = (64, 48)
 
@@ -33,30 +33,18 @@ def scene(request, root):
             "intrinsics": np.loadtxt(folder / "intrinsic" / "intrinsic_depth.txt")[:3, :3]}
 
 
-@pytest.fixture(scope="module")
-def room():
-    return rooms.make_room(np.random.default_rng(5))
-
-
-def folder_bytes(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def slow_cast(room, origin, direction):
     """First hit (t, box) of one ray in float64: cuts every plane of every box and asks whether the cut lies on it."""
-    best, best_box = np.inf, 0
+    hits = [(np.inf, 0)]
     for box, (center, half, yaw) in enumerate(zip(room["box_center"], room["box_half"], room["box_yaw"])):
         turn = np.array([[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
         o, d = turn @ (origin - center), turn @ direction
-        for axis in range(3):
-            for sign in (-1, 1):
-                if box == 0 and axis == 2 and sign == 1:
-                    continue                                      # there is no ceiling
-                t = (sign * half[axis] - o[axis]) / d[axis]
-                others = np.delete(np.abs(o + t * d) - half, axis)
-                if 0 < t < best and (others <= 0).all():
-                    best, best_box = t, box
-    return best, best_box
+        for axis, sign in itertools.product(range(3), (-1, 1)):
+            t = (sign * half[axis] - o[axis]) / d[axis]
+            on_face = (np.delete(np.abs(o + t * d) - half, axis) <= 0).all()
+            if t > 0 and on_face and (box, axis, sign) != (0, 2, 1):  # there is no ceiling
+                hits.append((t, box))
+    return min(hits)
 
 
 def test_scenes_and_seeds_differ(root):
@@ -66,21 +54,6 @@ def test_scenes_and_seeds_differ(root):
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(colors, 2))
 
 
-def test_a_scene_folder_has_all_files_in_the_agreed_form(scene):
-    count = len(scene["coord"])
-    assert count > 30_000
-    expected = {"coord": ((count, 3), "f4"), "normal": ((count, 3), "f4"), "color": ((count, 3), "u1"),
-                "segment20": ((count,), "i4"), "instance": ((count,), "i4"), "superpoint": ((count,), "i4")}
-    for name, (shape, kind) in expected.items():
-        assert scene[name].shape == shape and scene[name].dtype == np.dtype(kind), name
-    np.testing.assert_allclose(np.linalg.norm(scene["normal"], axis=1), 1, atol=1e-5)
-    for image, depth, pose in scene["frames"]:
-        assert image.shape == (48, 64, 3) and depth.shape == (48, 64) and pose.shape == (4, 4)
-    intrinsic = scene["folder"] / "intrinsic"
-    assert (intrinsic / "intrinsic_color.txt").read_bytes() == (intrinsic / "intrinsic_depth.txt").read_bytes()
-    assert np.loadtxt(intrinsic / "intrinsic_color.txt").shape == (4, 4)
-
-
 def assert_consistent(segment, instance, superpoint):
     """Superpoints are numbered without gaps and lie in one class and one instance; instances have one class."""
     np.testing.assert_array_equal(instance == -1, (segment == rooms.WALL) | (segment == rooms.FLOOR))
@@ -88,16 +61,23 @@ def assert_consistent(segment, instance, superpoint):
     assert len(np.unique([superpoint, segment, instance], axis=1).T) == superpoint.max() + 1
     things = np.unique([instance, segment], axis=1)[0]
     np.testing.assert_array_equal(things[things >= 0], np.arange(instance.max() + 1))
+    assert segment.min() >= 0 and segment.max() < len(CLASS_NAMES)
 
 
-def test_labels_instances_and_superpoints_are_consistent(scene):
-    assert scene["segment20"].min() >= 0 and scene["segment20"].max() < len(CLASS_NAMES)
-    superpoint = scene["superpoint"]
-    assert_consistent(scene["segment20"], scene["instance"], superpoint)
-    low, high = np.full((superpoint.max() + 1, 3), np.inf), np.full((superpoint.max() + 1, 3), -np.inf)
-    np.minimum.at(low, superpoint, scene["coord"])
-    np.maximum.at(high, superpoint, scene["coord"])
-    assert np.linalg.norm(high - low, axis=1).max() < 1.5
+def test_a_scene_folder_has_all_files_in_the_agreed_form_and_consistent_labels(scene):
+    count = len(scene["coord"])
+    assert count > 30_000
+    expected = {"coord": ((count, 3), "f4"), "normal": ((count, 3), "f4"), "color": ((count, 3), "u1"),
+                "segment20": ((count,), "i4"), "instance": ((count,), "i4"), "superpoint": ((count,), "i4")}
+    assert {name: (scene[name].shape, scene[name].dtype) for name in expected} == expected
+    np.testing.assert_allclose(np.linalg.norm(scene["normal"], axis=1), 1, atol=1e-5)
+    for image, depth, pose in scene["frames"]:
+        assert image.shape == (48, 64, 3) and depth.shape == (48, 64) and pose.shape == (4, 4)
+    color, depth = (scene["folder"] / "intrinsic" / f"intrinsic_{name}.txt" for name in ("color", "depth"))
+    assert color.read_bytes() == depth.read_bytes() and np.loadtxt(color).shape == (4, 4)
+    assert_consistent(scene["segment20"], scene["instance"], superpoint := scene["superpoint"])
+    extents = [np.ptp(scene["coord"][superpoint == i], axis=0) for i in range(superpoint.max() + 1)]
+    assert np.linalg.norm(extents, axis=1).max() < 1.5
 
 
 def test_every_class_has_a_shape_and_the_members_of_a_group_differ_in_nothing_but_their_pattern():
@@ -105,8 +85,8 @@ def test_every_class_has_a_shape_and_the_members_of_a_group_differ_in_nothing_bu
     assert sum(len(names) for names, *_ in rooms.GROUPS) == len(CLASS_NAMES) - 2
     for names, *rest in rooms.GROUPS:
         assert {rooms.CLASSES[name][:3] for name in names} == {tuple(rest)}
-        if len(names) > 1:
-            assert len({rooms.CLASSES[name][3] for name in names}) == len(names) <= len(rooms.PATTERNS)
+        patterns = [rooms.CLASSES[name][3] for name in names]
+        assert patterns == (list(range(len(names))) if len(names) > 1 else [None]) and len(names) <= len(rooms.PATTERNS)
 
 
 def test_all_patterns_have_the_same_mean_and_variance():
@@ -114,21 +94,11 @@ def test_all_patterns_have_the_same_mean_and_variance():
     u, v = np.meshgrid(cells, cells)
     for pattern, period in enumerate((1, np.sqrt(2), 1)):
         sign = rooms.pattern_sign(pattern, u * period, v * period)
-        assert set(np.unique(sign)) == {-1, 1}
-        assert abs(sign.mean()) < 1e-3, rooms.PATTERNS[pattern]      # so the variance is 1 within 1e-6
-
-
-def correlation_upwards(coord, color, voxel_size=0.05):
-    """Correlation of the mean colours (N,) of voxels that lie above one another."""
-    key = np.floor(coord / voxel_size + 1).astype(int) @ (10**6, 10**3, 1)
-    key, row = np.unique(key, return_inverse=True)
-    mean, pairs = np.bincount(row, color) / np.bincount(row), np.diff(key) == 1
-    return np.corrcoef(mean[:-1][pairs], mean[1:][pairs])[0, 1]
+        assert set(np.unique(sign)) == {-1, 1} and abs(sign.mean()) < 1e-3  # so the variance is 1 within 1e-6
 
 
 def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
-    rng = np.random.default_rng(0)
-    figures = {pattern: [] for pattern in range(len(rooms.PATTERNS))}
+    rng, figures = np.random.default_rng(0), [[] for _ in rooms.PATTERNS]
     for number in range(25):
         room = rooms.make_room(rng)
         points = rooms.sample_points(room, rng)
@@ -137,33 +107,31 @@ def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
         for thing in range(2, len(room["thing_label"])):
             mine = points["instance"] == thing - 2
             color = (points["color"][mine] / 255 - room["thing_color"][thing]).mean(axis=1)
-            # stripes run upwards: voxels above one another would agree if the points still showed them
-            up = correlation_upwards(points["coord"][mine], color)
-            figures[int(room["thing_pattern"][thing])].append((color.mean(), color.std(), up))
-    means = np.array([np.mean(rows, axis=0) for rows in figures.values()])        # (patterns, 3)
-    np.testing.assert_allclose(means[:, 0], 0, atol=0.005)
-    np.testing.assert_allclose(means[:, 1], rooms.CONTRAST, atol=0.005)
-    np.testing.assert_allclose(means[:, 2], means[:, 2].mean(), atol=0.02)
+            # stripes run upwards: voxels of 5 cm above one another would agree if the points still showed them
+            key = np.floor(points["coord"][mine] / 0.05 + 1).astype(int) @ (10**6, 10**3, 1)
+            key, row = np.unique(key, return_inverse=True)
+            mean, pairs = np.bincount(row, color) / np.bincount(row), np.diff(key) == 1
+            up = np.corrcoef(mean[:-1][pairs], mean[1:][pairs])[0, 1]
+            figures[room["thing_pattern"][thing]].append((color.mean(), color.std(), up))
+    mean, deviation, up = np.array([np.mean(rows, axis=0) for rows in figures]).T        # (patterns,)
+    np.testing.assert_allclose(mean, 0, atol=0.005)
+    np.testing.assert_allclose(deviation, rooms.CONTRAST, atol=0.005)
+    np.testing.assert_allclose(up, up.mean(), atol=0.02)
 
 
-def test_ray_casting_agrees_with_a_slow_independent_one(room):
-    rng = np.random.default_rng(1)
-    origin = np.array([room["size"][0] / 2, room["size"][1] / 2, 2.1])
+def test_rays_and_noise_free_depth_agree_with_slow_independent_rays():
+    rng, room = np.random.default_rng(1), rooms.make_room(np.random.default_rng(5))
+    origin = np.array([*room["size"][:2] / 2, 2.1])
     directions = rng.normal(size=(300, 3)) - (0, 0, 0.7)
     t, box = rooms.cast_rays(room, origin, directions)
     slow = [slow_cast(room, origin, direction) for direction in directions]
     np.testing.assert_allclose(t, [hit for hit, _ in slow], atol=1e-4)
     np.testing.assert_array_equal(box, [which for _, which in slow])
     assert (box > 0).any() and np.isinf(t).any()
-
-
-def test_noise_free_depth_is_the_distance_along_the_axis_through_the_pixel_centre(room):
-    intrinsics = rooms.intrinsics_for((40, 30), 1.2)
-    pose = rooms.look(np.array([room["size"][0] / 2, room["size"][1] / 2, 2.1]), 0.7, 0.6)
+    intrinsics, pose = rooms.intrinsics_for((40, 30), 1.2), rooms.look(origin, 0.7, 0.6)
     _, depth = rooms.render(room, pose, intrinsics, (40, 30))
-    for u, v in ((0, 0), (39, 29), (20, 15), (7, 22), (33, 4)):
-        ray = pose[:3, :3] @ np.linalg.inv(intrinsics) @ (u, v, 1)
-        hit, _ = slow_cast(room, pose[:3, 3], ray)
+    for u, v in ((0, 0), (39, 29), (20, 15), (7, 22), (33, 4)):  # depth is along the axis, through the pixel's centre
+        hit, _ = slow_cast(room, origin, pose[:3, :3] @ np.linalg.inv(intrinsics) @ (u, v, 1))
         assert depth[v, u] == pytest.approx(hit if np.isfinite(hit) else 0, abs=1e-3)
 
 
@@ -203,9 +171,9 @@ def test_rooms_of_many_seeds_can_be_made_and_their_furniture_does_not_overlap():
         assert len(room["thing_label"]) >= 2 + 6
         for box, thing in list(enumerate(room["box_thing"]))[1:]:
             corners = np.array(np.meshgrid(*[(-0.999, 0, 0.999)] * 3)).reshape(3, -1).T
-            local = corners * room["box_half"][box]
             c, s = np.cos(room["box_yaw"][box]), np.sin(room["box_yaw"][box])
-            world = local @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + room["box_center"][box]
+            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+            world = (corners * room["box_half"][box]) @ turn + room["box_center"][box]
             assert (world > 0).all() and (world < room["size"]).all()
             others = room["box_thing"] != thing           # the shell stays row 0
             rest = {**room, **{key: room[key][others] for key in ("box_center", "box_half", "box_yaw")}}
@@ -214,11 +182,10 @@ def test_rooms_of_many_seeds_can_be_made_and_their_furniture_does_not_overlap():
 
 def test_a_stopped_run_leaves_no_half_made_room_and_the_next_in_one_process_ends_with_the_same_bytes(
         root, tmp_path, monkeypatch):
-    save, calls, asked = np.save, [], {"train": 1, "val": 1, "seed": 3, "workers": 1, "image_size": SIZE}
+    save, calls, asked = np.save, iter(range(9)), {"train": 1, "val": 1, "seed": 3, "workers": 1, "image_size": SIZE}
 
     def fail_midway(path, array):
-        calls.append(path)
-        if len(calls) == 9:                      # in the middle of the second scene's points
+        if next(calls) == 8:                     # in the middle of the second scene's points
             raise KeyboardInterrupt
         save(path, array)
 
@@ -229,12 +196,13 @@ def test_a_stopped_run_leaves_no_half_made_room_and_the_next_in_one_process_ends
     made = tmp_path / "train" / "room_0000" / "coord.npy"
     before = made.stat().st_mtime_ns
     assert not list((tmp_path / "val").iterdir())
-    assert rooms.generate(tmp_path, **asked) == 1
-    assert made.stat().st_mtime_ns == before
-    assert folder_bytes(tmp_path) == folder_bytes(root)
+    assert rooms.generate(tmp_path, **asked) == 1 and made.stat().st_mtime_ns == before
+    first, second = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                     for folder in (root, tmp_path))
+    assert first == second and len(first) > 50
 
 
-def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_other_rooms(root, tmp_path, capsys, monkeypatch):
+def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_others(root, tmp_path, capsys, monkeypatch):
     def run(seed):
         monkeypatch.setattr("sys.argv", ["rooms", "--out", str(tmp_path), "--train", "1", "--val", "0", "--seed", seed])
         rooms.main()
@@ -249,17 +217,14 @@ def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_other_rooms(r
     assert "holds rooms made with {'generator': 1, 'seed': 3, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="choose another folder with --out or delete"):
         rooms.generate(tmp_path, train=1, val=0, seed=3, image_size=SIZE)
+    (tmp_path / "rooms.json").unlink()
+    with pytest.raises(ValueError, match="they are not generated rooms; choose another folder with --out"):
+        rooms.generate(tmp_path)
+    assert not (tmp_path / "rooms.json").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"workers": 0}, {"image_size": (0, 120)}])
 def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, wrong):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more"):
         rooms.generate(tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_of_other_scenes_is_left_alone(tmp_path):
-    (tmp_path / "train" / "scene0000_00").mkdir(parents=True)
-    with pytest.raises(ValueError, match="not generated rooms; choose another folder with --out"):
-        rooms.generate(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]

@@ -3,6 +3,7 @@
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,16 +19,17 @@ from scenes import rooms, scannet
 from scenes.folder import load_frames, load_scene
 from scenes.points import complete
 
+ENDINGS = ("_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt",
+           ".sens")
+
 
 @pytest.fixture
 def download(tmp_path):
     """A download: three labelled scans, one of them in no list, a test scan, split lists, label table."""
     root = tmp_path / "download"
-    for name in ("scene0000_00", "scene0011_00", "scene0500_00"):
-        write_sheet(root / "scans" / name)
-        (root / "scans" / name / f"{name}.sens").write_bytes(sens_bytes(sheet_frames()))
-    write_scan(root / "scans_test" / "scene0707_00", axis=None)
-    (root / "scans_test" / "scene0707_00" / "scene0707_00.sens").write_bytes(sens_bytes(sheet_frames()))
+    scans = [write_sheet(root / "scans" / name) for name in ("scene0000_00", "scene0011_00", "scene0500_00")]
+    for scan in (*scans, write_scan(root / "scans_test" / "scene0707_00", axis=None)):
+        (scan / f"{scan.name}.sens").write_bytes(sens_bytes(sheet_frames()))
     (root / "Tasks" / "Benchmark").mkdir(parents=True)
     for split, name in (("train", "scene0000_00"), ("val", "scene0011_00"), ("test", "scene0707_00")):
         (root / "Tasks" / "Benchmark" / f"scannetv2_{split}.txt").write_text(name + "\n")
@@ -58,9 +60,6 @@ def prepared(tmp_path):
         return scene
 
     return make
-
-
-# ------------------------------------------------------------------------------------------------- scans to scenes
 
 
 def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path, run):
@@ -98,12 +97,11 @@ def test_poses_follow_the_points_and_images_stay_byte_for_byte(tmp_path, run):
 
 
 def test_parallel_runs_write_the_same_files_as_one_process(download, tmp_path):
-    written = []
     for workers in (1, 2):
-        out = tmp_path / str(workers)
-        scannet.prepare(download, out, every=2, workers=workers)
-        written.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
-    assert len(written[0]) > 30 and written[0] == written[1]
+        scannet.prepare(download, tmp_path / str(workers), every=2, workers=workers)
+    one, two = ({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+                for out in (tmp_path / "1", tmp_path / "2"))
+    assert len(one) > 30 and one == two
 
 
 def test_finished_scenes_are_skipped_and_half_written_ones_redone(download, tmp_path, monkeypatch):
@@ -139,22 +137,19 @@ def test_the_folder_of_the_scans_may_be_given_and_the_split_lists_apart(download
     ("nowhere", (), r"nowhere is no folder; give the folder of the ScanNet download"),
     ("empty", (), r"no scan in .*empty: expected folders like scene0000_00 with scene0000_00_vh_clean_2\.ply"),
     ("download", ("--frames", "0"), r"expected --frames and --workers of 1 or more, got 0 and 1"),
-    ("download", ("--frames-only",), r"no scene in .*out/train, val or test to add frames to")])
-def test_what_cannot_be_prepared_ends_with_the_reason(download, tmp_path, run, folder, flags, reason):
-    (tmp_path / "empty").mkdir()
+    ("download", ("--frames-only",), r"no scene in .*out/train, val or test to add frames to"),
+    ("download", ("--splits", "LISTS"), r"train.txt: expected names like scene0000_00, found '\.\./elsewhere'")])
+def test_what_cannot_be_prepared_ends_with_the_reason(download, tmp_path, run, monkeypatch, folder, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("LISTS").mkdir()
+    Path("LISTS/scannetv2_train.txt").write_text("scene0000_00\n../elsewhere\n")
     with pytest.raises(SystemExit, match=reason):
         run(*flags, scans=tmp_path / folder)
 
 
-def test_a_split_list_of_other_names_is_refused(tmp_path):
-    (tmp_path / "list").write_text("scene0000_00\n../elsewhere\n")
-    with pytest.raises(ValueError, match=r"list: expected names like scene0000_00, found '\.\./elsewhere'"):
-        scannet.read_split(tmp_path / "list")
-
-
 @pytest.mark.parametrize("how", ["missing", "truncated"])
-@pytest.mark.parametrize("name", ["_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json",
-                                  ".aggregation.json", ".txt", ".sens"])
+@pytest.mark.parametrize("name", ENDINGS)
 def test_a_scan_without_a_whole_file_is_listed_with_the_reason_and_the_others_go_on(
         download, tmp_path, run, name, how):
     path = download / "scans" / "scene0000_00" / f"scene0000_00{name}"
@@ -174,14 +169,12 @@ def test_a_scan_without_a_whole_file_is_listed_with_the_reason_and_the_others_go
 
 def test_files_of_another_scan_are_refused(tmp_path):
     scan = write_sheet(tmp_path / "scene0000_00")
-    labels = scan / "scene0000_00_vh_clean_2.labels.ply"
-    whole = labels.read_bytes()
-    labels.write_bytes(ply_bytes(SHEET[0][:2], GREY[:2], label=np.array([1, 2])))
-    with pytest.raises(ValueError, match=r"labels\.ply: expected labels of 30 vertices, found 2"):
-        scannet.read_scan(scan, labelled=True)
-    labels.write_bytes(whole)
     write_groups(scan, [("wall", [123456])])
     with pytest.raises(ValueError, match=r"aggregation\.json: expected segments of the scan's segs\.json"):
+        scannet.read_scan(scan, labelled=True)
+    few = ply_bytes(SHEET[0][:2], GREY[:2], label=np.array([1, 2]))
+    (scan / "scene0000_00_vh_clean_2.labels.ply").write_bytes(few)
+    with pytest.raises(ValueError, match=r"labels\.ply: expected labels of 30 vertices, found 2"):
         scannet.read_scan(scan, labelled=True)
 
 
@@ -200,33 +193,25 @@ def test_instances_follow_the_groups(tmp_path, groups, instance):
 
 def test_the_200_classes_are_200():
     ids = list(map(int, scannet.IDS_200))
-    assert len(ids) == len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    """A generated room as a scene folder."""
-    folder = tmp_path_factory.mktemp("rooms") / "room"
-    rooms.write_scene(folder, (3, 0, 0), COLOR_SIZE)
-    return folder
+    assert len(set(ids)) == 200 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 1191)
 
 
 def visible_voxels(folder, scene):
     """The frames of a scene folder and the set of its 5 cm voxels that any of them sees."""
     frames = load_frames(folder, scene["frame_ids"], COLOR_SIZE)
     item = scene_item(complete(scene)[0], frames, 0.05)
-    world, *views = (torch.from_numpy(item[key]) for key in (
-        "world_coord", "world_to_camera", "intrinsics", "depth"))
+    world, *views = (torch.from_numpy(item[key]) for key in ("world_coord", "world_to_camera", "intrinsics", "depth"))
     rows = np.unique(link_views(world, *views).point)
     return frames, {tuple(cell) for cell in item["grid_coord"][rows].tolist()}
 
 
 @pytest.mark.parametrize("sens", [True, False], ids=["sens", "exported"])
-def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(generated, tmp_path, sens):
-    write_room(tmp_path / "raw" / "scans" / "scene0001_00", generated, sens)
+def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(tmp_path, sens):
+    folders = tmp_path / "room", tmp_path / "out" / "train" / "scene0001_00"
+    rooms.write_scene(folders[0], (3, 0, 0), COLOR_SIZE)
+    write_room(tmp_path / "raw" / "scans" / "scene0001_00", folders[0], sens)
     (tmp_path / "raw" / "scannetv2_train.txt").write_text("scene0001_00\n")
     scannet.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--frames", "1", "--workers", "1"])
-    folders = generated, tmp_path / "out" / "train" / "scene0001_00"
     direct, back = (load_scene(folder) for folder in folders)
     for key in ("color", "segment", "instance", "superpoint"):
         np.testing.assert_array_equal(back[key], direct[key], err_msg=key)
@@ -238,17 +223,12 @@ def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(genera
         np.testing.assert_array_equal(new[key], old[key])
     for key in ("world_to_camera", "intrinsics"):
         np.testing.assert_allclose(new[key], old[key], atol=1e-5, rtol=1e-6)
-    assert len(expected) > 5000
-    assert len(found ^ expected) <= 0.005 * len(expected)
-
-
-# ----------------------------------------------------------------------------------------------------------- frames
+    assert len(expected) > 5000 and len(found ^ expected) <= 0.005 * len(expected)
 
 
 def test_every_kth_frame_with_a_finite_pose_comes_out_of_a_sens(tmp_path):
-    path = tmp_path / "a.sens"
-    path.write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,))))
-    intrinsics, frames = scannet.read_sens(path, every=2)
+    (tmp_path / "a.sens").write_bytes(sens_bytes(sheet_frames(range(9), lost=(4,))))
+    intrinsics, frames = scannet.read_sens(tmp_path / "a.sens", every=2)
     frames = list(frames)
     np.testing.assert_array_equal(intrinsics, CAMERA)
     assert [index for index, *_ in frames] == [0, 2, 6, 8]
@@ -326,47 +306,31 @@ def test_frames_only_says_when_there_is_no_mesh_to_compare_with(download, prepar
     assert "1 scenes made, 0 were there, 0 skipped, 1 scans not found" in said
 
 
-# --------------------------------------------------------------------------------------------------- damaged files
-
-
-@DAMAGE
-@QUICK
-def test_a_damaged_sens_is_read_or_a_clear_error(tmp_path, how, place, value):
-    path = tmp_path / "scene0000_00.sens"
-    path.write_bytes(damage(sens_bytes(sheet_frames(range(3), lost=(1,))), how, place, value))
-    scene_or_clear_error(path, lambda: list(scannet.read_sens(path)[1]))
-
-
-@pytest.mark.parametrize("name", ["_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json",
-                                  ".aggregation.json", ".txt"])
+@pytest.mark.parametrize("name", [
+    *(f"scene0000_00{ending}" for ending in ENDINGS), "color/20.jpg", "depth/20.png", "pose/20.txt",
+    "intrinsic/intrinsic_color.txt"])
 @DAMAGE
 @QUICK
 def test_a_scan_with_a_damaged_file_is_a_scene_or_a_clear_error(tmp_path, name, how, place, value):
-    scan = tmp_path / "scene0000_00"
+    scan, of_frames = tmp_path / "scene0000_00", "/" in name or name.endswith(".sens")
     if not scan.is_dir():
         write_sheet(scan)
-        (tmp_path / "whole").write_bytes((scan / f"scene0000_00{name}").read_bytes())
-    (scan / f"scene0000_00{name}").write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
+        write_exported(scan, sheet_frames((0, 20)))
+        if name.endswith(".sens"):
+            (scan / name).write_bytes(sens_bytes(sheet_frames(range(3), lost=(1,))))
+        (tmp_path / "whole").write_bytes((scan / name).read_bytes())
+    (scan / name).write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
 
     def read():
+        if of_frames:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4))
+            return
         scene, axis = scannet.read_scan(scan, labelled=True)
         assert all(len(array) == len(scene["coord"]) for array in scene.values()) and np.isfinite(axis).all()
         assert np.isfinite(scene["coord"]).all() and scene["segment20"].max() < 20 and scene["segment20"].min() >= -1
 
-    scene_or_clear_error(scan, read)
-
-
-@pytest.mark.parametrize("name", ["color/20.jpg", "depth/20.png", "pose/20.txt", "intrinsic/intrinsic_color.txt"])
-@DAMAGE
-@QUICK
-def test_a_damaged_exported_frame_is_taken_or_a_clear_error(tmp_path, name, how, place, value):
-    scan = tmp_path / "scene0000_00"
-    if not scan.is_dir():
-        write_exported(scan, sheet_frames((0, 20)))
-        (tmp_path / "whole").write_bytes((scan / name).read_bytes())
-    (scan / name).write_bytes(damage((tmp_path / "whole").read_bytes(), how, place, value))
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    scene_or_clear_error(scan / name, lambda: scannet.write_frames(tmp_path / "out", [scan], 1, np.eye(4)))
+    scene_or_clear_error(scan / name if of_frames else scan, read)
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
@@ -425,21 +389,11 @@ def test_a_sens_whose_header_promises_too_much_is_refused(tmp_path, offset, kind
     assert str(path) in str(error.value) and reason in str(error.value)
 
 
-def test_a_depth_image_that_unpacks_to_far_more_than_it_should_is_refused_in_little_memory(tmp_path):
-    bomb = zlib.compress(bytes(200 * 2**20))
-    data = sens_bytes(sheet_frames(range(1)))
+def test_images_that_are_far_larger_than_they_should_be_are_refused_in_little_memory(tmp_path):
+    bomb, data = zlib.compress(bytes(200 * 2**20)), sens_bytes(sheet_frames(range(1)))
     start = data.index(jpeg_bytes(0))
     whole = data[: start - 8] + struct.pack("<Q", len(bomb)) + jpeg_bytes(0) + bomb
     (tmp_path / "a.sens").write_bytes(whole)
-
-    def read():
-        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found 1537 or more"):
-            list(scannet.read_sens(tmp_path / "a.sens")[1])
-
-    assert peak_memory(read) < 2 * len(whole) + 2**20
-
-
-def test_an_image_that_says_it_is_huge_is_refused_in_little_memory():
     jpeg, png = bytearray(jpeg_bytes(0)), bytearray(image_bytes(sheet_frames()[0][3]))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = struct.pack(">HH", 9000, 9000)  # Pillow itself allows that
@@ -447,8 +401,10 @@ def test_an_image_that_says_it_is_huge_is_refused_in_little_memory():
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
 
     def read():
-        for data, kind in ((jpeg, "JPEG"), (png, "PNG")):
+        with pytest.raises(ValueError, match=r"expected 1536 bytes of depth, found 1537 or more"):
+            list(scannet.read_sens(tmp_path / "a.sens")[1])
+        for image, kind in ((jpeg, "JPEG"), (png, "PNG")):
             with pytest.raises(ValueError, match=rf"a: expected a whole {kind}, found .*pixels"):
-                scannet._check_image("a", bytes(data), kind)
+                scannet._check_image("a", bytes(image), kind)
 
-    assert peak_memory(read) < 2**20
+    assert peak_memory(read) < 2 * len(whole) + 2**20

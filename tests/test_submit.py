@@ -48,26 +48,17 @@ def test_labels_and_instances_of_each_scene_of_the_list_are_packed(tmp_path, run
     assert len(instance.namelist()) == 6
 
 
-def test_without_a_list_the_scenes_of_the_split_are_taken(tmp_path, run):
-    (tmp_path / "data" / "scannetv2_test.txt").unlink()
-    run()
-    assert ZipFile(tmp_path / "sub" / "semantic.zip").namelist() == ["scene0707_00.txt", "scene0708_00.txt"]
-
-
-def test_a_prediction_without_a_label_a_vertex_is_refused_and_the_files_that_were_there_stay(tmp_path, run, found):
+def test_what_cannot_be_packed_is_named_and_the_files_that_were_there_stay(tmp_path, run, found):
     run()
     before = {path: path.read_bytes() for path in (tmp_path / "sub").glob("*.zip")}
     found["labels"] = found["labels"][:29]
     with pytest.raises(SystemExit, match="scene0708_00: expected 30 labels, one a vertex, found 29"):
         run()
-    assert {path: path.read_bytes() for path in (tmp_path / "sub").glob("*.zip")} == before and len(before) == 2
-
-
-def test_a_scene_of_the_list_that_is_not_there_is_named(tmp_path, run):
     shutil.rmtree(tmp_path / "data" / "test" / "scene0707_00")
     with pytest.raises(SystemExit, match=r"1 of 2 scenes of the split are not in .* first scene0707_00; "
                                          r"python -m scenes\.scannet SCANS --out"):
         run()
+    assert {path: path.read_bytes() for path in (tmp_path / "sub").glob("*.zip")} == before and len(before) == 2
 
 
 def test_a_model_without_instances_gives_semantic_files_alone_and_says_so(tmp_path, run, found, capsys):
@@ -77,7 +68,7 @@ def test_a_model_without_instances_gives_semantic_files_alone_and_says_so(tmp_pa
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["semantic.zip"]
 
 
-def test_what_predict_finds_in_a_scene_is_packed(tiny_rooms, make_model, tmp_path, monkeypatch):
+def test_what_predict_finds_in_the_scenes_of_a_folder_is_packed(tiny_rooms, make_model, tmp_path, monkeypatch):
     config = Config(model="baseline", device="cpu", voxel_size=0.5)
     monkeypatch.setattr(submit, "open_checkpoint", lambda path, device: (make_model("baseline").eval(), config))
     room = next((tiny_rooms / "val").iterdir())
