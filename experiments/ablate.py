@@ -29,18 +29,17 @@ from stages import INSTANCE, PARTS, curriculum
 from tower import SCRATCH
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
-HUGE = 3e38  # as a logit it is finite; the difference of two is not
 
 
-def fused(trains=(), losses=(), **columns):
-    """Function rows -> rows that changes every row with 2D on: columns as they shall be; trains, losses: {name: whether
-    the row has it}."""
-    def edit(names, wanted):
-        wanted = dict(wanted)
-        return (*(name for name in names if name not in wanted), *(name for name in wanted if wanted[name]))
-
-    return lambda rows: tuple(row if row.fusion == "identity" else replace(
-        row, trains=edit(row.trains, trains), losses=edit(row.losses, losses), **columns) for row in rows)
+def fused(prior=True, **columns):
+    """Function rows -> rows with other columns where 2D is on; there FiLM and gate train where they are in use, and a
+    gate that is learned has its prior among the losses where prior says so."""
+    def change(row):
+        row = replace(row, **columns)
+        gate = ("gate",) * (row.fusion == "learned")
+        trains = (*(part for part in row.trains if part not in ("film", "gate")), *("film",) * row.film, *gate)
+        return replace(row, trains=trains, losses=(*(loss for loss in row.losses if loss != "gate"), *gate * prior))
+    return lambda rows: tuple(row if row.fusion == "identity" else change(row) for row in rows)
 
 
 def all_at_once(rows):
@@ -63,30 +62,31 @@ def no_standardisation(config, load=True):
 
 def with_faults(config, load=True):
     """Each of FAULTS in FAULT_RATE of the training steps, drawn from the seed; faults.jsonl has a line for each."""
-    model, rng, now = train.new_model(config, load), np.random.default_rng((config.seed, 4)), {}
+    model, rng = train.new_model(config, load), np.random.default_rng((config.seed, 4))
 
     def draw(module, args):
-        batch, row = args[0], model.row
+        batch = args[0]
         if model.training and "faults" not in batch:  # a batch that is looked at again keeps its own
             batch["faults"] = [fault for fault, number in zip(FAULTS, rng.random(len(FAULTS))) if number < FAULT_RATE]
             with open(Path(config.out, "faults.jsonl"), "a") as file:
-                file.writelines(json.dumps({"fault": fault, "stage": row.stage}) + "\n" for fault in batch["faults"])
+                file.writelines(json.dumps({"fault": fault, "stage": model.row.stage}) + "\n"
+                                for fault in batch["faults"])
             if "ignored" in batch["faults"]:
                 batch |= {key: torch.full_like(batch[key], IGNORE) for key in ("segment", "superpoint_instance")} \
                     | {key: batch[key][:0] for key in ("instance_label", "instance_batch")}
-        now.update(faults=batch.get("faults", ()), burst_in="3d" if row.fusion == "identity" else "2d")
+        model.faults = batch.get("faults", ())
 
     def spoil_features(module, args, out):
-        row = torch.tensor([0], device=out.device)
-        return out.index_fill(0, row, math.nan) if "nan" in now["faults"] else out
+        return out.index_fill(0, torch.tensor([0], device=out.device), math.nan) if "nan" in model.faults else out
 
     def spoil_logits(module, args, out):
-        offset = torch.full(out.shape[1:], -HUGE, device=out.device)
-        offset[0] = HUGE  # the loss of a voxel of any other class is infinite
-        return out + offset if "inf" in now["faults"] else out
+        # each is finite, the difference of two is not: the loss of a voxel of any class but 0 is infinite
+        offset = 3e38 * torch.tensor([1] + [-1] * (out.shape[1] - 1), device=out.device)
+        return out + offset if "inf" in model.faults else out
 
     def burst(grad, branch):
-        return 1e6 * grad if "burst" in now["faults"] and branch == now["burst_in"] else grad
+        struck = "3d" if model.row.fusion == "identity" else "2d"
+        return 1e6 * grad if "burst" in model.faults and branch == struck else grad
 
     model.register_forward_pre_hook(draw)
     model.standardise_3d.register_forward_hook(spoil_features)
@@ -97,22 +97,17 @@ def with_faults(config, load=True):
     return model
 
 
-VARIANTS = {  # name: what it is; function rows -> rows; function (config, load) -> model
-    "baseline": ("3D baseline", fused(), train.new_model),
-    "naive": ("naive: all parts from epoch 0, tower at the base rate, no clip, no standardisation, plain gate; FiLM "
-              "from geometry; bad steps still skipped", all_at_once, no_standardisation),
-    "plain": ("plain learned gate, no FiLM", fused(
-        {"gate": True, "film": False}, {"gate": False}, fusion="learned", film=False, blank=0.0), train.new_model),
-    "fixed": ("alpha fixed at 0.5", fused(
-        {"gate": False, "film": False}, {"gate": False}, fusion="simple", film=False, blank=0.0), train.new_model),
-    "film_2d": ("plain + FiLM from 2D onto 3D", fused(
-        {"gate": True}, {"gate": False}, fusion="learned", blank=0.0), film_of_2d),
-    "kept": ("the curriculum: after fixed, prior, FiLM from geometry, inputs blanked", fused(), train.new_model),
-    "kept_whole": ("the curriculum without blanked inputs", fused(blank=0.0), train.new_model),
-    "kept_no_prior": ("the curriculum without prior", fused(losses={"gate": False}), train.new_model),
-    "kept_no_fixed": ("the curriculum, gate learned under its prior from stage 2 on", fused(
-        {"gate": True}, {"gate": True}, fusion="learned"), train.new_model),
-    "faults": ("the curriculum with faults injected", fused(), with_faults),
+VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
+    "baseline": (fused(), train.new_model),
+    "naive": (all_at_once, no_standardisation),  # plain gate, FiLM from geometry; bad steps are still skipped
+    "plain": (fused(prior=False, fusion="learned", film=False, blank=0.0), train.new_model),
+    "fixed": (fused(prior=False, fusion="simple", film=False, blank=0.0), train.new_model),
+    "film_2d": (fused(prior=False, fusion="learned", blank=0.0), film_of_2d),  # plain + FiLM from 2D onto 3D
+    "kept": (fused(), train.new_model),  # the curriculum
+    "kept_whole": (fused(blank=0.0), train.new_model),
+    "kept_no_prior": (fused(prior=False), train.new_model),
+    "kept_no_fixed": (fused(fusion="learned"), train.new_model),  # learned under its prior from stage 2 on
+    "faults": (fused(), with_faults),
 }
 BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
@@ -127,7 +122,7 @@ def blanked(path, names=tuple(BLANKED), device=train.Config.device):
     """Val mIoU of a checkpoint, of train.py or of a variant, with its inputs blanked in these ways: dict."""
     of_variant = Path(path).parent / "blanked.json"
     variant = json.loads(of_variant.read_text())["variant"] if of_variant.exists() else "kept"
-    model, config, _ = train.load_model(path, device, VARIANTS[variant][2])
+    model, config, _ = train.load_model(path, device, VARIANTS[variant][1])
     result = {}
     for name in names:
         views = 2 * config.views if config.model == "bifusion" and name != "no images" else 0
@@ -140,10 +135,10 @@ def blanked(path, names=tuple(BLANKED), device=train.Config.device):
 
 def run(name, argv):
     """Train a variant as train.py would, judge it with its inputs blanked too, and write blanked.json."""
-    what, change, build = VARIANTS[name]
+    change, build = VARIANTS[name]
     config, stop = train.parse_config(argv), runs.Stop()
     rows = change(curriculum(config.compress, config.plan, config.tower_weights != SCRATCH, config.tower_rate))
-    path, result = Path(config.out, "blanked.json"), {"variant": name, "what": what, "seed": config.seed}
+    path, result = Path(config.out, "blanked.json"), {"variant": name, "seed": config.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))  # tells `blanked` how the model is built
     try:
@@ -164,39 +159,38 @@ def table(folder):
     """Markdown rows of all finished runs below a folder: mean and standard deviation over the seeds."""
     found = {name: [] for name in VARIANTS}  # in their order; a variant of an earlier commit comes last
     for path in sorted(Path(folder).glob("*/blanked.json")):
-        result, log = json.loads(path.read_text()), runs.read_log(path.parent / "log.jsonl")
+        result = json.loads(path.read_text()) | {"log": runs.read_log(path.parent / "log.jsonl")}
         if "as they are" in result or "diverged" in result:
-            found.setdefault(result["variant"], []).append((result, log))
-    lines = ["| | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
+            found.setdefault(result["variant"], []).append(result)
+    lines = ["| variant | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
              "|---" * 7 + "|"]
-    for name, finished in found.items():
-        results, epochs = [result for result, _ in finished], [line for _, log in finished for line in log]
+    for name, results in found.items():
+        epochs = [line for result in results for line in result["log"]]
         ratios = [line["fusion_2d_ratio"] for line in epochs
                   if line["fusion_ramp"] == 1 and line["fusion_2d_ratio"] is not None]
-        cells = [", ".join(f"{result['seed']}{' (diverged)' * ('diverged' in result)}" for result in results)]
+        cells = [name, ", ".join(f"{result['seed']}{' (diverged)' * ('diverged' in result)}" for result in results)]
         for key in ("as they are", "images black", "points black"):
             values = [result[key] for result in results if key in result]
             deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{deviation}" if values else "-")
-        cells.insert(2, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
+        cells.insert(3, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
         if results:
-            cells = [results[0].get("what", name), *cells, str(sum(line["skipped_steps"] for line in epochs))]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(cells)} | {sum(line['skipped_steps'] for line in epochs)} |")
     return "\n".join(lines)
 
 
 def main(argv):
-    if len(argv) == 2 and argv[0] == "--table":
-        print(table(argv[1]))
-    elif len(argv) > 1 and argv[0] == "--blank":
-        for path in argv[1:]:
-            print(path, json.dumps(blanked(path)), flush=True)
-    elif len(argv) > 1 and argv[0] in VARIANTS:
-        name, seed, *flags = argv
-        run(name, ["--model", "baseline" if name == "baseline" else "bifusion", "--seed", seed,
-                   "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
-    else:
-        sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}")
+    match argv:
+        case ["--table", folder]:
+            print(table(folder))
+        case ["--blank", *paths] if paths:
+            for path in paths:
+                print(path, json.dumps(blanked(path)), flush=True)
+        case [name, seed, *flags] if name in VARIANTS:
+            run(name, ["--model", "baseline" if name == "baseline" else "bifusion", "--seed", seed,
+                       "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
+        case _:
+            sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}")
 
 
 if __name__ == "__main__":
