@@ -15,8 +15,8 @@ import torch
 
 import runs
 from scenes.augment import augment_images, augment_points, blank, recolor
-from scenes.folder import IGNORE, NUM_CLASSES, STUFF, frame_files, load_frames, load_scene, usable_frames
-from scenes.points import complete, voxel_majority, voxel_means, voxelise
+from scenes.folder import IGNORE, NUM_CLASSES, THINGS, frame_files, load_frames, load_scene, usable_frames
+from scenes.points import complete, instance_targets, voxel_majority, voxel_means, voxelise
 from tower import MapCache
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
@@ -50,7 +50,8 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     segment, superpoint = scene["segment"], scene["superpoint"]
     if segment is None:
         segment = np.full(len(coord), IGNORE, np.int64)
-    point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint)
+    point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint,
+                                                                           THINGS)
     piece, piece_points = np.unique(superpoint * m + point_to_voxel, return_counts=True)
     return {
         "name": scene["name"], "grid_coord": grid_coord.astype(np.int32), "coord": voxel_coord,
@@ -62,42 +63,6 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
         "superpoint_instance": superpoint_instance, "instance_label": instance_label,
         "has_instances": np.array([scene["instance"] is not None]), "whole": np.array([True]),
     }
-
-
-def instance_targets(segment, instance, superpoint):
-    """What the query decoder is trained and judged by.
-
-    An instance has the class of most of its labelled points; instances of STUFF and of no class are left out. A
-    superpoint belongs to the instance that holds over half of its points.
-
-    Args:
-        segment: (N,) class or IGNORE.  instance: (N,) any id, below 0 = none; or None.  superpoint: (N,) 0..S-1.
-
-    Returns:
-        point_instance:      (N,) int64, class * 1000 + number from 1 on as the benchmark has it, 0 = none.
-        superpoint_instance: (S,) int64, 0..G-1, IGNORE = none.
-        instance_label:      (G,) int64 class of each instance; those that hold no superpoint are not among them.
-    """
-    s = superpoint.max() + 1
-    nothing = np.zeros(len(segment), np.int64), np.full(s, IGNORE, np.int64), np.zeros(0, np.int64)
-    if instance is None or (instance < 0).all():
-        return nothing
-    ids, own = np.unique(instance.clip(min=IGNORE), return_inverse=True)
-    own = own.ravel() - (ids[0] == IGNORE)  # (N,) number of the instance, IGNORE = none
-    label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, NUM_CLASSES)
-    keep = ~np.isin(label, (IGNORE, *STUFF))
-    own, label = np.append(np.where(keep, keep.cumsum() - 1, IGNORE), IGNORE)[own], label[keep]
-    if not len(label):
-        return nothing
-    if len(label) > 999:
-        raise ValueError(f"a scene may hold 999 instances (the benchmark's ids have no room for more), found "
-                         f"{len(label)}; cut it into parts")
-    point_instance = np.where(own >= 0, label[own] * 1000 + own + 1, 0)
-    most = voxel_majority(own, superpoint, s, len(label))  # (S,) the instance with the most points, if any
-    share = np.bincount(superpoint[own == most[superpoint]], minlength=s) / np.bincount(superpoint, minlength=s)
-    owner = np.where(share > 0.5, most, IGNORE)
-    held, owner = np.unique(np.append(owner, IGNORE), return_inverse=True)  # the first is IGNORE
-    return point_instance, owner.ravel()[:-1] - 1, label[held[1:]]
 
 
 class SceneDataset(torch.utils.data.Dataset):

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import collate, evenly_spread, instance_targets, scene_item
+from data import collate, evenly_spread, scene_item
 from metrics import semantic_iou
-from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, SCENE, load_frames, read_scan
+from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, SCENE, THINGS, load_frames, read_scan
 from scenes.picture import class_colors, draw, instance_colors
-from scenes.points import complete, voxelise
+from scenes.points import complete, instance_targets, voxelise
 from tower import VIEW_CHUNK
 from train import RECIPES, instances_of_scene, load_model, to_device
 
@@ -151,7 +151,7 @@ def write(out, model, scene, prediction, min_score):
         print(f"{name}: {'; '.join(prediction['notes'])}")
     coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]  # f64 where it must be
     if scene["segment"] is not None:
-        true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"])[0]
+        true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"], THINGS)[0]
         miou = semantic_iou([(scene["segment"], prediction["labels"])], range(len(CLASS_NAMES)))["miou"]
         title += f", mIoU {miou:.3f}"
     table = "  #  class             score  points  x from .. to     y from .. to     z from .. to  (m)\n"

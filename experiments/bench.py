@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import importlib.metadata
 import os
-import platform
 import re
 import tempfile
 from dataclasses import replace
@@ -40,10 +39,10 @@ from scenes.rooms import write_scene
 from stages import apply_row, clip_by_branch, curriculum, parameter_groups, set_rates
 from tower import SCRATCH
 
-ROWS = [replace(row, blank=0.0) for row in curriculum(pretrained=True)]  # every step does the same
+ROWS = curriculum()
 SIZES = {  # scenes of a batch, voxels of each (about; None: the room as it is), views of each
-    ("small", "cpu"): (2, None, 5), ("small", "cuda"): (2, None, 5),
-    ("base", "cpu"): (1, 40_000, 4), ("base", "cuda"): (4, 100_000, 10)}
+    ("small", "cpu"): (2, None, 5), ("small", "cuda"): (2, None, 5), ("base", "cpu"): (1, 40_000, 4),
+    ("base", "cuda"): (4, 100_000, 10)}
 PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")
 PRODUCTS = re.compile("aten::.*(mm|conv|attention)")  # dense convolutions, matrix products, fused attention
 SPARSE = ("SubMConvFunction", "SparseConvFunction", "SparseInverseConvFunction", "SparseImplicitGemmFunction")
@@ -69,51 +68,41 @@ def extra_memory(function, device):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # or the call would find memory that earlier ones left
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-        before = status("VmRSS:")
+        before = status("VmRSS")
         function()
-        return status("VmHWM:") - before
-
-
-# ------------------------------------------------------------------------------------------------- what is timed on
+        return status("VmHWM") - before
 
 
 class Setup:
     """What the rows share. Attributes: preset, device; config, train.Config of BiFusion; folder, the scene's; batch,
-    with images, and cached, with the frozen tower's maps; size, in words."""
+    with images, and cached, with the frozen tower's maps."""
 
     def __init__(self, root, preset, device):
         self.preset, self.device, self.folder = preset, device, Path(root, "room")
-        self.config = self.parse("bifusion")
+        self.config = train.parse_config(["--preset", preset, "--tower-weights", SCRATCH, "--device", device,
+                                          "--out", f"{root}/no run"])
         scenes, voxels, views = SIZES[preset, torch.device(device).type]
         write_scene(self.folder, 0)
         if voxels:
             densify(self.folder, voxels)
-        scene = load_scene(self.folder)
-        frames = load_frames(self.folder, evenly_spread(scene["frame_ids"], views),
-                             train.RECIPES[preset]["image_size"])
+        scene, image_size = load_scene(self.folder), train.RECIPES[preset]["image_size"]
+        frames = load_frames(self.folder, evenly_spread(scene["frame_ids"], views), image_size)
         frames = {key: np.resize(value, (views, *value.shape[1:])) for key, value in frames.items()}  # some twice
-        batch = collate([scene_item(scene, frames, self.config.voxel_size, np.random.default_rng(i))
-                         for i in range(scenes)])
-        self.batch = train.to_device(batch, device)
-        self.size = f"{scenes} scene(s), {len(batch['coord']):,} voxels, {len(batch['image'])} views"
+        self.batch = train.to_device(collate([scene_item(scene, frames, self.config.voxel_size,
+                                                         np.random.default_rng(i)) for i in range(scenes)]), device)
         with torch.no_grad():
             levels = self.model("bifusion").tower.eval().encode(self.batch["image"], self.batch["depth"])
         self.cached = self.batch | {"image": self.batch["image"][..., :0, :0]} \
             | {f"level_{k}": level.half() for k, level in enumerate(levels)}
 
-    def parse(self, name):
-        return train.parse_config(["--model", name, "--preset", self.preset, "--tower-weights", SCRATCH, "--device",
-                                   self.device, "--out", str(self.folder / "no run")])
-
     def model(self, name):
         torch.manual_seed(0)
-        return train.new_model(self.parse(name)).to(self.device)
+        return train.new_model(replace(self.config, model=name)).to(self.device)
 
     def step(self, name, row):
         """A function that does one step of train.py's loop in a row, with the maps of a tower that is frozen; model."""
@@ -157,29 +146,24 @@ def densify(folder, voxels, edge=0.02):
     np.save(folder / "superpoint.npy", np.unique(patch, axis=0, return_inverse=True)[1].ravel())
 
 
-# ------------------------------------------------------------------------------------------------------ parts of a step
-
-
 def split_step(step, model, device):
     """Where the time of one step goes, by part of the network, and how much of it no implementation can save.
 
     Ranges of torch.profiler are laid round the parts of the forward pass. A node of the backward pass belongs to the
-    part whose operation made it: both have one sequence number; the sum of gradients into a weight belongs to the
-    node before it. Every operation counts for its self time: on CPU the elapsed time, so that all together are the
-    step; on CUDA the duration of its kernels, so that all together are the time the GPU was busy. "rest" is
-    standardisation, FiLM, gate, blend, heads, and Python between them.
+    part whose operation made it: both have one sequence number; the sum of gradients into a weight, to the node before
+    it. Every operation counts for its self time: on CPU the elapsed time, on CUDA the duration of its kernels. "rest"
+    is standardisation, FiLM, gate, blend, heads, and Python between them.
 
-    The floor is the self time of PRODUCTS at the step's own shapes and in its own memory. On CPU spconv calls aten::mm
-    on gathered rows: these products are in the floor, its gathers and scatters stand apart; what builds its neighbour
-    tables does neither. On CUDA its kernels gather and multiply in one and count as products.
+    The floor is the self time of PRODUCTS at the step's own shapes. On CPU spconv calls aten::mm on gathered rows: its
+    gathers and scatters stand apart, its neighbour tables are in neither. On CUDA its kernels gather and multiply in
+    one and count as products.
 
     Returns {part: {"forward", "backward": seconds, together all; "product", "gather": of them}}.
     """
-    cuda, tower = device != "cpu", getattr(model, "tower", None)
-    ranges = [(model, "forward", "rest"), (model.unet, "forward", "sparse U-Net"),
-              (model.decoder, "forward", "decoder"), (networks, "superpoint_means", "decoder"),
-              (networks, "link_views", "sampling"), (networks, "sample_views", "sampling"),
-              *[(tower, "forward", "image tower")] * (tower is not None)]
+    cuda = device != "cpu"
+    ranges = [(model, "forward", "rest"), (model.unet, "forward", "sparse U-Net"), (model.decoder, "forward", "decoder"),
+              (networks, "superpoint_means", "decoder"), (networks, "link_views", "sampling"),
+              (networks, "sample_views", "sampling"), (model.tower, "forward", "image tower")]
     with contextlib.ExitStack() as stack:
         for owner, name, part in ranges:
             stack.enter_context(mock.patch.object(owner, name, record_function(part)(getattr(owner, name))))
@@ -213,7 +197,6 @@ def split_step(step, model, device):
     return split
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
 # functions of a Setup -> rows of the table: what, its figure, what stands beside it, note
 
 
@@ -247,14 +230,11 @@ def projection(setup):
     points, views = setup.batch["batch_index"] == 0, setup.batch["view_batch"] == 0  # of one scene
     scene = [setup.batch["world_coord"][points],
              *(setup.batch[key][views] for key in ("world_to_camera", "intrinsics", "depth"))]
-    width, height = train.RECIPES[setup.preset]["image_size"]
+    width, height = size = train.RECIPES[setup.preset]["image_size"]
     maps = torch.randn(len(scene[1]), 256, height // 8, width // 8, device=setup.device, requires_grad=True)
-
-    def both():
-        sample_views(maps, link_views(*scene), (width, height), len(scene[0]))[0].sum().backward()
-
+    project, both = seconds(lambda: link_views(*scene), lambda: sample_views(
+        maps, link_views(*scene), size, len(scene[0]))[0].sum().backward())
     of = f"{len(scene[0]):,} voxels, {len(maps)} views {width}x{height}, {len(link_views(*scene).point):,} links"
-    project, both = seconds(lambda: link_views(*scene), both)
     yield "project", ms(project), "", of
     yield "project and sample, forward and backward", ms(both), "", f"maps of 256 channels {width // 8}x{height // 8}"
 
@@ -285,12 +265,13 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHES), default=tuple(BENCHES))
     args = parser.parse_args(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on the screen
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{args.preset} on {args.device} ({name}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+    name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
+    print(f"{args.preset} on {args.device}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, spconv {importlib.metadata.version('spconv-cu118')}, commit {runs.commit()}")
     with tempfile.TemporaryDirectory() as root:
         setup = Setup(root, args.preset, args.device)
-        print(f"a batch: {setup.size}", flush=True)
+        print("a batch: {} scene(s), {:,} voxels, {} views".format(
+            *(len(setup.batch[key]) for key in ("names", "coord", "image"))), flush=True)
         for bench in args.only:
             for row in BENCHES[bench](setup):
                 print("{:42} {:>18}  {:24} {}".format(*row), flush=True)

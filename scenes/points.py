@@ -1,4 +1,4 @@
-"""Points of a scan: voxels, normals, superpoints. Needs NumPy and SciPy, and no other file of this project.
+"""Points of a scan: voxels, normals, superpoints, instances. Needs NumPy and SciPy, and no other file of this project.
 
 Axes: N points, M voxels, F triangles, C channels, S superpoints.
 """
@@ -128,3 +128,40 @@ def complete(scene):
         superpoint = superpoints_from_points(cells, of_cells)[point_to_cell]
         notes.append("no superpoints: computed")
     return scene | {"normal": normal, "superpoint": superpoint}, notes
+
+
+def instance_targets(segment, instance, superpoint, things):
+    """What the query decoder is trained and judged by.
+
+    An instance has the class of most of its labelled points; those of no class and of none of things are left out. A
+    superpoint belongs to the instance that holds over half of its points.
+
+    Args:
+        segment: (N,) class or IGNORE.  instance: (N,) any id, below 0 = none; or None.  superpoint: (N,) 0..S-1.
+        things:  the classes that have instances.
+
+    Returns:
+        point_instance:      (N,) int64, class * 1000 + number from 1 on as the benchmark has it, 0 = none.
+        superpoint_instance: (S,) int64, 0..G-1, IGNORE = none.
+        instance_label:      (G,) int64 class of each instance; those that hold no superpoint are not among them.
+    """
+    s = superpoint.max() + 1
+    nothing = np.zeros(len(segment), np.int64), np.full(s, IGNORE, np.int64), np.zeros(0, np.int64)
+    if instance is None or (instance < 0).all():
+        return nothing
+    ids, own = np.unique(instance.clip(min=IGNORE), return_inverse=True)
+    own = own.ravel() - (ids[0] == IGNORE)  # (N,) number of the instance, IGNORE = none
+    label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, max(segment.max(), 0) + 1)
+    keep = np.isin(label, things)
+    own, label = np.append(np.where(keep, keep.cumsum() - 1, IGNORE), IGNORE)[own], label[keep]
+    if not len(label):
+        return nothing
+    if len(label) > 999:
+        raise ValueError(f"a scene may hold 999 instances (the benchmark's ids have no room for more), found "
+                         f"{len(label)}; cut it into parts")
+    point_instance = np.where(own >= 0, label[own] * 1000 + own + 1, 0)
+    most = voxel_majority(own, superpoint, s, len(label))  # (S,) the instance with the most points, if any
+    share = np.bincount(superpoint[own == most[superpoint]], minlength=s) / np.bincount(superpoint, minlength=s)
+    owner = np.where(share > 0.5, most, IGNORE)
+    held, owner = np.unique(np.append(owner, IGNORE), return_inverse=True)  # the first is IGNORE
+    return point_instance, owner.ravel()[:-1] - 1, label[held[1:]]
