@@ -1,8 +1,5 @@
-"""Augmentation of a scan in training: geometry, colours of the points, colours of the images. NumPy and SciPy alone.
-
-Each function takes what it changes and a numpy Generator and returns new arrays; coord is (N, 3) f32 metres. What is in
-use elsewhere for ScanNet: flips, rotations, scale, elastic distortion, jitter, colour (Mask3D, Pointcept).
-"""
+"""Augmentation of a scan in training, as Mask3D and Pointcept have it. Needs NumPy and SciPy alone. Each function takes
+what it changes and a numpy Generator and returns new arrays; coord is (N, 3) f32 metres."""
 
 import numpy as np
 from scipy.ndimage import map_coordinates, uniform_filter1d
@@ -28,6 +25,11 @@ def rotate(coord, normal, rng):
     return coord @ turn, normal @ turn
 
 
+def scale(coord, rng):
+    """Scale by 0.9 to 1.1."""
+    return coord * np.float32(rng.uniform(0.9, 1.1))
+
+
 def elastic(coord, rng, spacing, magnitude):
     """Shift points by smooth noise: Gaussian on a grid of this spacing (m), box-blurred, times magnitude (m)."""
     low = coord.min(0)
@@ -40,35 +42,36 @@ def elastic(coord, rng, spacing, magnitude):
     return coord + np.float32(magnitude) * np.stack(shift, 1)
 
 
+def jitter(coord, rng):
+    """5 mm of noise on every point."""
+    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32)
+
+
 def recolor(color, rng):
     """Colours (N, 3) f32 0..255: auto-contrast with probability 0.2, one shift of all by up to 5 %, noise of 5 %."""
     if rng.random() < 0.2:
         low, high, blend = color.min(0), color.max(0), np.float32(rng.random())
         color = (1 - blend) * color + blend * (color - low) * (255 / np.maximum(high - low, 1))
     color = color + rng.uniform(-1, 1, 3).astype(np.float32) * np.float32(0.05 * 255)
-    color = color + np.float32(0.05 * 255) * rng.standard_normal(color.shape, np.float32)
-    return color.clip(0, 255)
+    return (color + np.float32(0.05 * 255) * rng.standard_normal(color.shape, np.float32)).clip(0, 255)
 
 
 def augment_points(coord, normal, rng):
-    """All of the geometry: flipped, turned, scaled by 0.9 to 1.1, warped with probability 0.5, 5 mm of noise on each
-    point. (N, 3), (N, 3) -> the same; the caller keeps the old coord for projection."""
+    """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
     extent = np.ptp(coord, axis=0).astype(np.float64)
     if np.prod(extent / 0.2 + 3) > MAX_WARP_CELLS:
-        size = " x ".join(f"{edge:.0f}" for edge in extent)
-        raise ValueError(f"the points span {size} m, too much to warp in 0.2 m cells; check the units (metres) and "
-                         "outliers, or cut the scene into parts")
+        raise ValueError(f"the points span {' x '.join(f'{edge:.0f}' for edge in extent)} m, too much to warp in 0.2 m "
+                         "cells; check the units (metres) and outliers, or cut the scene into parts")
     coord, normal = rotate(*flip(coord, normal, rng), rng)
-    coord = coord * np.float32(rng.uniform(0.9, 1.1))
+    coord = scale(coord, rng)
     if rng.random() < 0.5:
         coord = elastic(elastic(coord, rng, 0.2, 0.4), rng, 0.8, 1.6)
-    return coord + np.float32(0.005) * rng.standard_normal(coord.shape, np.float32), normal
+    return jitter(coord, rng), normal
 
 
 def augment_images(image, rng):
     """(V, 3, H, W) u8 -> the same: brightness and contrast of each view by up to 20 %. Pixels stay where they are."""
-    gain = rng.uniform(0.8, 1.2, (len(image), 1, 1, 1)).astype(np.float32)
-    offset = rng.uniform(-25, 25, (len(image), 1, 1, 1)).astype(np.float32)
+    gain, offset = (rng.uniform(*span, (len(image), 1, 1, 1)).astype(np.float32) for span in ((0.8, 1.2), (-25, 25)))
     return ((image - np.float32(127)) * gain + (127 + offset)).clip(0, 255).astype(np.uint8)
 
 

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 import tower as tower_module
 from conftest import Payload
+from fusion import link_views
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import BiFusion
-from stages import apply_setting, parameter_groups, set_rates, setting_at
+from stages import parameter_groups, set_rates
 from tower import MAX_DEPTH, SCRATCH, ClipTower, build_visual, import_open_clip
-from train import loss_terms
+from train import forward
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073)
 TEXT = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 1, "layers": 1}
@@ -99,8 +100,6 @@ def use_depth(tower):
             torch.nn.init.normal_(module.depth.weight, std=0.05)
 
 
-# ---- what the tower computes
-
 @pytest.mark.parametrize("name", [*KINDS, *NAMED])
 def test_at_the_start_the_cut_rgbd_tower_gives_the_rgb_towers_own_levels_bit_for_bit(visuals, make_tower, name):
     rgb_tower, mean, std = visuals(name)
@@ -132,10 +131,10 @@ def test_at_the_start_the_cut_rgbd_tower_gives_the_rgb_towers_own_levels_bit_for
 
 def test_vit_b_16_is_cut_after_block_six_and_a_pyramid_after_stride_sixteen(make_tower):
     assert len(make_tower("ViT-B-16").visual.net.transformer.resblocks) == 6
-    assert not any(".layer4." in key or "attnpool" in key for key in make_tower("RN50").state_dict())
-    assert not any(".stages.3." in key for key in make_tower("tiny_convnext").state_dict())
     assert len(make_tower("tiny_timm_vit").visual.net.blocks) == 3
-    assert not any("text" in key or "head" in key for key in make_tower("ViTamin-S").state_dict())
+    for name, gone in (("RN50", (".layer4.", "attnpool")), ("tiny_convnext", (".stages.3.",)),
+                       ("ViTamin-S", ("text", "head"))):
+        assert not any(part in key for key in make_tower(name).state_dict() for part in gone)
 
 
 @pytest.mark.parametrize("size", [(50, 37), (33, 96)])
@@ -170,11 +169,10 @@ def test_other_towers_of_open_clip_cover_an_image_of_any_size_too(name, monkeypa
 
 
 def test_a_tower_that_cannot_take_any_image_size_says_so():
-    with torch.device("meta"):
-        visual, mean, std = build_visual("vit_relpos_medium_patch16_cls_224", SCRATCH)
-        with pytest.raises(ValueError, match=r"RelPos gives no maps for images of any size .* take another --clip"):
-            ClipTower(visual, 8, mean, std)
-    with pytest.raises(ValueError, match=r"type Linear; expected one of .*ModifiedResNet.*VisionTransformer"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"RelPos gives no maps for images of any size .* take "
+                                                               r"another --tower"):
+        ClipTower(build_visual("vit_relpos_medium_patch16_cls_224", SCRATCH)[0], 8, OPENAI, OPENAI)
+    with pytest.raises(ValueError, match=r"Linear gives no maps"):
         ClipTower(torch.nn.Linear(2, 2), 8, OPENAI, OPENAI)
 
 
@@ -264,8 +262,6 @@ def test_views_go_through_in_chunks_that_change_nothing(make_tower, name, monkey
         assert sizes == [2, 2, 1]  # the levels stand in for the image
 
 
-# ---- where the weights come from
-
 @pytest.fixture(scope="module")
 def small_clip():
     """State of a whole clip_small, image and text tower, of random weights."""
@@ -298,54 +294,53 @@ FORMS = {"as open_clip saves": lambda state: state,
          "image tower alone": lambda state: {k[7:]: v for k, v in state.items() if k.startswith("visual.")}}
 
 
+def save(state, path):
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+
+
 @pytest.mark.parametrize("form", [*FORMS, "safetensors"])
 def test_a_file_of_every_usual_form_gives_its_values(small_clip, tmp_path, form):
     path = tmp_path / ("clip.safetensors" if form == "safetensors" else "clip.pt")
-    if form == "safetensors":
-        save_file({key: value.contiguous() for key, value in small_clip.items()}, path)
-    else:
-        torch.save(FORMS[form](small_clip), path)
+    save(FORMS.get(form, dict)(small_clip), path)
     assert is_loaded(build_visual("clip_small", str(path))[0], small_clip)
 
 
 CONV1 = "visual.conv1.weight"
 SPOILT = {  # what becomes of a state, or of its file's bytes; what is said
-    "truncated": (lambda raw: raw[:-2000], "cannot be read"),
-    "empty": (lambda raw: b"", "cannot be read"),
-    "text": (lambda raw: b"<html>404</html>", "cannot be read"),
-    "a program": (lambda state: state | {CONV1: Payload("ran")}, "cannot be read"),
-    "another tower": (lambda state: {"visual.weight": torch.zeros(1)}, r"not those of clip_small \(.* --clip NAME"),
-    "text tower alone": (lambda state: {k: v for k, v in state.items() if "visual" not in k}, "not those of clip_sm"),
-    "one shape": (lambda state: state | {CONV1: torch.zeros(8, 3, 3, 5)}, "clip_small .*mismatch for conv1.weight"),
+    "truncated": (lambda raw: raw[:-2000], ""), "empty": (lambda raw: b"", ""),
+    "text": (lambda raw: b"<html>404</html>", ""),
+    "a program": (lambda state: state | {CONV1: Payload("ran")}, "Weights only"),
+    "another tower": (lambda state: {"visual.weight": torch.zeros(1)}, "Missing key"),
+    "text tower alone": (lambda state: {k: v for k, v in state.items() if "visual" not in k}, "Missing key"),
+    "one shape": (lambda state: state | {CONV1: torch.zeros(8, 3, 3, 5)}, "mismatch for conv1.weight"),
     "one missing": (lambda state: {k: v for k, v in state.items() if k != CONV1}, r'Missing key.* "conv1.weight"'),
-    "NaN": (lambda state: state | {CONV1: state[CONV1] * torch.nan}, r"1 tensors .* not finite \['conv1.weight'\]"),
-    "no tensors": (lambda state: {"epoch": 3}, "not those of clip_small"),
-    "a list": (lambda state: [torch.zeros(3)], "not those of clip_small"),
-    "state_dict of None": (lambda state: {"state_dict": None}, "not those of clip_small"),
-    "numbers for names": (lambda state: {1: torch.zeros(3)}, "not those of clip_small"),
+    "NaN": (lambda state: state | {CONV1: state[CONV1] * torch.nan}, r"1 tensors .* not finite, \['conv1.weight'\]"),
+    "no tensors": (lambda state: {"epoch": 3}, "Missing key"), "a list": (lambda state: [torch.zeros(3)], "'list'"),
+    "state_dict of None": (lambda state: {"state_dict": None}, "None"),
+    "numbers for names": (lambda state: {1: torch.zeros(3)}, "'int'"),
 }
 
 
 @pytest.mark.parametrize("spoil", [*SPOILT, "truncated safetensors", "TorchScript"])
-def test_a_file_that_will_not_do_is_refused_with_its_name_and_the_reason(small_clip, tmp_path, monkeypatch, spoil):
+def test_a_file_that_will_not_do_is_refused_with_its_name_the_reason_and_ways_out(
+        small_clip, tmp_path, monkeypatch, spoil):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "clip.pt"
-    change, said = SPOILT.get(spoil, (None, r"cannot be read.*torch\.jit\.load"))
-    if spoil == "truncated safetensors":
-        path = tmp_path / "clip.safetensors"
-        save_file({key: value.contiguous() for key, value in small_clip.items()}, path)
-        path.write_bytes(path.read_bytes()[:-2000])
-    elif spoil == "TorchScript":
+    path = tmp_path / ("clip.safetensors" if "safetensors" in spoil else "clip.pt")
+    change, said = SPOILT.get(spoil, (lambda raw: raw[:-2000], ""))
+    if spoil == "TorchScript":
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
-    elif spoil in ("truncated", "empty", "text"):
-        torch.save(small_clip, path)
+    elif spoil in ("truncated", "empty", "text", "truncated safetensors"):
+        save(small_clip, path)
         path.write_bytes(change(path.read_bytes()))
     else:
         torch.save(change(dict(small_clip)), path)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=rf"CLIP weights {path} of clip_small cannot be had \(.*{said}.*\)\. Give "
+                                         r"--tower-weights a file .*scratch .*torch\.jit\.load") as caught:
         build_visual("clip_small", str(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("name", "weights", "quick", "mean"), [
@@ -382,68 +377,48 @@ def test_a_tag_that_cannot_be_downloaded_names_reason_and_ways_out_and_builds_no
         raise OSError("no route to host\nmore lines")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
-    with torch.device("meta"), pytest.raises(ValueError, match=r"'openai' of RN50 .*\(no route to host more lines\);"
-                                             r".* --clip-weights PATH.* --clip-weights scratch$"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"CLIP weights openai of RN50 .*\(no route to host more "
+                                             r"lines\)\. Give --tower-weights a file.* tag \(openai, .*scratch for"):
         build_visual("RN50", "openai")
 
 
-def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices():
-    with pytest.raises(KeyError, match=r"unknown image tower 'ViT-Z-99'; choose from clip_small, .*ViT-B-16, "):
-        build_visual("ViT-Z-99", SCRATCH)
-    with torch.device("meta"), pytest.raises(ValueError, match=r"'nowhere.pt': neither a file nor a pretrained tag of "
-                                             r"RN50; its tags: openai, .*--clip-weights scratch"):
-        build_visual("RN50", "nowhere.pt")
-    with pytest.raises(ValueError, match=r"its tags: none; or --clip-weights scratch"):
-        build_visual("clip_small", "laion2b_s34b_b88k")
+@pytest.mark.parametrize(("name", "weights", "said"), [
+    ("ViT-Z-99", SCRATCH, "unknown image tower 'ViT-Z-99'; choose from clip_small, .*ViT-B-16, "),
+    ("RN50", "nowhere.pt", r"nowhere.pt of RN50 .*No such file.* a pretrained tag \(openai, .*; or scratch for random"),
+    ("clip_small", "laion2b_s34b_b88k", r"No such file.* tag \(it has none\)")])
+def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices(name, weights, said):
+    with torch.device("meta"), pytest.raises((KeyError, ValueError), match=said):
+        build_visual(name, weights)
 
-
-# ---- in BiFusion: the place that is sampled
 
 @pytest.mark.parametrize("image_size", [(64, 48), (61, 45), (70, 50)])
 def test_a_voxel_samples_the_map_where_its_pixel_is_for_image_sizes_off_the_stride_too(
         make_bifusion, make_batch, monkeypatch, image_size):
-    from fusion import link_views
-
     model = make_bifusion("tiny_timm_vit")
     tower, batch = model.tower, make_batch(views=(1, 1), image_size=image_size)
-    shape = tower(batch["image"], batch["depth"]).shape
-    centre_x, centre_y = ((torch.arange(n) + 0.5) * tower.stride - 0.5 for n in (shape[3], shape[2]))  # in pixels
-
-    def places(image, depth, levels=None):
-        maps = torch.zeros(shape)
-        maps[:, 0], maps[:, 1] = centre_x, centre_y[:, None]
-        return maps
-
-    monkeypatch.setattr(tower, "forward", places)
+    maps = torch.zeros(tower(batch["image"], batch["depth"]).shape)
+    centre_x, centre_y = ((torch.arange(n) + 0.5) * tower.stride - 0.5 for n in (maps.shape[3], maps.shape[2]))
+    maps[:, 0], maps[:, 1] = centre_x, centre_y[:, None]  # in pixels
+    monkeypatch.setattr(tower, "forward", lambda image, depth, levels: maps)
     model.standardise_2d = torch.nn.Identity()
     feat, seen = model.encode_2d(batch)
-    checked = 0
-    for scene in range(2):
-        rows = (batch["batch_index"] == scene).nonzero()[:, 0]
-        links = link_views(batch["world_coord"][rows], batch["world_to_camera"][[scene]], batch["intrinsics"][[scene]],
-                           batch["depth"][[scene]], 0.05)
-        assert torch.equal(seen[rows].nonzero()[:, 0], links.point)
-        low, high = centre_x.new_tensor([centre_x[0], centre_y[0]]), centre_x.new_tensor([centre_x[-1], centre_y[-1]])
-        expected = links.uv.maximum(low).minimum(high)  # the border repeats
-        assert torch.allclose(feat[rows][links.point, :2], expected, atol=1e-3)
-        checked += len(expected)
-    assert checked > 20
+    links = link_views(batch["world_coord"], batch["world_to_camera"], batch["intrinsics"], batch["depth"],
+                       point_batch=batch["batch_index"], view_batch=batch["view_batch"], tolerance=0.05)
+    assert torch.equal(seen.nonzero()[:, 0], links.point) and len(links.point) > 20
+    ends = torch.stack([centre_x[[0, -1]], centre_y[[0, -1]]], 1)  # the border repeats
+    assert torch.allclose(feat[links.point, :2], links.uv.maximum(ends[0]).minimum(ends[1]), atol=1e-3)
 
-
-# ---- in BiFusion: the curriculum
 
 @pytest.mark.parametrize(("name", "epoch"), [
     *((name, epoch) for name in FEW for epoch in (10, 30, 50)), ("MobileCLIP2-S0", 30)])  # the last: timm's batch norms
 def test_nothing_reaches_a_pretrained_tower_of_any_kind_in_stages_one_and_two(
-        make_bifusion, make_batch, train_steps, name, epoch):
-    model, batch = make_bifusion(name), make_batch()
-    before = copy.deepcopy(model.tower.visual.state_dict())
-    neck = copy.deepcopy(model.tower.neck.state_dict())
-    train_steps(model, setting_at(epoch, pretrained=True), batch, steps=2)
+        make_bifusion, make_batch, row, train_steps, name, epoch):
+    model = make_bifusion(name)
+    before, neck = (copy.deepcopy(part.state_dict()) for part in (model.tower.visual, model.tower.neck))
+    train_steps(model, row(epoch, pretrained=True), make_batch(), steps=2)
     assert all(p.grad is None for p in model.tower.visual.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.tower.visual.state_dict().items())
-    still = all(torch.equal(neck[key], value) for key, value in model.tower.neck.state_dict().items())
-    assert still == (epoch == 10)
+    assert all(torch.equal(neck[key], value) for key, value in model.tower.neck.state_dict().items()) == (epoch == 10)
 
 
 @pytest.mark.parametrize(("name", "trains"), [
@@ -452,54 +427,46 @@ def test_nothing_reaches_a_pretrained_tower_of_any_kind_in_stages_one_and_two(
     ("tiny_timm_vit", ("net.patch_embed.proj.", "net.blocks.1.", "net.blocks.2.")),
     ("tiny_convnext", ("net.stem.0.", "net.stages.2.blocks.2.", "net.stages.2.blocks.3."))])
 def test_in_stage_three_only_conv1_and_the_last_blocks_train_at_a_tenth_of_the_rate_or_less(
-        make_bifusion, make_batch, train_steps, name, trains):
-    model, batch = make_bifusion(name), make_batch()
+        make_bifusion, make_batch, row, train_steps, name, trains):
+    model, held = make_bifusion(name), row(70, pretrained=True)
     before = copy.deepcopy(model.tower.visual.state_dict())
-    setting = setting_at(70, pretrained=True)
-    optimizer = train_steps(model, setting, batch, steps=3)
-    parameters = dict(model.tower.visual.named_parameters())
+    optimizer = train_steps(model, held, make_batch(), steps=3)
     moved = {key for key, value in model.tower.visual.state_dict().items() if not torch.equal(before[key], value)}
-    assert moved <= {key for key in before if key.startswith(trains)}
-    wanted = {key for key in parameters if key.startswith(trains)}
-    assert {key for key, parameter in parameters.items() if parameter.grad is not None} == wanted
+    assert all(key.startswith(trains) for key in moved)
+    assert all((p.grad is not None) == key.startswith(trains) for key, p in model.tower.visual.named_parameters())
     assert any(key.startswith(trains[0]) and "depth" in key for key in moved)
     assert any(key.startswith(trains[-1]) for key in moved)
-    set_rates(optimizer, setting, 1.0)
-    for group in optimizer.param_groups:
-        assert group["lr"] == 1.0 or (group["name"] == "tower_ends" and 0 < group["lr"] <= 0.1) or (
-            group["name"] == "tower")
-    reached = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert reached == {id(p) for p in model.parameters()}
-
-
-def gradients_of(model, batch, setting):
-    apply_setting(model, setting)
-    model.train().zero_grad()
-    torch.manual_seed(0)
-    out = model(batch)
-    weighted_sum(loss_terms(out, batch, setting), LOSS_WEIGHTS["bifusion"]).backward()
-    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    set_rates(optimizer, held, 1.0)
+    assert all(0 < group["lr"] <= 0.1 if group["name"].startswith("tower") else group["lr"] == 1
+               for group in optimizer.param_groups)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_bf16_is_finite_and_close_and_leaves_the_sparse_convolutions_alone(make_bifusion, make_batch, name):
-    model, batch, setting = make_bifusion(name), make_batch(), setting_at(70, pretrained=True)
+def test_bf16_is_finite_and_close_and_leaves_the_sparse_convolutions_alone(make_bifusion, make_batch, row, put, name):
+    model, batch, held = make_bifusion(name), make_batch(), row(70, pretrained=True)
     types = {"conv": set(), "tower": set(), "decoder": set()}
-    convs = [module for module in model.unet.modules() if hasattr(module, "indice_key")]
-    for conv in convs:
+    for conv in (module for module in model.unet.modules() if hasattr(module, "indice_key")):
         conv.register_forward_hook(lambda module, args, out: types["conv"].update((args[0].features.dtype,
                                                                                    out.features.dtype)))
     for module in model.tower.visual.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.weight.requires_grad:
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(lambda module, args, out: types["tower"].add(out.dtype))
     model.decoder.to_mask.register_forward_hook(lambda module, args, out: types["decoder"].add(out.dtype))
-    fp32, exact = gradients_of(model, batch, setting)
-    assert types == {"conv": {torch.float32}, "tower": {torch.float32}, "decoder": {torch.float32}}
-    model.precision = model.tower.precision = "bf16"
-    bf16, gradients = gradients_of(model, batch, setting)
-    assert types["conv"] == {torch.float32}
+    found = []
+    for precision in ("fp32", "bf16"):
+        model.precision = model.tower.precision = precision
+        put(model, held).train().zero_grad()
+        torch.manual_seed(0)
+        out = model(batch)
+        torch.manual_seed(0)
+        weighted_sum(forward(model, batch, held)[0], LOSS_WEIGHTS["bifusion"]).backward()
+        found.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        if precision == "fp32":
+            assert types == {"conv": {torch.float32}, "tower": {torch.float32}, "decoder": {torch.float32}}
+    (fp32, exact), (bf16, gradients) = found
+    assert types["conv"] == {torch.float32} and bf16["logits"].dtype == torch.float32
     assert types["tower"] == types["decoder"] == {torch.float32, torch.bfloat16}
-    assert bf16["logits"].dtype == torch.float32
     assert 0 < (bf16["logits"] - fp32["logits"]).abs().max() < 0.1
     assert F.cosine_similarity(bf16["feat_2d"], fp32["feat_2d"])[fp32["seen"]].min() > 0.95
     assert gradients.keys() == exact.keys()
