@@ -43,7 +43,7 @@ ROWS = curriculum()
 SIZES = {  # scenes of a batch, voxels of each (about; None: the room as it is), views of each
     ("small", "cpu"): (2, None, 5), ("small", "cuda"): (2, None, 5), ("base", "cpu"): (1, 40_000, 4),
     ("base", "cuda"): (4, 100_000, 10)}
-PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")
+PARTS = ("image tower", "sampling", "sparse U-Net", "decoder", "losses", "optimiser", "rest")  # rest: fusion, heads, Python
 PRODUCTS = re.compile("aten::.*(mm|conv|attention)")  # dense convolutions, matrix products, fused attention
 SPARSE = ("SubMConvFunction", "SparseConvFunction", "SparseInverseConvFunction", "SparseImplicitGemmFunction")
 
@@ -59,25 +59,6 @@ def ms(value):
     return f"{1000 * value:.1f} ms"
 
 
-def extra_memory(function, device):
-    """Largest extra memory of one call, MB; None where the system cannot tell (on CPU only Linux can)."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def status(key):
-        return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # or the call would find memory that earlier ones left
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-        before = status("VmRSS")
-        function()
-        return status("VmHWM") - before
-
-
 class Setup:
     """What the rows share. Attributes: preset, device; config, train.Config of BiFusion; folder, the scene's; batch,
     with images, and cached, with the frozen tower's maps."""
@@ -86,7 +67,7 @@ class Setup:
         self.preset, self.device, self.folder = preset, device, Path(root, "room")
         self.config = train.parse_config(["--preset", preset, "--tower-weights", SCRATCH, "--device", device,
                                           "--out", f"{root}/no run"])
-        scenes, voxels, views = SIZES[preset, torch.device(device).type]
+        scenes, voxels, views = SIZES[preset, device]
         write_scene(self.folder, 0)
         if voxels:
             densify(self.folder, voxels)
@@ -151,19 +132,17 @@ def split_step(step, model, device):
 
     Ranges of torch.profiler are laid round the parts of the forward pass. A node of the backward pass belongs to the
     part whose operation made it: both have one sequence number; the sum of gradients into a weight, to the node before
-    it. Every operation counts for its self time: on CPU the elapsed time, on CUDA the duration of its kernels. "rest"
-    is standardisation, FiLM, gate, blend, heads, and Python between them.
+    it. Every operation counts for its self time: on CPU the elapsed time, on CUDA the duration of its kernels.
 
     The floor is the self time of PRODUCTS at the step's own shapes. On CPU spconv calls aten::mm on gathered rows: its
-    gathers and scatters stand apart, its neighbour tables are in neither. On CUDA its kernels gather and multiply in
-    one and count as products.
+    gathers and scatters stand apart, its neighbour tables are in neither. On CUDA its kernels are products.
 
     Returns {part: {"forward", "backward": seconds, together all; "product", "gather": of them}}.
     """
     cuda = device != "cpu"
-    ranges = [(model, "forward", "rest"), (model.unet, "forward", "sparse U-Net"), (model.decoder, "forward", "decoder"),
-              (networks, "superpoint_means", "decoder"), (networks, "link_views", "sampling"),
-              (networks, "sample_views", "sampling"), (model.tower, "forward", "image tower")]
+    ranges = [(model, "forward", "rest"), (model.tower, "forward", "image tower"), (model.unet, "forward", "sparse U-Net"),
+              (model.decoder, "forward", "decoder"), (networks, "superpoint_means", "decoder"),
+              (networks, "link_views", "sampling"), (networks, "sample_views", "sampling")]
     with contextlib.ExitStack() as stack:
         for owner, name, part in ranges:
             stack.enter_context(mock.patch.object(owner, name, record_function(part)(getattr(owner, name))))
@@ -186,9 +165,8 @@ def split_step(step, model, device):
             made_by[event.sequence_nr] = part
         sparse = sparse or event.name.removesuffix("Backward") in SPARSE
         where[id(event)] = part, direction, sparse
-        own = event.self_cpu_time_total / 1e6
-        if cuda:
-            own = sum(kernel.duration for kernel in event.kernels if kernel.name not in PARTS) / 1e6
+        kernels = sum(kernel.duration for kernel in event.kernels if kernel.name not in PARTS) if cuda else 0
+        own = (kernels if cuda else event.self_cpu_time_total) / 1e6
         split[part][direction] += own
         if PRODUCTS.match(event.name) or (cuda and sparse):
             split[part]["product"] += own
@@ -221,9 +199,21 @@ def parts(setup):
 
 
 def memory(setup):
+    """The largest extra memory of a step; on the CPU Linux alone can tell."""
+    def status(key):
+        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
     step, _ = setup.step("bifusion", ROWS[-1])
-    extra = extra_memory(step, setup.device)
-    yield "step, stage 3: memory", "-" if extra is None else f"{extra:.0f} MB", "", "gradients, optimiser; no weights"
+    if setup.device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # or the step would find memory that earlier ones left
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+        before = status("VmRSS")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    step()
+    peak = status("VmHWM") if setup.device == "cpu" else torch.cuda.max_memory_allocated()
+    yield "step, stage 3: memory", f"{(peak - before) / 2**20:.0f} MB", "", "gradients, optimiser; no weights"
 
 
 def projection(setup):
