@@ -10,7 +10,6 @@ Needs torch only and imports no other file of this project: copy it and it works
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -258,18 +257,16 @@ def world():
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
-def joined(main):
-    """Decorator of a main function: join the processes that torchrun started; rank 0 alone has a stdout. Where one
-    dies, torchrun ends the others and says which it was."""
-    @functools.wraps(main)
-    def run(*args):
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return main(*args)
+@contextlib.contextmanager
+def joined():
+    """For as long as main runs (also as its decorator): join the processes that torchrun started; rank 0 alone has a
+    stdout. Where one dies, torchrun ends the others and says which it was."""
+    if together := int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
-            main(*args)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
+        yield
+    if together:
         dist.destroy_process_group()
-    return run
 
 
 def use(device):

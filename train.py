@@ -352,7 +352,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     return run.log
 
 
-@runs.joined
+@runs.joined()
 def main(argv=None):
     config, stop = parse_config(argv), runs.Stop()
     launcher = "python" if runs.world() == 1 else f"torchrun --nproc_per_node={runs.world()}"

@@ -57,7 +57,7 @@ result = metrics.semantic_iou([(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
 assert abs(result["miou"] - 0.5) < 1e-12
 """,
     "runs.py": """
-@runs.joined
+@runs.joined()
 def main():
     run, model = runs.Run("run"), torch.nn.BatchNorm1d(2)
     runs.share_batch_norms(model)

@@ -62,7 +62,7 @@ def finish(started, seconds=60):
 
 def results(work, folder, world=2):
     """What work() returns in each of these processes, which have joined."""
-    @runs.joined
+    @runs.joined()
     def run():
         torch.save(work(), folder / f"{runs.rank()}.pt")
 
