@@ -11,15 +11,19 @@ from fusion import link_views
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def setup(request, tmp_path_factory):
-    """A Setup of the preset base, of 1,500 voxels, two views and the networks of small."""
+    """A Setup of the preset base, of 1,500 voxels, two small views and tiny networks."""
+    tiny = bench.networks.PRESETS["small"] | {
+        "unet": {"stem": 8, "encoder": (8, 16), "encoder_blocks": (1, 1), "decoder": (16, 8), "decoder_blocks": (1, 1)},
+        "decoder": {"dim": 32, "hidden": 64, "layers": 1, "heads": 2}}
     with mock.patch.dict(bench.SIZES, {("base", request.param): (1, 1500, 2)}), \
-            mock.patch.dict(bench.networks.PRESETS, base=bench.networks.PRESETS["small"]):
+            mock.patch.dict(bench.networks.PRESETS, base=tiny), \
+            mock.patch.dict(bench.train.RECIPES["base"], image_size=(64, 48)):
         yield bench.Setup(tmp_path_factory.mktemp("bench"), "base", request.param)
 
 
 def test_the_batch_is_a_dense_room_that_its_views_see(setup):
     batch = setup.batch
-    assert 1200 < len(batch["coord"]) < 2500 and batch["image"].shape == (2, 3, 240, 320)
+    assert 1200 < len(batch["coord"]) < 2500 and batch["image"].shape == (2, 3, 48, 64)
     assert setup.cached["image"].shape == (2, 3, 0, 0) and setup.cached["level_0"].shape[:1] == (2,)
     cells = {tuple(cell) for cell in batch["grid_coord"].tolist()}
     near = sum((x + 1, y, z) in cells for x, y, z in cells) + sum((x, y + 1, z) in cells for x, y, z in cells)
@@ -62,8 +66,12 @@ def test_every_row_of_the_table_is_made(setup):
             function()
         return [0.5] * len(functions)
 
-    with mock.patch.object(bench, "seconds", seconds):
-        rows = [row for rows in bench.BENCHES.values() for row in rows(setup)]
-    text = "\n".join(" ".join(row) for row in rows)
-    assert all(words in text for words in ("stage 1, stability", "stage 3: all", "memory", "project", "AP", "predict"))
-    assert "500.0 ms baseline x 1.00" in text and "nan" not in text
+    cost = {"forward": 1.0, "backward": 3.0, "product": 2.0, "gather": 1.0}
+    with mock.patch.object(bench, "seconds", seconds), mock.patch.object(bench, "ROWS", bench.ROWS[::3]), \
+            mock.patch.object(bench, "split_step", lambda *_: dict.fromkeys(bench.PARTS, cost)):
+        rows = [" ".join(row) for rows in bench.BENCHES.values() for row in rows(setup)]
+    text = "\n".join(rows)
+    assert all(words in text for words in ("stage 1, stability 500.0 ms 500.0 ms baseline x 1.00", "memory", "project",
+                                           "AP", "predict", "stage 3: all 28000.0 ms 100.0% 14000.0 ms products",
+                                           "backward 21000.0 ms, gathers 7000.0 ms, 25.0% neither"))
+    assert "nan" not in text
