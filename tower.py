@@ -63,8 +63,8 @@ def build_visual(name, weights, load=True):
         if load and weights != SCRATCH:
             if weights in tags:
                 path = Path(open_clip.pretrained.download_pretrained(known))
-            elif not path.is_file():
-                path = Path(__file__).parent / weights
+            elif not path.is_file() and (beside := Path(__file__).parent / weights).is_file():
+                path = beside
             visual.load_state_dict(read_weights(path))
     except Exception as error:  # hub, disk, torch and safetensors raise all kinds
         raise ValueError(

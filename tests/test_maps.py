@@ -396,7 +396,8 @@ def weights_of(out, name="stage2.pt"):
 
 
 def same_weights(one, other):
-    return all(torch.equal(weights_of(one)[key], value) for key, value in weights_of(other).items())
+    ours = weights_of(one)
+    return all(torch.equal(ours[key], value) for key, value in weights_of(other).items())
 
 
 def test_stage_two_runs_the_tower_once_a_view_and_a_second_run_with_workers_meets_the_same_maps(stage_two, cached_run):

@@ -348,7 +348,7 @@ def test_a_tag_that_cannot_be_downloaded_names_reason_and_ways_out_and_builds_no
 
 @pytest.mark.parametrize(("name", "weights", "said"), [
     ("ViT-Z-99", SCRATCH, "unknown image tower 'ViT-Z-99'; choose from clip_small, .*ViT-B-16, "),
-    ("RN50", "nowhere.pt", r"nowhere.pt of RN50 .*No such file.* a pretrained tag \(openai, .*; or scratch for random"),
+    ("RN50", "nowhere.pt", r"^CLIP weights nowhere.pt of RN50 .*No such file.* tag \(openai, .*; or scratch for"),
     ("clip_small", "laion2b_s34b_b88k", r"No such file.* tag \(it has none\)")])
 def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices(name, weights, said):
     with torch.device("meta"), pytest.raises((KeyError, ValueError), match=said):
