@@ -1,8 +1,6 @@
 """The promises of BiFusion about numbers, as tests: nothing blows up, no stage change jolts, no branch is idle.
 
-    pytest test_stability.py
-
-From scale and gate to a whole curriculum of 24 epochs on generated rooms.
+    pytest test_stability.py        # from scale and gate to a whole curriculum of 24 epochs on generated rooms
 """
 
 import copy
@@ -37,17 +35,13 @@ def logits_at(put):
     return logits
 
 
-# ---- failure modes
-
-@pytest.mark.parametrize("experiment", failures.EXPERIMENTS, ids=lambda experiment: experiment.__name__)
-def test_the_disease_shows_without_the_cure_and_not_with_it(experiment):
-    finding = experiment()
+@pytest.mark.parametrize("name", failures.EXPERIMENTS)
+def test_the_disease_shows_without_the_cure_and_not_with_it(name):
+    finding = failures.EXPERIMENTS[name]()
     assert finding.without >= finding.sick, f"{finding.measure}: the experiment no longer shows the disease"
     assert finding.with_cure <= finding.well, finding.measure
     assert finding.sick > finding.well
 
-
-# ---- range
 
 @pytest.mark.parametrize("scale_2d", SCALES)
 @pytest.mark.parametrize("scale_3d", SCALES)
@@ -67,8 +61,6 @@ def test_a_branch_of_the_model_that_grows_or_fades_does_not_take_over(make_model
     stats = model(make_batch())["stats"]
     assert 0.5 <= stats["rms_2d"] / stats["rms_3d"] <= 2
 
-
-# ---- start of gate, FiLM and conv1
 
 def test_gate_starts_at_one_half_where_seen_and_at_zero_elsewhere(make_model, make_batch, row, put):
     model, batch = make_model(), make_batch()
@@ -119,8 +111,6 @@ def test_conv1_on_rgbd_gives_the_rgb_towers_output_bit_for_bit_at_the_start():
         assert torch.equal(tower(image, depth), tower(image, 0 * depth))
 
 
-# ---- one code path
-
 def test_bifusion_with_its_2d_branch_off_computes_exactly_what_the_baseline_computes(
         make_model, make_batch, row, put, train_steps):
     fused, baseline, batch = make_model(), make_model("baseline", seed=1), make_batch()
@@ -147,8 +137,6 @@ def test_bifusion_with_its_2d_branch_off_computes_exactly_what_the_baseline_comp
     assert gradients[0].keys() == gradients[1].keys() == dict(baseline.named_parameters()).keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
-
-# ---- changes of row
 
 @pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("compress", [1, 8])
@@ -187,8 +175,6 @@ def test_a_step_of_the_ramp_moves_the_logits_little(make_model, make_batch, row,
     assert max(jumps) <= whole / 10 and whole > 1e-2
 
 
-# ---- a frozen tower
-
 @pytest.mark.parametrize("epoch", [10, 21, 30, 50, 70])
 def test_a_pretrained_tower_is_frozen_but_for_its_ends_in_stage_three(make_model, make_batch, row, train_steps, epoch):
     model, batch = make_model(pretrained=True), make_batch()
@@ -207,8 +193,6 @@ def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, row, t
     train_steps(model, row(30), batch)
     assert all(not torch.equal(before[name], value) for name, value in model.tower.visual.state_dict().items())
 
-
-# ---- the gate is free
 
 @pytest.mark.parametrize("prior", [0.0, WEIGHTS["gate"]])
 @pytest.mark.parametrize(("useful", "low", "high"), [("2d", BAND[1], 1.0), ("3d", 0.0, BAND[0])])
@@ -237,8 +221,6 @@ def test_fusion_2d_ratio_of_the_whole_model_can_leave_its_band(make_model, make_
         optimizer.step()
     assert low < model(batch)["stats"]["fusion_2d_ratio"] < high
 
-
-# ---- twenty-four epochs
 
 def test_twenty_four_epochs_through_all_stages_are_finite_and_skip_no_step(tiny_run):
     folder, log = tiny_run
@@ -280,8 +262,6 @@ def test_the_criteria_find_the_run_stable_and_fused(tiny_run):
     assert stability["passed"] and fusion["passed"]
 
 
-# ---- a step that is not finite
-
 def guarded_step(model, batch, row, optimizer, guard):
     """One step as in train.py's loop. Returns the record where it was skipped, else None."""
     guard.remember()
@@ -290,9 +270,8 @@ def guarded_step(model, batch, row, optimizer, guard):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norms = clip_by_branch(model, row.clip)
-    found = {"loss": loss} | {f"losses/{k}": v for k, v in terms.items()} \
-        | {f"grad_norm/{k}": v for k, v in norms.items()}
-    found = {name: value.item() for name, value in found.items()}
+    found = {"loss": loss.item()} | {f"losses/{k}": v.item() for k, v in terms.items()} \
+        | {f"grad_norm/{k}": v.item() for k, v in norms.items()}
     if guard.accepts(found.values()):
         optimizer.step()
         return None

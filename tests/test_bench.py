@@ -13,8 +13,7 @@ from fusion import link_views
 def setup(request, tmp_path_factory):
     """A Setup of the preset base, of 1,500 voxels, two small views and tiny networks."""
     tiny = bench.networks.PRESETS["small"] | {
-        "unet": {"stem": 8, "encoder": (8, 16), "encoder_blocks": (1, 1), "decoder": (16, 8), "decoder_blocks": (1, 1)},
-        "decoder": {"dim": 32, "hidden": 64, "layers": 1, "heads": 2}}
+        "unet": {"stem": 8, "encoder": (8, 16), "encoder_blocks": (1, 1), "decoder": (16, 8), "decoder_blocks": (1, 1)}}
     with mock.patch.dict(bench.SIZES, {("base", request.param): (1, 1500, 2)}), \
             mock.patch.dict(bench.networks.PRESETS, base=tiny), \
             mock.patch.dict(bench.train.RECIPES["base"], image_size=(64, 48)):
@@ -69,9 +68,8 @@ def test_every_row_of_the_table_is_made(setup):
     cost = {"forward": 1.0, "backward": 3.0, "product": 2.0, "gather": 1.0}
     with mock.patch.object(bench, "seconds", seconds), mock.patch.object(bench, "ROWS", bench.ROWS[::3]), \
             mock.patch.object(bench, "split_step", lambda *_: dict.fromkeys(bench.PARTS, cost)):
-        rows = [" ".join(row) for rows in bench.BENCHES.values() for row in rows(setup)]
-    text = "\n".join(rows)
-    assert all(words in text for words in ("stage 1, stability 500.0 ms 500.0 ms baseline x 1.00", "memory", "project",
-                                           "AP", "predict", "stage 3: all 28000.0 ms 100.0% 14000.0 ms products",
-                                           "backward 21000.0 ms, gathers 7000.0 ms, 25.0% neither"))
+        text = "\n".join(" ".join(row) for rows in bench.BENCHES.values() for row in rows(setup))
+    for words in ("stage 1, stability 500.0 ms 500.0 ms baseline x 1.00", "memory", "project", "AP", "predict",
+                  "stage 3: all 28000.0 ms 100.0% 14000.0 ms products forward 7000.0 ms", "ms, 25.0% neither"):
+        assert words in text
     assert "nan" not in text
