@@ -4,9 +4,8 @@
     python -m experiments.ablate --table runs/ablate              # mean and deviation over seeds, in markdown
     python -m experiments.ablate --blank runs/bifusion/stage3.pt  # checkpoints with images or points blanked
 
-A variant changes rows of the curriculum (stages.Row) and, where that does not reach, the model that train.py builds.
-All else, data, seeds, epochs, rates, is train.py's. A run is evaluated after its last epoch alone; its result stands in
-blanked.json of the run folder.
+A variant changes rows of the curriculum (stages.Row) or the model; data, seeds, epochs, rates are train.py's. A run is
+evaluated after its last epoch alone; its result stands in blanked.json of the run folder.
 """
 
 import json
@@ -65,12 +64,11 @@ def with_faults(config, load=True):
     model, rng = train.new_model(config, load), np.random.default_rng((config.seed, 4))
 
     def draw(module, args):
-        batch = args[0]
+        batch, row = args[0], model.row
         if model.training and "faults" not in batch:  # a batch that is looked at again keeps its own
             batch["faults"] = [fault for fault, number in zip(FAULTS, rng.random(len(FAULTS))) if number < FAULT_RATE]
             with open(Path(config.out, "faults.jsonl"), "a") as file:
-                file.writelines(json.dumps({"fault": fault, "stage": model.row.stage}) + "\n"
-                                for fault in batch["faults"])
+                file.writelines(json.dumps({"fault": fault, "stage": row.stage}) + "\n" for fault in batch["faults"])
             if "ignored" in batch["faults"]:
                 batch |= {key: torch.full_like(batch[key], IGNORE) for key in ("segment", "superpoint_instance")} \
                     | {key: batch[key][:0] for key in ("instance_label", "instance_batch")}
@@ -162,8 +160,7 @@ def table(folder):
         result = json.loads(path.read_text()) | {"log": runs.read_log(path.parent / "log.jsonl")}
         if "as they are" in result or "diverged" in result:
             found.setdefault(result["variant"], []).append(result)
-    lines = ["| variant | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
-             "|---" * 7 + "|"]
+    lines = ["| variant | seeds | val mIoU | 2D ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
     for name, results in found.items():
         epochs = [line for result in results for line in result["log"]]
         ratios = [line["fusion_2d_ratio"] for line in epochs
