@@ -160,7 +160,8 @@ def table(folder):
         result = json.loads(path.read_text()) | {"log": runs.read_log(path.parent / "log.jsonl")}
         if "as they are" in result or "diverged" in result:
             found.setdefault(result["variant"], []).append(result)
-    lines = ["| variant | seeds | val mIoU | 2D ratio | images black | points black | skipped in all |", "|---" * 7 + "|"]
+    lines = ["| variant | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
+             "|---" * 7 + "|"]
     for name, results in found.items():
         epochs = [line for result in results for line in result["log"]]
         ratios = [line["fusion_2d_ratio"] for line in epochs
