@@ -71,8 +71,6 @@ def read_checkpoint(path, device="cpu"):
     """A checkpoint as a dict, read without running any code of it. ValueError where it is broken or not ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch raises all kinds on a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
     missing = {"model", "optimizer", "next", "row", "config"} - set(state if isinstance(state, dict) else ())
@@ -192,9 +190,6 @@ def commit():
                               cwd=Path(__file__).parent, check=True).stdout.strip()
 
 
-# ---- signals
-
-
 class Stopped(Exception):
     """A signal asked the run to end, and everything up to here is saved."""
 
@@ -241,8 +236,6 @@ class Stop:
                 return
             yield item
 
-
-# ---- several processes
 
 _alone = []  # not empty within `alone`
 

@@ -6,8 +6,7 @@ that returns {part name: list of parameters}, see PARTS.
     row = row_at(curriculum(), epoch)                # of CURRICULUM, a shorter one, plan A, plan B
     apply_row(model, row)                            # who gets a gradient; model.row is what the forward reads
     model.ramp = row.ramp(epoch + step / steps)      # share of alpha in force
-    set_rates(optimizer, row, lr)
-    norms = clip_by_branch(model, row.clip)          # after backward
+    set_rates(optimizer, row, lr)                    # and after backward clip_by_branch(model, row.clip)
 
 No change of row moves the network's output: the ramp starts at 0, FiLM and gate start as what they replace. The 2D
 side gets its gradient through the fused feature alone, so it grows with the ramp, from 0.

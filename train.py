@@ -361,9 +361,8 @@ def main(argv=None):
                         if getattr(config, name) != getattr(Config, name))])
     try:
         train(config, stop=stop)
-    except (FileNotFoundError, KeyError, ValueError) as error:  # bad input: the message says what to do
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        sys.exit(f"error: {text.strip().splitlines()[-1]}")  # the last line of a worker's traceback
+    except (FileNotFoundError, KeyError, ValueError) as error:  # bad input; of a worker's traceback the last line
+        sys.exit(f"error: {(error.args[0] if isinstance(error, KeyError) else str(error)).strip().splitlines()[-1]}")
     except OSError as error:
         sys.exit(f"error: {error}. What was saved before in {config.out} is whole. Mend it, then {again}")
     except Diverged as error:
