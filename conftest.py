@@ -166,29 +166,11 @@ def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def make_batch():
-    return _make_batch
-
-
-@pytest.fixture(scope="session")
-def make_model():
-    return _make_model
-
-
-@pytest.fixture(scope="session")
-def row():
-    return _row
-
-
-@pytest.fixture(scope="session")
-def put():
-    return _put
-
-
-@pytest.fixture(scope="session")
-def train_steps():
-    return _train_steps
+make_batch = pytest.fixture(lambda: _make_batch, scope="session")
+make_model = pytest.fixture(lambda: _make_model, scope="session")
+row = pytest.fixture(lambda: _row, scope="session")
+put = pytest.fixture(lambda: _put, scope="session")
+train_steps = pytest.fixture(lambda: _train_steps, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -212,11 +194,13 @@ def pairs_of_scenes(tiny_rooms):
     frames, bare = (SceneDataset(tiny_rooms, "train", voxel_size=0.25, views=views, image_size=SMALL_IMAGE)
                     for views in (2, 0))
     first, second, blind = frames[0], frames[1], bare[1]
+    dot = SceneDataset(tiny_rooms, "train", voxel_size=100, views=2, image_size=SMALL_IMAGE)[1]
     unlabelled = {"segment": np.full_like(second["segment"], IGNORE)}
     unknown = {"has_instances": np.array([False]), "instance_label": second["instance_label"][:0],
                "superpoint_instance": np.full_like(second["superpoint_instance"], IGNORE)}
     return {"whole": [first, second], "no frames": [first, blind], "no labels": [first, second | unlabelled],
-            "no instances": [first, second | unknown], "nothing to learn": [first, blind | unlabelled | unknown]}
+            "no instances": [first, second | unknown], "nothing to learn": [first, blind | unlabelled | unknown],
+            "one voxel": [first, dot]}
 
 
 @pytest.fixture(scope="session")

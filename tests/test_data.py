@@ -33,8 +33,6 @@ def scene_folder(tmp_path):
     return write_scene(tmp_path / "train" / "scene", frames=(0, 1))
 
 
-# ---- the camera and augmentation
-
 def only(monkeypatch, names):
     """Let only these geometric augmentations run."""
     for name in set(AUGMENTATIONS) - set(names):
@@ -137,19 +135,10 @@ def test_colours_stay_in_their_range_under_augmentation(scene_folder):
 
 @pytest.mark.parametrize("unit", [1000, 1e6])
 def test_coordinates_in_other_units_than_metres_are_named_before_they_fill_the_memory(unit, tmp_path):
-    coord = np.random.default_rng(6).uniform(0, 5, (50, 3)) * unit
-    write_scene(tmp_path / "train" / "scene", 50, coord=coord)
-    dataset = dataset_of(tmp_path, voxel_size=0.02, augment=True)
+    write_scene(tmp_path / "train" / "scene", 50, coord=np.random.default_rng(6).uniform(0, 5, (50, 3)) * unit)
     for epoch in range(3):
         with pytest.raises(ValueError, match=r"metres"):
-            dataset[(epoch, 0)]
-
-
-def test_what_is_missing_is_named(scene_folder, tmp_path):
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    for root, split in ((tmp_path / "nowhere", "train"), (tmp_path / "empty", "train"), (tmp_path, "val")):
-        with pytest.raises(FileNotFoundError, match=rf"no scene in .*{split}.*python -m scenes\.rooms --out"):
-            SceneDataset(root, split, voxel_size=0.1, image_size=(32, 24))
+            dataset_of(tmp_path, voxel_size=0.02, augment=True)[epoch, 0]
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -177,8 +166,6 @@ def test_a_scene_without_labels_gives_ignored_voxels_and_without_a_file_of_them_
         with pytest.raises(ValueError, match=r"scene has no segment20.npy: it can be predicted but not trained on"):
             dataset_of(tmp_path, augment=True)[0]
 
-
-# ---- items, batches
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -228,24 +215,21 @@ def test_no_image_is_read_for_zero_views_and_a_batch_without_views_is_one(root, 
     assert batch["view_batch"].shape == (0,) and batch["view_batch"].dtype == torch.int64
 
 
-def test_a_full_memory_changes_nothing(root):
+def scenes_of(root, workers=0):
+    return Scenes(root, 0.3, (32, 24), 2, workers, 1, torch.device("cpu"), root / "cache", 0)
+
+
+def test_a_full_memory_changes_nothing_and_all_loading_processes_together_keep_no_more_than_kept_bytes(root):
     expected = [dataset_of(root, augment=True)[1, i] for i in range(3)]
     dataset = dataset_of(root, augment=True, keep_bytes=6000)
     for _ in range(2):
         assert all(same(dataset[1, i], expected[i]) for i in range(3))
     kept = sum(part.nbytes for value in dataset.kept.values() for part in value.values() if hasattr(part, "nbytes"))
     assert 0 < kept == 6000 - dataset.room <= 6000
-
-
-def scenes_of(root, workers=0):
-    return Scenes(root, 0.3, (32, 24), 2, workers, 1, torch.device("cpu"), root / "cache", 0)
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_all_loading_processes_together_keep_no_more_than_kept_bytes(root, workers):
-    scenes = scenes_of(root, workers)
-    scenes.read(2, 0.0, None)
-    assert 0 < (scenes.train.room + scenes.val.room) * max(1, workers) <= data.KEPT_BYTES
+    for workers in (0, 1, 2):
+        scenes = scenes_of(root, workers)
+        scenes.read(2, 0.0, None)
+        assert 0 < (scenes.train.room + scenes.val.room) * max(1, workers) <= data.KEPT_BYTES
 
 
 def test_blanked_scenes_lose_their_images_or_their_points_and_say_so(root):
@@ -282,25 +266,20 @@ def test_a_batch_is_its_scenes_one_behind_the_other(root, augment):
         np.testing.assert_array_equal(mine, item["point_to_voxel"] + sum(rows[:b]))
         assert (batch["batch_index"][mine] == b).all()
     kinds = {"grid_coord": torch.int32, "image": torch.uint8, **dict.fromkeys(("has_instances", "whole"), torch.bool)}
-    kinds |= {**dict.fromkeys(
-        ("color", "normal", "coord", "world_coord", "piece_points", *CAMERA_KEYS), torch.float32)}
+    kinds |= dict.fromkeys(("color", "normal", "coord", "world_coord", "piece_points", *CAMERA_KEYS), torch.float32)
     assert all(value.dtype == kinds.get(key, torch.int64) for key, value in batch.items() if key != "names")
-    assert batch["has_instances"].all()
     assert same(collate([dataset[2, i] for i in (1, 0, 2)]), batch)  # collate changed nothing it was given
 
 
 def test_every_scene_comes_once_an_epoch_in_an_order_that_epoch_and_seed_make():
-    batches, orders = EpochBatches(11, 4, shuffle=True, seed=2), []
-    for epoch in (0, 1, 0):
+    def order(epoch, **options):
+        batches = EpochBatches(11, 4, **{"shuffle": True, "seed": 2, **options})
         batches.set_epoch(epoch)
-        made = list(batches)
-        assert [len(b) for b in made] == [4, 4, 3] and len(batches) == 3
-        assert {e for b in made for e, _ in b} == {epoch}
-        orders.append([i for b in made for _, i in b])
-        assert sorted(orders[-1]) == list(range(11))
-    assert orders[0] == orders[2] != orders[1]
-    assert [i for b in EpochBatches(11, 4, shuffle=True, seed=3) for _, i in b] != orders[0]
-    assert [i for b in EpochBatches(11, 4, shuffle=False, seed=2) for _, i in b] == list(range(11))
+        assert [len(batch) for batch in batches] == [4, 4, 3] and {e for batch in batches for e, _ in batch} == {epoch}
+        return [i for batch in batches for _, i in batch]
+
+    assert order(0) == order(0) not in (order(1), order(0, seed=3))
+    assert sorted(order(0)) == sorted(order(1)) == order(0, shuffle=False) == list(range(11))
 
 
 def test_batches_are_the_same_with_and_without_workers_and_from_a_step_in_an_epoch_on(root):
@@ -318,8 +297,6 @@ def test_batches_are_the_same_with_and_without_workers_and_from_a_step_in_an_epo
     assert [batch["names"] for batch in both[0].val_batches] == [["scene_0", "scene_1"], ["scene_2"]]
     assert sum(len(batch["depth"]) for batch in both[0].val_batches) == 6 + 2  # twice as many views
 
-
-# ---- instances
 
 def slow_targets(segment, instance, superpoint):
     """points.instance_targets with dictionaries: {id: class}, owner of each superpoint as an id or None."""
@@ -355,14 +332,10 @@ def test_instance_targets_are_those_of_a_slow_loop(seed):
 
 
 @pytest.mark.parametrize("instance", [None, np.full(6, -1), np.array([4, 4, 4, 5, 5, -1])])
-def test_a_scene_without_instances_has_no_targets(instance):
-    points, superpoints, labels = data.instance_targets(np.array([0, 0, 1, -1, -1, 7]), instance, np.arange(6) // 2,
-                                                           data.THINGS)
+def test_a_scene_without_instances_has_no_targets_and_more_than_the_benchmark_numbers_are_refused(instance):
+    segment, many = np.array([0, 0, 1, -1, -1, 7]), np.arange(1000)
+    points, superpoints, labels = data.instance_targets(segment, instance, np.arange(6) // 2, data.THINGS)
     assert not points.any() and (superpoints == IGNORE).all() and len(labels) == 0
-
-
-def test_more_instances_than_the_benchmark_numbers_are_refused():
-    many = np.arange(1000)
     with pytest.raises(ValueError, match="999 instances"):
         data.instance_targets(np.full(1000, 5), many, many, data.THINGS)
 

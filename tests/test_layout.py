@@ -18,8 +18,6 @@ FLOORS = (
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 
-# ---- copied alone
-
 LEAN = ("spconv", "open_clip", "torchvision", "matplotlib", "PIL", "plyfile")  # not needed where torch is enough
 NEEDS_NOT = {"tower": ("spconv", "matplotlib", "plyfile"), "folder": ("torch", "scipy", "matplotlib"),
              "points": ("torch", "PIL", "plyfile", "matplotlib")}
@@ -111,25 +109,31 @@ assert len(notes) == 2 and len(points.voxelise(scene["coord"], 2.0)[0]) == 1
 }
 
 
-@pytest.mark.parametrize("path", CALLS)
-def test_a_file_copied_alone_works_and_needs_neither_siblings_nor_what_others_need(path, tmp_path):
-    name = Path(path).stem
-    for file in (path, *["clip_small.json"] * (name == "tower")):
-        shutil.copy(HERE / file, tmp_path)
-    code = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-import {"numpy as np" if path.startswith("scenes") else "torch"}, {name}
-assert {name}.__file__.startswith({str(tmp_path)!r})
+TORCH = [path for path in CALLS if not path.startswith("scenes")]  # in one process: torch takes seconds to import
+
+
+@pytest.mark.parametrize("paths", [TORCH, ["scenes/folder.py"], ["scenes/points.py"]], ids=" ".join)
+def test_a_file_copied_alone_works_and_needs_neither_siblings_nor_what_others_need(paths, tmp_path):
+    code = f"import os, sys, {'torch' if paths is TORCH else 'numpy as np'}\n"
+    for path in paths:
+        name = Path(path).stem
+        (folder := tmp_path / name).mkdir()
+        for file in [path] + ["clip_small.json"] * (name == "tower"):
+            shutil.copy(HERE / file, folder)
+        code += f"""
+os.chdir({str(folder)!r})
+sys.path.insert(0, {str(folder)!r})
+import {name}
+assert {name}.__file__.startswith({str(folder)!r})
 {CALLS[path]}
 loaded = [other for other in {NEEDS_NOT.get(name, LEAN)!r} if other in sys.modules]
 assert not loaded, f"{name}.py brings {{loaded}}"
+sys.path.remove({str(folder)!r})
+del sys.modules[{name!r}], {name}  # no other file finds it
 """
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
-
-# ---- floors
 
 SOURCES = {".".join(path.relative_to(HERE).with_suffix("").parts): path for folder in (".", "scenes", "experiments")
            for path in HERE.joinpath(folder).glob("*.py") if path.name not in ("conftest.py", "test_stability.py")}
@@ -146,12 +150,7 @@ def siblings(module):
     return names & SOURCES.keys()
 
 
-def test_the_root_is_the_method_and_every_file_has_a_floor():
-    extra = {module for module in SOURCES if not module.startswith("experiments.")} ^ FLOOR.keys()
-    assert not extra, f"too many or missing, on no floor of this test: {sorted(extra)}"
-
-
-def test_imports_go_down_the_floors_and_never_in_a_circle():
+def test_every_file_has_a_floor_and_imports_go_down_the_floors_and_never_in_a_circle():
     def walk(module, way):
         if module in way:
             wrong.append(" imports ".join((*way[way.index(module):], module)))
@@ -160,6 +159,8 @@ def test_imports_go_down_the_floors_and_never_in_a_circle():
                 walk(other, (*way, module))
             done.add(module)
 
+    extra = {module for module in SOURCES if not module.startswith("experiments.")} ^ FLOOR.keys()
+    assert not extra, f"too many or missing, on no floor of this test: {sorted(extra)}"
     done, wrong, floor = set(), [], {module: FLOOR.get(module, len(FLOORS) - 1) for module in SOURCES}
     for module in sorted(SOURCES):
         walk(module, ())
