@@ -121,9 +121,9 @@ def test_data_or_weights_that_cannot_be_had_stop_the_run_before_it_begins(lacks,
         shutil.copytree(tiny_rooms / "train", root / "train")
         (root / "val" / "empty").mkdir(parents=True)
     said = message_of(main, ["--data", str(root), "--out", str(tmp_path / "run"), "--device", "cpu", *flags])
-    assert said.startswith(f"error: CLIP weights {Path(train.__file__).parent}/nowhere.pt of clip_small cannot be had"
-                           if flags else f"error: no scene in {root / lacks}; generate rooms with: python -m "
-                           f"scenes.rooms --out {root}, or give --data a folder with train/ and val/ scene folders")
+    assert said.startswith("error: CLIP weights " if flags else f"error: no scene in {root / lacks}; generate rooms "
+                           f"with: python -m scenes.rooms --out {root}, or give --data a folder with train/ and val/")
+    assert ("nowhere.pt of clip_small cannot be had" in said) == (lacks == "weights")
     assert "\n" not in said and not (tmp_path / "run").exists()
 
 
