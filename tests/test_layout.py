@@ -107,8 +107,6 @@ scene, notes = points.complete({"coord": np.random.rand(50, 3), "normal": None, 
 assert len(notes) == 2 and len(points.voxelise(scene["coord"], 2.0)[0]) == 1
 """,
 }
-
-
 TORCH = [path for path in CALLS if not path.startswith("scenes")]  # in one process: torch takes seconds to import
 
 
@@ -118,7 +116,7 @@ def test_a_file_copied_alone_works_and_needs_neither_siblings_nor_what_others_ne
     for path in paths:
         name = Path(path).stem
         (folder := tmp_path / name).mkdir()
-        for file in [path] + ["clip_small.json"] * (name == "tower"):
+        for file in (path, *["clip_small.json"] * (name == "tower")):
             shutil.copy(HERE / file, folder)
         code += f"""
 os.chdir({str(folder)!r})
