@@ -227,7 +227,7 @@ class Scenes:
 
     def __init__(self, root, voxel_size, image_size, batch_size, workers, seed, device, cache, cache_gb):
         self.common = {"voxel_size": voxel_size, "image_size": image_size, "seed": seed,
-                       "keep_bytes": KEPT_BYTES // (2 * max(1, workers))}
+                       "keep_bytes": KEPT_BYTES // (2 * max(1, workers) * runs.world())}
         self.root, self.batch_size, self.workers, self.device = root, batch_size, workers, device
         self.cache, self.cache_gb, self.now = cache, cache_gb, None
         self.make(0)

@@ -49,10 +49,8 @@ class Guard:
         self.random = torch.get_rng_state()
 
     def accepts(self, numbers):
-        """True where a step may be taken: loss, terms and gradient norms (floats) are all finite.
-
-        Of several processes give it the means: one that is not finite makes the mean so, and all skip alike.
-        """
+        """True where a step may be taken: all numbers (floats: loss, terms, gradient norms) are finite. Of several
+        processes give it the means: one that is not finite makes the mean so, and all skip alike."""
         finite = all(map(math.isfinite, numbers))
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         return finite
@@ -122,8 +120,10 @@ class Guard:
         line = json.dumps({key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
                            for key, value in fields.items()}, allow_nan=False)
         if self.path is not None:
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
+            with open(self.path, "ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # half a line that a kill left
+                file.write(line.encode() + b"\n")
         return line
 
 

@@ -403,7 +403,7 @@ def build_model(name, preset, num_classes, depth_tolerance=0.05, tower=None, tow
 
     Args: depth_tolerance, metres by which a voxel may differ from a depth map and count as seen; tower, tower_weights,
         load, name and weights of the image tower, None = the preset's, and whether to load them (tower.build_visual).
-    Raises: KeyError: unknown name, preset or tower.  ValueError: weights that cannot be had or do not fit.
+    Raises: KeyError: unknown name or preset.  ValueError: unknown tower, weights that cannot be had or do not fit.
     """
     for kind, given, choices in (("preset", preset, PRESETS), ("model", name, ("baseline", "bifusion"))):
         if given not in choices:

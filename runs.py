@@ -3,10 +3,8 @@
 A run folder holds config.json, log.jsonl (a line an epoch), last.pt, its copies stage{1,2,3}.pt and best.pt, and
 skipped.jsonl. last.pt is saved before the evaluation and holds the next (epoch, step).
 
-Several processes (torchrun --nproc_per_node=2 train.py) share every batch. The functions for them do nothing in a
-single one, so one loop serves both; all processes call them in the same order.
-
-Needs torch only and imports no other file of this project: copy it and it works.
+Several processes (torchrun --nproc_per_node=2 train.py) share every batch. In a single one the functions for them do
+nothing; all processes call them in one order. Needs torch only and imports no other file of this project.
 """
 
 import contextlib
@@ -23,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+
+CHECKPOINT = {"model", "optimizer", "next", "steps", "sums", "skipped_in_a_row", "row", "ramp", "config", "torch_rng"}
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def read_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises all kinds on a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
-    missing = {"model", "optimizer", "next", "row", "config"} - set(state if isinstance(state, dict) else ())
+    missing = CHECKPOINT - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")
     return state
@@ -130,7 +130,7 @@ class Run:
 
     def append(self, line):
         """Add a line to the log and bring it to the disk; half a line that a kill left is cut off."""
-        self.log.append(line)
+        self.log = [*(old for old in self.log if old["epoch"] < line["epoch"]), line]
         if rank() == 0:
             with open(self.folder / "log.jsonl", "ab+") as file:
                 file.seek(0)
@@ -168,9 +168,8 @@ def show(value):
 
 def log_line(row, epoch, steps, sums, optimizer, result, device, seconds):
     """One line of the log: an epoch's means, and what the evaluation returned ({} where there was none)."""
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the main process
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the main process
     return {
         "epoch": epoch, "stage": row.stage, "row": row.name, "loss": sums.mean("loss"), "losses": sums.means("losses"),
         "val_miou": finite(result.get("miou")), "val_iou": [finite(v) for v in result.get("iou", ())],
@@ -219,8 +218,9 @@ class Stop:
 
     def agreed(self):
         """Number of a signal that came to any of the processes, 0 for none: the same in all, which must all ask."""
-        self.asked = max(gather(self.asked)) or self.asked  # one may have come this moment
-        return self.asked
+        agreed = max(gather(self.asked))
+        self.asked = self.asked or agreed  # one may have come this moment: the next time all hear of it
+        return agreed
 
     def until(self, items, agree=False):
         """The items, up to a stop. agree: all processes, which must have equally many, stop before the same one."""

@@ -48,11 +48,11 @@ def build_visual(name, weights, load=True):
     Returns: visual, ModifiedResNet, VisionTransformer or TimmModel of open_clip, with the activation of the tag, of a
         file with that of the name (OpenAI's are "-quickgelu"); mean, std, three floats each, of colours in 0..1 as the
         tag (of a file the name's first) was trained with.
-    Raises: KeyError: unknown name.  ValueError: weights that cannot be had, read or fitted.
+    Raises ValueError: unknown name, or weights that cannot be had, read or fitted.
     """
     open_clip = import_open_clip()
     if name not in open_clip.list_models():
-        raise KeyError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
+        raise ValueError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
     config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
     known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
     visual = open_clip.model._build_vision_tower(

@@ -34,8 +34,8 @@ from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
 from scenes import rooms
 from scenes.folder import NUM_CLASSES, THINGS
-from stages import (PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at, set_rates,
-                    stage_epochs)
+from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
+                    set_rates, stage_epochs)
 from tower import SCRATCH
 
 ROOMS = "data/rooms"  # generated on first use
@@ -69,7 +69,7 @@ class Config:
     seed: int = option(0, "of the weights, the order of the scenes and the augmentation")
     resume: bool = option(False, "go on from last.pt of the run folder, with that run's own settings")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
-    workers: int = option(2, "worker processes that load scenes; 0 = in the main process")
+    workers: int = option(2, "processes that load scenes, for train and val each; 0 = none")
     voxel_size: float = option(None, "metres")
     views: int = option(None, "frames of a scene in a training step; evaluation takes twice as many")
     batch_size: int = option(None, "scenes a step, of all processes together")
@@ -108,8 +108,8 @@ def parse_config(argv=None):
             sys.exit(f"{saved} not found: there is no run to go on from. Start it with: "
                      f"python train.py --stage 1 --model {config.model} --out {config.out}")
         try:
-            known = json.loads(saved.read_text())
-        except ValueError as error:
+            known = dict(json.loads(saved.read_text()))
+        except (TypeError, ValueError) as error:
             sys.exit(f"{saved} is not valid JSON: {error}; start a new run with another --out")
         for name in fields.keys() & known.keys() - OF_THE_CALL:
             if name not in given:
@@ -185,14 +185,14 @@ def forward(model, batch, row):
     """-> the loss terms of a row that apply to a batch, unweighted (dict of scalars); statistics of the fusion."""
     out, index, scenes = model(batch), batch["batch_index"], len(batch["names"])
     terms = {"semantic": semantic_loss(out["logits"], batch["segment"], index, scenes)}
-    if "instance_cls" in row.losses and "instances" in out:
+    if {*INSTANCE} & {*row.losses} and "instances" in out:
         terms |= instance_loss(out["instances"], batch["superpoint_instance"], batch["superpoint_batch"],
                                batch["instance_label"], batch["instance_batch"], batch["has_instances"])
     if "alignment" in row.losses and "feat_2d" in out:
         terms["alignment"] = alignment_loss(out["feat_3d"], out["feat_2d"], out["seen"], index, scenes)
     if "gate" in row.losses and "alpha" in out:
         terms["gate"] = gate_prior(out["alpha"], out["seen"], index, scenes)
-    return terms, out.get("stats", {})
+    return {name: term for name, term in terms.items() if name in row.losses}, out.get("stats", {})
 
 
 def explain(guard, model, batch, row, weights, loss):
@@ -262,7 +262,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         evaluated: container of the epochs that are evaluated; None: all.
         stop:  runs.Stop, which may end the training after any step.
 
-    Raises runs.Stopped; guard.Diverged; FileNotFoundError, KeyError, ValueError for bad input; OSError for a full disk.
+    Raises runs.Stopped; guard.Diverged; FileNotFoundError, ValueError for bad input; OSError for a full disk.
     """
     # ---- seed, device, data
     torch.manual_seed(config.seed)
@@ -291,7 +291,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     size, words = sum(p.numel() for p in model.parameters()), f", tower {config.tower}, weights {config.tower_weights}"
     print(f"{config.model} ({config.preset}, {size / 1e6:.2f} M parameters{words if tower else ''}) on "
           f"{config.device}, {runs.world()} process(es); {scenes}; epochs {epoch}-{end} of {epochs}; {run.folder}/")
-    bar = tqdm(total=(end + 1 - epoch) * steps, initial=step, unit="step", dynamic_ncols=True, disable=runs.rank() > 0)
+    bar = tqdm(total=max(0, end + 1 - epoch) * steps, initial=step, unit="step", disable=runs.rank() > 0)
     stop.listen()
     while epoch <= end:
         # ---- row of the curriculum, what it reads
@@ -331,7 +331,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
                 if guard.gives_up():
                     run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device, time.time() - began))
-                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite: see skipped.jsonl")
+                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row not finite: {why['first_not_finite']}")
             step += 1
             bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             bar.update()
@@ -361,12 +361,12 @@ def main(argv=None):
                         if getattr(config, name) != getattr(Config, name))])
     try:
         train(config, stop=stop)
-    except (FileNotFoundError, KeyError, ValueError) as error:  # bad input; of a worker's traceback the last line
-        sys.exit(f"error: {(error.args[0] if isinstance(error, KeyError) else str(error)).strip().splitlines()[-1]}")
+    except (FileNotFoundError, ValueError) as error:  # bad input; of a worker's traceback the last line
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
     except OSError as error:
         sys.exit(f"error: {error}. What was saved before in {config.out} is whole. Mend it, then {again}")
     except Diverged as error:
-        sys.exit(f"{error}. Start anew with another --out and --plan B, or a lower --lr")
+        sys.exit(f"{error}; all in {config.out}/skipped.jsonl. Start anew with another --out, --plan B or a lower --lr")
     except runs.Stopped as where:
         print(f"{where}; all of it is in {config.out}/last.pt; {again}", file=sys.stderr)
         sys.exit(128 + stop.asked)

@@ -227,7 +227,7 @@ def frame_files(folder, frame):
 
 
 def usable_frames(folder):
-    """Ids (list of int, ascending) of the frames with image, depth and a finite, rigid pose; number of all others."""
+    """Ids (list of int, ascending) of the frames with image, depth and a finite, rigid pose; number of bad poses."""
     ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
     ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
     usable = []
