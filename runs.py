@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-CHECKPOINT = {"model", "optimizer", "next", "steps", "sums", "skipped_in_a_row", "row", "ramp", "config", "torch_rng"}
-
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -73,7 +71,7 @@ def read_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises all kinds on a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
-    missing = CHECKPOINT - set(state if isinstance(state, dict) else ())
+    missing = {"model", "optimizer", "next", "row", "ramp", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")
     return state

@@ -331,7 +331,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
                 if guard.gives_up():
                     run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device, time.time() - began))
-                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row not finite: {why['first_not_finite']}")
+                    raise Diverged(f"{guard.skipped_in_a_row} steps in a row were not finite, {why['first_not_finite']}")
             step += 1
             bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             bar.update()
@@ -366,7 +366,7 @@ def main(argv=None):
     except OSError as error:
         sys.exit(f"error: {error}. What was saved before in {config.out} is whole. Mend it, then {again}")
     except Diverged as error:
-        sys.exit(f"{error}; all in {config.out}/skipped.jsonl. Start anew with another --out, --plan B or a lower --lr")
+        sys.exit(f"{error}; see {config.out}/skipped.jsonl. Start anew with another --out and --plan B, or lower --lr")
     except runs.Stopped as where:
         print(f"{where}; all of it is in {config.out}/last.pt; {again}", file=sys.stderr)
         sys.exit(128 + stop.asked)

@@ -62,7 +62,8 @@ def main():
     model(torch.randn(3, 2)).sum().backward()
     runs.average_gradients(model)
     run.start({"lr": 1})
-    run.save({"model": model.state_dict(), "optimizer": {}, "next": [0, 1], "row": {}, "config": {}}, runs.use("cpu"))
+    run.save({"model": model.state_dict()} | dict.fromkeys(("optimizer", "row", "ramp", "config")) | {"next": [0, 1]},
+             runs.use("cpu"))
     run.append({"epoch": 0, "loss": runs.mean([1.0])[0]})
     assert runs.read_log("run/log.jsonl") == [{"epoch": 0, "loss": 1.0}] and run.reached() == 0
     assert runs.read_checkpoint("run/last.pt")["model"].keys() == model.state_dict().keys()

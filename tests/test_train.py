@@ -347,7 +347,7 @@ def weights(**changed):
 @pytest.mark.parametrize(("change", "said"), [
     (None, "is not a readable checkpoint"),
     (lambda state: [1, 2], r"is not a checkpoint of this version of train\.py: it lacks \['config'"),
-    (lambda state: {"model": {}}, r"it lacks \['config', 'next', 'optimizer', 'row'\]"),
+    (lambda state: {"model": {}}, r"it lacks \['config', 'next', 'optimizer', 'ramp', 'row'\]"),
     (lambda state: state | {"model": dict(list(state["model"].items())[:-1])}, "belongs to another model: .*Missing"),
     (weights(wheels=torch.zeros(3)), "belongs to another model: .*wheels"),
     (weights(**{"semantic_head.weight": torch.zeros(3, 3)}), r"another model: .*\(\[3, 3\]\)"),
