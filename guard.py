@@ -23,7 +23,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Diverged(Exception):
-    """MAX_SKIPPED_IN_A_ROW steps in a row were not finite."""
+    """Diverged(number of steps refused in a row, what `first_not_finite` found in the last of them)."""
+    def __str__(self):
+        return "{} steps in a row were not finite: {}".format(*self.args)
 
 
 class Guard:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import runs
 from data import Scenes
-from guard import MAX_SKIPPED_IN_A_ROW, Diverged, Guard
+from guard import Diverged, Guard
 from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, semantic_loss, weighted_sum
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
@@ -331,7 +331,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                           f"{', '.join(why['scenes'])}; more in {run.folder / 'skipped.jsonl'}")
                 if guard.gives_up():
                     run.append(runs.log_line(row, epoch, steps, sums, optimizer, {}, device, time.time() - began))
-                    raise Diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite: {why['first_not_finite']}")
+                    raise Diverged(guard.skipped_in_a_row, why["first_not_finite"])
             step += 1
             bar.set_postfix_str(f"loss {found['loss']:.3f}", refresh=False)
             bar.update()
