@@ -33,7 +33,7 @@ PRESETS = {
         "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64, "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
-        "tower": "clip_small", "tower_weights": "clip_small.pt",  # miniclip.py made it
+        "tower": "clip_small", "tower_weights": "clip_small.pt",  # docs/towers.md says how it was made
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),

@@ -347,6 +347,19 @@ def test_a_failed_step_leaves_every_bit_as_it_was_and_is_named_and_the_next_step
     assert not torch.equal(model.semantic_head.weight, before["semantic_head.weight"])
 
 
+def test_a_record_after_half_a_line_of_a_killed_run_stands_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    path.write_text('{"epoch": 0}\n{"epo')
+    Guard(torch.nn.Linear(1, 1), path).record(epoch=1)
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+def test_the_losses_of_a_row_and_no_others_are_computed(make_model, make_batch, row, put):
+    for losses in (("semantic", "instance_dice"), ("alignment", "gate")):
+        some = replace(row(70), losses=losses)
+        assert set(train.forward(put(make_model(), some).train(), make_batch(), some)[0]) == set(losses)
+
+
 def test_an_infinite_loss_term_is_named_though_all_modules_are_finite(
         make_model, make_batch, row, put, tmp_path, monkeypatch):
     real = train.alignment_loss
