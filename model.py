@@ -23,7 +23,7 @@ from torch import nn
 
 from fusion import FiLM, LiteFusionGate, SimpleFusion, Standardise, blend, fusion_stats, link_views, sample_views
 from stages import CURRICULUM
-from tower import SCRATCH, ClipTower, autocast, build_visual
+from tower import LITE0, SCRATCH, ClipTower, autocast, build_visual
 
 IN_CHANNELS = 6  # colour and normal of a voxel
 MAX_QUERIES = 4000  # of a scene in evaluation: a large tile must not ask for (S, S) of memory
@@ -33,7 +33,7 @@ PRESETS = {
         "unet": {"stem": 24, "encoder": (32, 48, 64), "encoder_blocks": (1, 1, 1),
                  "decoder": (64, 48, 32), "decoder_blocks": (1, 1, 1), "bn_momentum": 0.1},
         "dim": 64, "decoder": {"dim": 64, "hidden": 256, "layers": 3, "heads": 4},
-        "tower": "clip_small", "tower_weights": "clip_small.pt",  # docs/towers.md says how it was made
+        "tower": LITE0[0], "tower_weights": LITE0[1],
     },
     "base": {
         "unet": {"stem": 32, "encoder": (32, 64, 128, 256), "encoder_blocks": (2, 3, 4, 6),

