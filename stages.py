@@ -20,7 +20,7 @@ PARTS = {  # part of the model -> the branch whose gradient is clipped together 
     "3d": "3d",  # sparse U-Net, its standardisation, the semantic head
     "decoder": "decoder",  # the query decoder
     "2d": "2d",  # neck of the image tower and the standardisation behind it
-    "tower": "2d", "tower_ends": "2d",  # the image tower; of it conv1 (RGB-D) and the last blocks
+    "tower": "2d",  # the image tower
     "gate": "fusion", "film": "fusion",
 }
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
@@ -62,10 +62,10 @@ CURRICULUM = (
         trains=("3d", "decoder", "2d", "film", "gate"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
         fusion="learned", film=True),
-    Row(3, "enhancement", 61, 128,  # the tower's ends train; no branch is relied on
-        trains=("3d", "decoder", "2d", "film", "gate", "tower_ends"),
+    Row(3, "enhancement", 61, 128,  # the tower trains; no branch is relied on
+        trains=("3d", "decoder", "2d", "film", "gate", "tower"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
-        fusion="learned", film=True, tower_rate=0.1, blank=0.1),
+        fusion="learned", film=True, tower_rate=1.0, blank=0.1),
 )
 PLANS = {
     "full": "the curriculum as it stands",
@@ -96,8 +96,8 @@ def curriculum(compress=1.0, plan="full", pretrained=True, tower_rate=None):
         if plan == "A":
             row = replace(row, trains=("3d",), losses=("semantic",), fusion="identity", film=False, blank=0.0)
         elif not pretrained and row.fusion != "identity":
-            row = replace(row, trains=tuple(dict.fromkeys((*row.trains, "tower", "tower_ends"))), tower_rate=1.0)
-        elif tower_rate is not None and "tower_ends" in row.trains:
+            row = replace(row, trains=tuple(dict.fromkeys((*row.trains, "tower"))), tower_rate=1.0)
+        elif tower_rate is not None and "tower" in row.trains:
             row = replace(row, tower_rate=tower_rate)
         rows.append(replace(row, clip=PLAN_B["clip"]) if plan == "B" else row)
         first = last + 1
@@ -140,9 +140,9 @@ def parameter_groups(model, lr, weight_decay):
 
 
 def set_rates(optimizer, row, lr):
-    """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the parts of the image tower."""
+    """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the image tower."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * (row.tower_rate if group["name"].startswith("tower") else 1.0)
+        group["lr"] = lr * (row.tower_rate if group["name"] == "tower" else 1.0)
 
 
 def clip_by_branch(model, clip):

@@ -32,7 +32,6 @@ SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trai
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
-LAST_BLOCKS = 2  # of a transformer, that train in stage 3
 FORMAT = 3  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
@@ -151,21 +150,21 @@ class RGBDConv(nn.Module):
 class CutTower(nn.Module):
     """An image tower, cut where its maps are still dense: a transformer after half of its blocks (ViT-B/16
     after block 6 of 12), a pyramid (ModifiedResNet, ConvNeXt, ...) after stride 16. Every parameter left takes part in
-    the output. Attributes: net, what is left; strides of its levels, pixels; ends, modules that train in stage 3."""
+    the output. Attributes: net, what is left; strides of its levels, pixels."""
 
     def __init__(self, visual):
         super().__init__()
         self.net = net = getattr(visual, "trunk", visual)
-        stems = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-        for name in stems:  # FastViT has several, side by side
-            net.set_submodule(name, RGBDConv(net.get_submodule(name)))
+        for name, module in list(net.named_modules()):  # FastViT has several such, side by side
+            if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+                net.set_submodule(name, RGBDConv(module))
         if type(visual).__name__ == "ModifiedResNet":
             net.layer4, net.attnpool = nn.Identity(), None
-            self.indices, self.strides, blocks = [1, 2, 3], [4, 8, 16], [net.layer3]
+            self.indices, self.strides = [1, 2, 3], [4, 8, 16]
         elif hasattr(net, "class_embedding"):  # VisionTransformer
             net.transformer.prune_intermediate_layers([max(1, len(net.transformer.resblocks) // 2) - 1])
             net.ln_post = net.proj = net.attn_pool = net.attn_pool_contrastive = None
-            self.strides, blocks = [net.patch_size[0]], net.transformer.resblocks[-LAST_BLOCKS:]
+            self.strides = [net.patch_size[0]]
         else:
             for module in net.modules():  # for any image size: read by patches and by Swin's windows
                 module.strict_img_size, module.dynamic_mask = False, True
@@ -177,9 +176,6 @@ class CutTower(nn.Module):
                 i for i, s in enumerate(strides) if 4 <= s <= COARSEST and s not in strides[i + 1:]]
             self.strides = [strides[i] for i in self.indices]
             net.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-            blocks = next(m for n, m in net.named_children() if n in ("stages", "blocks", "layers"))
-            blocks = getattr(blocks[-1], "blocks", blocks)[-LAST_BLOCKS:]  # of the last stage, where there are stages
-        self.ends = [*(net.get_submodule(name) for name in stems), *blocks]
 
     def forward(self, rgbd):
         """(V, 4, H, W) -> list of levels (V, C, h, w)."""
@@ -224,7 +220,7 @@ class ClipTower(nn.Module):
         except Exception as error:  # timm raises all kinds
             raise ValueError(f"{type(getattr(visual, 'trunk', visual)).__name__} gives no maps for images of any size "
                              f"({brief(error)}); take another --tower") from error
-        self.train()
+        self.train().to(memory_format=torch.channels_last)  # depthwise convolutions are faster so, on a CPU too
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.multiple = max(strides)  # sides are padded to multiples of it
@@ -266,9 +262,7 @@ class ClipTower(nn.Module):
 
     def parts(self):
         """Parameters by part of stages.PARTS."""
-        ends = dict.fromkeys(p for module in self.visual.ends for p in module.parameters())
-        return {"tower": [p for p in self.visual.parameters() if p not in ends], "tower_ends": list(ends),
-                "2d": list(self.neck.parameters())}
+        return {"tower": list(self.visual.parameters()), "2d": list(self.neck.parameters())}
 
 
 def digest(*parts):

@@ -44,7 +44,7 @@ WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
     "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 3e-3,
-              "weight_decay": 0.05, "tower_rate": 0.1},
+              "weight_decay": 0.05, "tower_rate": 1.0},
     "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
              "weight_decay": 0.05, "tower_rate": 0.01},
 }
@@ -84,7 +84,7 @@ class Config:
 
 
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),
-          "weight_decay": (0, 10), "tower_rate": (0, 0.1), "workers": (0, 1e3), "cache_gb": (0, 1e6)}
+          "weight_decay": (0, 10), "tower_rate": (0, 1), "workers": (0, 1e3), "cache_gb": (0, 1e6)}
 OF_THE_CALL = {"stage", "resume", "device", "workers", "out"}  # never taken from the run that goes on
 HOW_NOT_WHAT = {"cache", "cache_gb"}  # taken from it, but may be given anew
 
@@ -298,7 +298,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         row, began = row_at(rows, epoch), time.time() - sums.pop("seconds", [0])[0]
         apply_row(model, row)
         scenes.read(config.views if tower and row.fusion != "identity" else 0, row.blank if tower else 0.0,
-                    None if {"tower", "tower_ends"} & set(row.trains) else tower, stop.until)
+                    None if "tower" in row.trains else tower, stop.until)
         model.train()
         model.ramp = row.ramp(epoch + max(0, step - 1) / steps)  # of the last step, where all are done
         bar.set_description(f"stage {row.stage}, mIoU {runs.show(run.log[-1]['val_miou'] if run.log else None)}", False)

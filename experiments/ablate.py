@@ -27,7 +27,6 @@ from scenes.folder import IGNORE
 from stages import INSTANCE, PARTS, curriculum
 from tower import SCRATCH, RGBDConv
 
-TOWER = ("tower", "tower_ends")
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
 
 
@@ -47,11 +46,11 @@ def all_at_once(rows):
                          clip=math.inf, fusion="learned", ramp_epochs=0.0, film=True, blank=0.0) for row in rows)
 
 
-def tower_trains(parts, rate, stages=(3,)):
-    """Function rows -> rows of these stages in which these parts of the image tower train, at this rate."""
+def tower_trains(rate, stages=(3,)):
+    """Function rows -> rows in which the image tower trains at this rate in these stages; at rate 0 it is frozen."""
     def change(row):
-        others = (part for part in row.trains if not part.startswith("tower"))
-        return replace(row, trains=(*others, *parts), tower_rate=rate)
+        others = (part for part in row.trains if part != "tower")
+        return replace(row, trains=(*others, *["tower"] * (rate > 0)), tower_rate=rate)
     return lambda rows: tuple(change(row) if row.stage in stages else row for row in rows)
 
 
@@ -124,11 +123,10 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "kept_no_prior": (fused(prior=False), train.new_model),
     "kept_no_fixed": (fused(fusion="learned"), train.new_model),  # learned under its prior from stage 2 on
     "faults": (fused(), with_faults),
-    "tower_frozen": (tower_trains((), 0.0), train.new_model),  # throughout
-    "tower_slow": (tower_trains(TOWER, 0.1), train.new_model),  # all of it at a tenth of the rate in stage 3
-    "tower_full": (tower_trains(TOWER, 1.0), train.new_model),  # all of it at the rate of the rest in stage 3
-    "tower_at_once": (tower_trains(TOWER, 1.0, stages=(2, 3)), train.new_model),  # from its first epoch
-    "rgb": (tower_trains(TOWER, 1.0), without_depth),
+    "tower_frozen": (tower_trains(0.0), train.new_model),  # throughout
+    "tower_slow": (tower_trains(0.1), train.new_model),  # at a tenth of the rate in stage 3
+    "tower_at_once": (tower_trains(1.0, stages=(2, 3)), train.new_model),  # from its first epoch
+    "rgb": (fused(), without_depth),
     "scratch": (fused(), train.new_model),  # a tower of random weights
 }
 BLANKED = {  # what is done to every batch of the val scenes

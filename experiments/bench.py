@@ -87,7 +87,7 @@ class Setup:
 
     def step(self, name, row):
         """A function that does one step of train.py's loop in a row, with the maps of a tower that is frozen; model."""
-        model, batch = self.model(name), self.batch if "tower_ends" in row.trains else self.cached
+        model, batch = self.model(name), self.batch if "tower" in row.trains else self.cached
         optimizer = torch.optim.AdamW(parameter_groups(model, self.config.lr, self.config.weight_decay), fused=True)
         apply_row(model, row)
         set_rates(optimizer, row, self.config.lr)
