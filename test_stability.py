@@ -148,7 +148,8 @@ def test_no_change_of_row_moves_the_logits(make_model, make_batch, train_steps, 
         for training in (False, True):
             old = logits_at(model, before, batch, training, after.first_epoch - BEFORE)
             new = logits_at(model, after, batch, training, after.first_epoch)
-            assert (old - new).abs().max() <= 1e-5
+            stays = not (training and pretrained and after.stage == 3)  # there the tower's batch norms start to train
+            assert ((old - new).abs().max() <= 1e-5) == stays
     # the test can fail: once gate and FiLM are trained, going back to what they replaced is a jolt
     train_steps(model, after, batch, steps=8, optimizer=optimizer)
     new = logits_at(model, after, batch)
@@ -176,15 +177,13 @@ def test_a_step_of_the_ramp_moves_the_logits_little(make_model, make_batch, row,
 
 
 @pytest.mark.parametrize("epoch", [10, 21, 30, 50, 70])
-def test_a_pretrained_tower_is_frozen_but_for_its_ends_in_stage_three(make_model, make_batch, row, train_steps, epoch):
+def test_a_pretrained_tower_is_frozen_and_trains_whole_in_stage_three(make_model, make_batch, row, train_steps, epoch):
     model, batch = make_model(pretrained=True), make_batch()
     before = copy.deepcopy(model.tower.visual.state_dict())
     train_steps(model, row(epoch, pretrained=True), batch)
-    parameters = dict(model.tower.visual.named_parameters())
+    assert all((p.grad is not None) == (epoch == 70) for p in model.tower.visual.parameters())
     for name, value in model.tower.visual.state_dict().items():  # and the batch norms' statistics and counters
-        trains = epoch == 70 and name in parameters and name.startswith(("net.conv1.", "net.layer3."))
-        assert torch.equal(before[name], value) != trains, name
-        assert name not in parameters or (parameters[name].grad is not None) == trains
+        assert torch.equal(before[name], value) == (epoch != 70), name
 
 
 def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, row, train_steps):

@@ -47,38 +47,30 @@ def build_visual(name, weights, load=True):
         colours in 0..1 as the tag (of a file the name's first) was trained with.
     Raises ValueError: unknown name, or weights that cannot be had, read or fitted.
     """
-    load, tags = load and weights != SCRATCH, tags_of(name)
+    import open_clip
+    import timm
+
+    own, load = name.removeprefix(TIMM), load and weights != SCRATCH
+    if own not in (names := (open_clip if own == name else timm).list_models()):
+        close = [TIMM + model for model in difflib.get_close_matches(own.split(".")[0], names, 5)]
+        choices = f"{TIMM}NAME of timm.list_models(), {', '.join(names)}" if own == name else (
+            f"timm.list_models() (close: {', '.join(close) or 'none'}); a tag is given by --tower-weights")
+        raise ValueError(f"unknown image tower {name!r}; choose from {choices}")
+    tags = open_clip.list_pretrained_tags_by_model(name) if own == name else [
+        full.partition(".")[2] for full in timm.list_pretrained(f"{own}.*")]
     try:
-        visual, mean, std = (timm_visual if name.startswith(TIMM) else open_clip_visual)(name, weights, tags, load)
+        visual, mean, std = (open_clip_visual if own == name else timm_visual)(own, weights, tags, load)
         broken = [key for key, value in visual.state_dict().items() if load and not value.isfinite().all()]
         if broken:
             raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[:2]}")
     except Exception as error:  # hub, disk, torch and safetensors raise all kinds
-        package = f"install the package {LITE0_PACKAGE}; " * ((name, weights) == LITE0)
+        package = f"Install the package {LITE0_PACKAGE}; or give" if (name, weights) == LITE0 else "Give"
         raise ValueError(
-            f"weights {weights} of {name} cannot be had ({brief(error)}). {package.capitalize()}Give --tower-weights a "
-            f"file of tensors in its library's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or "
-            f"{SCRATCH} for random ones. A TorchScript archive that you trust becomes a file of tensors by: "
+            f"weights {weights} of {name} cannot be had ({brief(error)}). {package} --tower-weights a file of tensors "
+            f"in its library's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or {SCRATCH} for random "
+            "ones. A TorchScript archive that you trust becomes a file of tensors by: "
             "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)") from error
     return visual, mean, std
-
-
-def tags_of(name):
-    """The pretrained tags of an image tower, list of str. ValueError for an unknown name."""
-    import open_clip
-    import timm
-
-    own = name.removeprefix(TIMM)
-    if own != name and own in (known := timm.list_models()):
-        return [full.partition(".")[2] for full in timm.list_pretrained(f"{own}.*")]
-    if own != name:
-        close = ", ".join(TIMM + model for model in difflib.get_close_matches(own.split(".")[0], known, 5)) or "none"
-        raise ValueError(f"unknown image tower {name!r}; choose from timm.list_models() (close: {close}); a tag is "
-                         "given by --tower-weights")
-    if name not in open_clip.list_models():
-        raise ValueError(f"unknown image tower {name!r}; choose from {TIMM}NAME of timm.list_models(), "
-                         f"{', '.join(open_clip.list_models())}")
-    return open_clip.list_pretrained_tags_by_model(name)
 
 
 def open_clip_visual(name, weights, tags, load):
@@ -91,8 +83,8 @@ def open_clip_visual(name, weights, tags, load):
         config["embed_dim"], config["vision_cfg"] | {"timm_model_pretrained": False},
         quick_gelu=(known if weights in tags else config).get("quick_gelu", False))
     if load:
-        visual.load_state_dict(read_weights(
-            open_clip.pretrained.download_pretrained(known) if weights in tags else weights))
+        path = open_clip.pretrained.download_pretrained(known) if weights in tags else weights
+        visual.load_state_dict(read_weights(path))
     return visual, known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
@@ -100,16 +92,17 @@ def timm_visual(name, weights, tags, load):
     """-> visual, mean, std of `build_visual`."""
     import timm
 
-    own, state = name.removeprefix(TIMM), None
-    package = importlib.util.find_spec(LITE0_PACKAGE.replace("-", "_")) if (name, weights) == LITE0 else None
-    if load and package:  # found, not imported; it names its tensors otherwise, their order and shapes are the same
-        state = read_weights(next(Path(package.submodule_search_locations[0]).glob("models/*.pth")))
-        state = dict(zip(timm.create_model(own).state_dict(), state.values(), strict=True))
+    package = importlib.util.find_spec(LITE0_PACKAGE.replace("-", "_")) if (TIMM + name, weights) == LITE0 else None
+    state = {}
+    if load and package:  # its tensors have other names in the same order; found, not imported
+        folder = Path(package.submodule_search_locations[0], "models")
+        state = read_weights(next(folder.glob("*.pth"), folder / "*.pth"))
+        state = dict(zip(timm.create_model(name).state_dict(), state.values(), strict=True))
     elif load and weights not in tags:
         state = read_weights(weights)
-    visual = timm.create_model(f"{own}.{weights}" if weights in tags else own, pretrained=load,
-                               pretrained_cfg_overlay={"state_dict": state} if state else None)
-    visual.pretrained_cfg.pop("state_dict", None)
+    visual = timm.create_model(f"{name}.{weights}" if weights in tags else name, pretrained=load,
+                               pretrained_cfg_overlay={"state_dict": state})
+    visual.pretrained_cfg.pop("state_dict")
     return visual, visual.pretrained_cfg["mean"], visual.pretrained_cfg["std"]
 
 
@@ -120,6 +113,8 @@ def read_weights(path):
     state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    if not state:
+        raise ValueError("it holds no tensors")
     return {key[len("visual."):]: state[key] for key in state if key.startswith("visual.")} or state
 
 

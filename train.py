@@ -124,7 +124,7 @@ def parse_config(argv=None):
     if config.plan == "A" or config.model == "baseline":  # no use for a tower
         own["tower_weights"] = SCRATCH
     elif config.tower not in (None, own["tower"]) and not config.tower_weights:
-        sys.exit(f"--tower {config.tower} needs --tower-weights: a local file, a pretrained tag of open_clip, or "
+        sys.exit(f"--tower {config.tower} needs --tower-weights: a local file, a pretrained tag of its library, or "
                  f"{SCRATCH} for random weights")
     for name in fields:
         setattr(config, name, own[name] if getattr(config, name) is None else getattr(config, name))

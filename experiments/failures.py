@@ -142,7 +142,7 @@ def skipped_step_leaves_its_statistics(cured):
 @failure("activations beyond fp16", "share of image features not finite", 0.5, 0)
 def fp16_overflow(cured):
     model = small_model()
-    model.tower.visual.net.conv1.rgb.weight.data *= 1e6  # fp16 ends at 65504
+    model.tower.visual.net.conv_stem.rgb.weight.data *= 1e6  # fp16 ends at 65504
     dtype = torch.bfloat16 if cured else torch.float16  # commonly written, and what torch.autocast takes on a GPU
     with torch.no_grad(), mock.patch("tower.autocast", lambda like, precision: torch.autocast("cpu", dtype)):
         feat_2d, seen = model.encode_2d(room())

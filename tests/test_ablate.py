@@ -23,6 +23,7 @@ CHANGES = {  # of the rows with 2D on; gate and film: whether they train, prior:
     "kept_whole": {"blank": 0.0}, "kept_no_prior": {"prior": False}, "film_2d": FILM_2D, "plain": PLAIN,
     "fixed": PLAIN | {"fusion": "simple", "gate": False},
     "kept_no_fixed": {"fusion": "learned", "gate": True, "prior": True}}
+RATES = {"tower_frozen": (0, 0, 0), "tower_slow": (0, 0, 0.1), "tower_at_once": (0, 1, 1)}  # of the tower, by stage
 
 
 @pytest.mark.parametrize("name", ablate.VARIANTS)
@@ -33,6 +34,9 @@ def test_a_variant_changes_what_it_says_of_the_curriculum_and_no_more(name):
         if name == "naive":
             expected |= {"trains": set(PARTS), "losses": {"semantic", *INSTANCE, "alignment"}, "tower_rate": 1.0,
                          "clip": math.inf, "fusion": "learned", "ramp_epochs": 0, "film": True, "blank": 0.0}
+        elif name in RATES:
+            rate = RATES[name][before.stage - 1]
+            expected |= {"trains": expected["trains"] - {"tower"} | ({"tower"} if rate else set()), "tower_rate": rate}
         elif before.fusion != "identity":
             change = CHANGES.get(name, {})
             for key, word, to in (("trains", "gate", "gate"), ("trains", "film", "film"), ("losses", "gate", "prior")):
@@ -75,6 +79,7 @@ def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed
 
 @pytest.mark.parametrize("variant, check", [
     ("film_2d", lambda line, state: state["film.mlp.0.weight"].shape[1] == 64),  # reads features, not geometry
+    ("rgb", lambda line, state: not state["tower.visual.net.conv_stem.depth.weight"].any()),
     ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 0.1)])  # nothing standardises it
 def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, capsys, variant, check):
     log, result = run(variant)

@@ -94,7 +94,7 @@ for size in (3, 4, 4):
     assert model.table.tolist() == list(range(size)) and not model.running_mean.any()
 """,
     "tower.py": """
-visual, mean, std = tower.build_visual("clip_small", tower.SCRATCH)
+visual, mean, std = tower.build_visual(tower.LITE0[0], tower.SCRATCH)
 images = tower.ClipTower(visual, out_channels=32, mean=mean, std=std)
 maps = images(torch.zeros(2, 3, 48, 64, dtype=torch.uint8), torch.ones(2, 48, 64))
 assert maps.shape == (2, 32, 48 // images.stride, 64 // images.stride)
@@ -117,8 +117,7 @@ def test_a_file_copied_alone_works_and_needs_neither_siblings_nor_what_others_ne
     for path in paths:
         name = Path(path).stem
         (folder := tmp_path / name).mkdir()
-        for file in (path, *["clip_small.json"] * (name == "tower")):
-            shutil.copy(HERE / file, folder)
+        shutil.copy(HERE / path, folder)
         code += f"""
 os.chdir({str(folder)!r})
 sys.path.insert(0, {str(folder)!r})

@@ -20,6 +20,7 @@ from scenes import picture
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, load_frames, load_scene
 from scenes.points import voxelise
 from stages import curriculum
+from tower import LITE0
 from train import Config, new_model
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def checkpoints(tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     for name in ("baseline", "bifusion"):
         torch.manual_seed(1)
-        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, tower="clip_small", tower_weights="scratch")
+        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, tower=LITE0[0], tower_weights="scratch")
         model = new_model(config, load=False)
         torch.nn.init.normal_(model.semantic_head.weight)  # so that an untrained network finds several classes
         paths[name] = folder / f"{name}.pt"

@@ -134,6 +134,7 @@ def gradients(made, pairs, put, still):
     still: the batch norms do not train, so gradients alone are compared.
     """
     found = {}
+    kinds = torch.nn.modules.batchnorm._BatchNorm if still else torch.nn.BatchNorm2d  # a tower's: each process's own
     for case, scenes in pairs.items():
         batch = collate([scenes[runs.rank()]] if runs.world() > 1 else scenes)
         for row in curriculum(pretrained=made.tower.pretrained):
@@ -141,7 +142,7 @@ def gradients(made, pairs, put, still):
             model.decoder.choose_queries = torch.arange  # not at random
             runs.share_batch_norms(model.unet)
             for module in model.modules():
-                if still and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, kinds):
                     module.eval()
             terms, _ = train.forward(model, batch, row)
             weighted_sum(terms, LOSS_WEIGHTS["bifusion"]).backward()

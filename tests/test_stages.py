@@ -84,17 +84,16 @@ def test_what_is_used_trains_and_what_is_not_used_does_not(plan, pretrained):
         assert row.clip == 1.0
 
 
-def test_a_pretrained_tower_is_frozen_until_its_ends_train_slowly_in_stage_three():
-    for row in curriculum(tower_rate=0.03):
-        assert "tower" not in row.trains
-        assert ("tower_ends" in row.trains) == (row.stage == 3)
-        assert row.tower_rate == (0.03 if row.stage == 3 else 0)
-    assert 0 < CURRICULUM[-1].tower_rate <= 0.1
+@pytest.mark.parametrize(("flag", "rate"), [(None, 1.0), (0.03, 0.03), (0.0, 0.0)])
+def test_a_pretrained_tower_is_frozen_until_all_of_it_trains_at_the_towers_rate_in_stage_three(flag, rate):
+    for row in curriculum(tower_rate=flag):
+        assert ("tower" in row.trains) == (row.stage == 3)
+        assert row.tower_rate == (rate if row.stage == 3 else 0)
 
 
 def test_a_tower_from_scratch_trains_whole_at_the_base_rate_from_stage_two_on():
     for row in curriculum(pretrained=False, tower_rate=0.03):
-        assert ({"tower", "tower_ends"} <= set(row.trains)) == (row.stage > 1)
+        assert ("tower" in row.trains) == (row.stage > 1)
         assert row.tower_rate == (1 if row.stage > 1 else 0)
 
 
@@ -125,7 +124,7 @@ def test_rates_follow_the_row_and_biases_are_not_decayed():
     optimizer = torch.optim.SGD(groups)
     set_rates(optimizer, dataclasses.replace(CURRICULUM[-1], tower_rate=0.2), 0.5)
     for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(0.1 if group["name"] in ("tower", "tower_ends") else 0.5)
+        assert group["lr"] == pytest.approx(0.1 if group["name"] == "tower" else 0.5)
 
 
 def test_empty_parts_make_no_group():

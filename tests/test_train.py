@@ -26,6 +26,7 @@ from runs import Stop, Stopped, commit, finite, read_checkpoint, read_log
 from scenes import rooms
 from scenes.folder import NUM_CLASSES
 from stages import INSTANCE, curriculum, stage_epochs
+from tower import LITE0
 from train import RECIPES, WARM_UP, Config, learning_rate, load_model, main, parse_config
 
 SHORT = ("--compress", 43)  # 4 epochs of 2 steps, one a row
@@ -65,12 +66,12 @@ def run_copy(short_run, tmp_path):
     ("--cache-gb nan", "--cache-gb must be from 0 to 1e+06, got nan"),
     ("--workers -1", "--workers must be from 0 to 1000, got -1"),
     ("--weight-decay -1", "--weight-decay must be from 0 to 10, got -1.0"),
-    ("--tower-rate 0.5", "--tower-rate must be from 0 to 0.1, got 0.5"),
+    ("--tower-rate 1.5", "--tower-rate must be from 0 to 1, got 1.5"),
     ("--batch-size 0", "--batch-size must be from 1 to 10000, got 0"),
     ("--voxel-size -1", "--voxel-size must be from 0.001 to 10, got -1.0"),
     ("--device abacus", "--device abacus cannot be used here"),
     ("--device xpu:7", "--device xpu:7 cannot be used here"),
-    ("--tower RN50", "--tower RN50 needs --tower-weights: a local file, a pretrained tag of open_clip, or scratch"),
+    ("--tower RN50", "--tower RN50 needs --tower-weights: a local file, a pretrained tag of its library, or scratch"),
     *[(flags, "no run to go on from. Start it with: python train.py --stage 1 --model bifusion --out /")
       for flags in ("--stage 2", "--stage 3", "--resume")],
 ])
@@ -92,7 +93,7 @@ def test_flags_left_out_take_the_presets_values_and_plan_b_its_own(tmp_path, mon
     config = parse_config([])
     assert all(getattr(config, name) == value for name, value in RECIPES["small"].items() if name != "image_size")
     assert (config.out, parse_config(["--model", "baseline"]).out) == ("runs/bifusion", "runs/baseline")
-    assert (config.tower, config.tower_weights) == ("clip_small", "clip_small.pt")
+    assert (config.tower, config.tower_weights) == LITE0
     assert parse_config(["--tower", "RN50", "--tower-weights", "scratch"]).tower == "RN50"
     assert parse_config(["--clip-weights", "scratch"]).tower_weights == "scratch"  # its name of before
     assert parse_config(["--plan", "A", "--preset", "base"]).tower_weights == "scratch"
@@ -121,9 +122,9 @@ def test_data_or_weights_that_cannot_be_had_stop_the_run_before_it_begins(lacks,
         shutil.copytree(tiny_rooms / "train", root / "train")
         (root / "val" / "empty").mkdir(parents=True)
     said = message_of(main, ["--data", str(root), "--out", str(tmp_path / "run"), "--device", "cpu", *flags])
-    assert said.startswith("error: CLIP weights " if flags else f"error: no scene in {root / lacks}; generate rooms "
+    assert said.startswith("error: weights " if flags else f"error: no scene in {root / lacks}; generate rooms "
                            f"with: python -m scenes.rooms --out {root}, or give --data a folder with train/ and val/")
-    assert ("nowhere.pt of clip_small cannot be had" in said) == (lacks == "weights")
+    assert (f"nowhere.pt of {LITE0[0]} cannot be had" in said) == (lacks == "weights")
     assert "\n" not in said and not (tmp_path / "run").exists()
 
 
