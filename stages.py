@@ -70,7 +70,7 @@ CURRICULUM = (
 )
 PLANS = {
     "full": "the curriculum as it stands",
-    "A": "simplified: no CLIP, so nothing to fuse, and the semantic loss only, through all epochs",
+    "A": "simplified: no images, so nothing to fuse, and the semantic loss only, through all epochs",
     "B": "gradient clip 1.0, learning rate 1e-5, weight decay 1e-6 everywhere",
 }
 PLAN_B = {"clip": 1.0, "lr": 1e-5, "weight_decay": 1e-6}

