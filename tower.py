@@ -54,7 +54,7 @@ def build_visual(name, weights, load=True):
     names = [*open_clip.list_models(), *(TIMM + model for model in timm.list_models())]
     if name not in names:
         close = difflib.get_close_matches(own.split(".")[0], [known.removeprefix(TIMM) for known in names], 6)
-        close = [known for known in names if known.removeprefix(TIMM) in close] or ["ViT-B-16", "RN50", LITE0[0]]
+        close = [known for near in close for known in names if known.removeprefix(TIMM) == near] or ["RN50", LITE0[0]]
         raise ValueError(f"unknown image tower {name!r}; choose from open_clip.list_models() or {TIMM}NAME of "
                          f"timm.list_models(), as {', '.join(close)}; a tag is given by --tower-weights")
     tags = open_clip.list_pretrained_tags_by_model(name) if own == name else [

@@ -421,7 +421,7 @@ def test_a_tag_that_cannot_be_downloaded_names_reason_and_ways_out_and_builds_no
     ("timm:resnet18", "in1k", r"^weights in1k of timm:resnet18 .*No such file.* tag \(a1_in1k, .*scratch for"),
     ("timm:tf_eficientnet_lite0", SCRATCH, r"tower 'timm:tf_ef.* as timm:tf_efficientnet_lite0, timm:"),
     ("timm:vit_small_patch14_dinov2.lvd142m", SCRATCH, r"as timm:vit_small_patch14_dinov2, .*; a tag is given by"),
-    ("timm:", SCRATCH, r"timm:NAME of timm\.list_models\(\), as ViT-B-16, RN50, timm:")])
+    ("timm:", SCRATCH, r"timm:NAME of timm\.list_models\(\), as .*timm:")])
 def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices(name, weights, said):
     with torch.device("meta"), pytest.raises(ValueError, match=said):
         build_visual(name, weights)
