@@ -20,6 +20,7 @@ import math
 import torch
 
 MAX_SKIPPED_IN_A_ROW = 10
+SPIKE, RECENT = 7.0, 100  # a loss so many deviations above the mean of the last so many is a spike
 
 
 class Diverged(Exception):
@@ -32,11 +33,11 @@ class Guard:
     """Leaves a model (any nn.Module) as it was before a failed step, finds what failed and writes it down.
 
     path: of the records, one JSON object a line; None: nothing is written.  skipped_in_a_row: steps refused since the
-    last that was taken.
+    last that was taken.  recent: the losses of the last RECENT steps.
     """
 
     def __init__(self, model, path=None):
-        self.model, self.path, self.skipped_in_a_row = model, path, 0
+        self.model, self.path, self.skipped_in_a_row, self.recent = model, path, 0, []
         # where each module keeps its buffers: model.buffers() would look for them again in every step
         self.places = [module._buffers for module in model.modules() if module._buffers]
         self.buffers, self.saved = [], []  # statistics of the batch norms, above all; the forward changes them
@@ -60,6 +61,11 @@ class Guard:
     def gives_up(self):
         """True once MAX_SKIPPED_IN_A_ROW steps in a row were refused."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+    def is_spike(self, loss):
+        """True where a loss lies SPIKE deviations above the mean of the RECENT before it; False until there are 20."""
+        recent, self.recent = torch.tensor(self.recent), [*self.recent[1 - RECENT:], loss]
+        return len(recent) >= 20 and loss > recent.mean() + SPIKE * recent.std()
 
     def restore(self):
         """The buffers as they were, or one NaN in a running mean would spoil every evaluation from here on. A buffer

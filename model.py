@@ -334,6 +334,8 @@ class Baseline3D(nn.Module):
 class BiFusion(Baseline3D):
     """Baseline3D with an image tower, FiLM and a gate. `row` and `ramp` say what is on (stages.apply_row)."""
 
+    blend = staticmethod(blend)  # experiments put others in its place
+
     def __init__(self, unet, tower, decoder, dim, num_classes, depth_tolerance):
         super().__init__(unet, decoder, dim, num_classes)
         self.tower, self.depth_tolerance = tower, depth_tolerance
@@ -361,7 +363,7 @@ class BiFusion(Baseline3D):
         if row.film:
             feat_2d, feat_3d = self.film(feat_2d, feat_3d, batch["coord"], batch["normal"])
         out["alpha"] = alpha = self.ramp * self.gates[row.fusion](feat_2d, feat_3d, seen)  # (M,)
-        fused = blend(feat_2d, feat_3d, alpha)  # (M, D)
+        fused = self.blend(feat_2d, feat_3d, alpha)  # (M, D)
         whole = batch.get("whole") if self.training and row.blank else None  # (B,), False = blanked by data.py
         rows = slice(None) if whole is None else whole[batch["batch_index"]]  # (M,)
         out["stats"] = fusion_stats(feat_2d[rows], feat_3d[rows], alpha[rows], seen[rows])

@@ -170,11 +170,12 @@ def log_line(row, epoch, steps, sums, optimizer, result, device, seconds):
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of the main process
     return {
         "epoch": epoch, "stage": row.stage, "row": row.name, "loss": sums.mean("loss"), "losses": sums.means("losses"),
-        "val_miou": finite(result.get("miou")), "val_iou": [finite(v) for v in result.get("iou", ())],
-        **{f"val_{name.lower()}": finite(result.get(name)) for name in ("AP", "AP50", "AP25")},
+        "val_iou": [finite(v) for v in result.get("iou", ())],
+        **{f"val_{name.lower()}": finite(result.get(name)) for name in ("miou", "loss", "AP", "AP50", "AP25")},
         "fusion_ramp": finite(row.ramp(epoch)) if "seen_share" in sums else 0.0,  # at the start of the epoch
         **{name: sums.mean(name) for name in ("fusion_2d_ratio", "seen_share", "rms_2d", "rms_3d", "cosine")},
-        "grad_norm": sums.means("grad_norm"), "skipped_steps": int(sums.get("skipped", [0])[0]), "steps": steps,
+        "grad_norm": sums.means("grad_norm"), "clipped": sums.means("clipped"), "spikes": sums.mean("spikes"),
+        "update_rms": sums.mean("update_rms"), "skipped_steps": int(sums.get("skipped", [0])[0]), "steps": steps,
         "lr": {g["name"]: finite(g["lr"]) for g in optimizer.param_groups if g["name"] in row.trains},
         "seconds": round(seconds, 2), "peak_memory_mb": round(memory),
     }

@@ -122,13 +122,14 @@ def stage_epochs(rows):
 
 
 def apply_row(model, row):
-    """Let the parts that a row trains, and no others, take a gradient; the forward reads model.row."""
+    """Let the parts that a row trains, and no others, take a gradient; the forward reads model.row. Returns model."""
     for name, parameters in model.parts().items():
         if name not in PARTS:
             raise KeyError(f"the model has a part {name!r}; stages.py knows {sorted(PARTS)}")
         for parameter in parameters:
             parameter.requires_grad_(name in row.trains)
     model.row = row
+    return model
 
 
 def parameter_groups(model, lr, weight_decay):
@@ -154,3 +155,13 @@ def clip_by_branch(model, clip):
         branches.setdefault(PARTS[name], []).extend(p for p in parameters if p.grad is not None)
     return {branch: torch.nn.utils.clip_grad_norm_(parameters, clip)
             for branch, parameters in branches.items() if parameters}
+
+
+def update_rms(optimizer, parameter):
+    """RMS of g^2 over its running mean, of a parameter after a step of AdamW; None where it took none. Above 2 or so
+    the mean lags behind: a loss spike is near (Wortsman et al. 2023, arXiv 2304.13013)."""
+    if parameter is None or parameter.grad is None:
+        return None
+    state, group = optimizer.state[parameter], optimizer.param_groups[0]
+    mean = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+    return (parameter.grad.square() / mean.clamp(min=1e-16)).mean().sqrt().item()

@@ -35,8 +35,8 @@ from model import PRESETS, build_model, instances_of_scene
 from scenes import rooms
 from scenes.folder import NUM_CLASSES, THINGS
 from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
-                    set_rates, stage_epochs)
-from tower import SCRATCH
+                    set_rates, stage_epochs, update_rms)
+from tower import SCRATCH, RGBDConv
 
 ROOMS = "data/rooms"  # generated on first use
 WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
@@ -212,27 +212,30 @@ def explain(guard, model, batch, row, weights, loss):
 
 @torch.no_grad()
 def evaluate(model, scenes, device):
-    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's.
+    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's;
+    and loss: losses.semantic_loss, over voxels, the mean over scenes.
 
     Of several processes each brings its own scenes, and all get the metrics over all of them.
     """
     model.eval()
-    average_precision = InstanceAP(THINGS)
+    average_precision, losses = InstanceAP(THINGS), []  # of the scenes
 
     def pairs():
         for batch in scenes:
-            batch = to_device(batch, device)
+            batch, count = to_device(batch, device), len(batch["names"])
             out = model(batch)
+            losses.extend([semantic_loss(out["logits"], batch["segment"], batch["batch_index"], count).item()] * count)
             for i, prediction in enumerate(out.get("instances", ())):
                 if batch["has_instances"][i]:
                     average_precision.add(*instances_of_scene(prediction[-1], batch, i))
             yield batch["point_segment"].cpu(), out["logits"].argmax(1)[batch["point_to_voxel"]].cpu()  # (N,) each
 
     confusion = semantic_iou(pairs(), range(NUM_CLASSES))["confusion"]
-    confusions, (average_precision, *others) = zip(*runs.gather((confusion, average_precision)))
+    confusions, (average_precision, *others), losses = zip(*runs.gather((confusion, average_precision, losses)))
     for other in others:
         average_precision.merge(other)
-    return iou_of(sum(confusions)) | (average_precision.result() if average_precision.num_scenes else {})
+    return iou_of(sum(confusions)) | {"loss": sum(map(sum, losses)) / max(1, sum(map(len, losses)))} | (
+        average_precision.result() if average_precision.num_scenes else {})
 
 
 def go_on(config, run, model, optimizer, guard, first, device):
@@ -250,7 +253,7 @@ def go_on(config, run, model, optimizer, guard, first, device):
     load_weights(model, state, run.folder / name)
     optimizer.load_state_dict(state["optimizer"])
     runs.set_random_state(state, device)
-    guard.skipped_in_a_row = state["skipped_in_a_row"]
+    guard.skipped_in_a_row, guard.recent = state["skipped_in_a_row"], state["recent"]
     (epoch, step), logged = state["next"], {line["epoch"] for line in run.log}
     evaluated = step == state["steps"] and (epoch in logged or not config.resume)
     return (epoch + 1, 0, runs.Sums()) if evaluated else (epoch, step, runs.Sums(state["sums"]))
@@ -282,6 +285,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     rows = rows or curriculum(config.compress, config.plan, tower is not None and tower.pretrained, config.tower_rate)
     runs.share_batch_norms(model.unet)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr, config.weight_decay), fused=True)
+    stem = next((module.rgb.weight for module in model.modules() if isinstance(module, RGBDConv)), None)
     guard = Guard(model, run.folder / "skipped.jsonl" if runs.rank() == 0 else None)
     if runs.rank():  # rank 0 draws what a single process would draw
         torch.manual_seed(config.seed + (runs.rank() << 40))
@@ -324,7 +328,9 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
             found = dict(zip([*numbers, *stats], runs.mean([*own, *stats.values()])))
             if guard.accepts([found[name] for name in numbers]):
                 optimizer.step()
-                sums.add(found)
+                sums.add(found | {f"clipped/{k}": float(found[f"grad_norm/{k}"] > row.clip) for k in norms}
+                         | {"spikes": float(guard.is_spike(found["losses/semantic"])),
+                            "update_rms": update_rms(optimizer, stem)})
             else:
                 guard.restore()
                 why = explain(guard, model, batch, row, weights, own[0])
@@ -343,7 +349,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         runs.share_buffers(model)
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "next": [epoch, step],
                   "steps": steps, "sums": sums | {"seconds": [time.time() - began, 1]}, "row": asdict(row),
-                  "ramp": model.ramp, "skipped_in_a_row": guard.skipped_in_a_row, "config": asdict(config)}, device)
+                  "ramp": model.ramp, "skipped_in_a_row": guard.skipped_in_a_row, "recent": guard.recent,
+                  "config": asdict(config)}, device)
         wanted = not stop.agreed() and (evaluated is None or epoch in evaluated)
         result = evaluate(model, stop.until(scenes.val_batches), device) if wanted else {}
         if stop.agreed():  # the checkpoint goes on with the next step, or with the evaluation

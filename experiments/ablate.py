@@ -8,11 +8,13 @@ A variant changes rows of the curriculum (stages.Row) or the model; data, seeds,
 evaluated after its last epoch alone; its result stands in blanked.json of the run folder.
 """
 
+import contextlib
 import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE
-from stages import INSTANCE, PARTS, curriculum
+from stages import INSTANCE, PARTS, apply_row, curriculum
 from tower import SCRATCH, RGBDConv
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -73,6 +75,57 @@ def film_of_2d(config, load=True):
 def no_standardisation(config, load=True):
     model = train.new_model(config, load)
     model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    return model
+
+
+def from_the_start(rows):
+    """The rows without stage 1: what comes after it begins at epoch 0."""
+    return (replace(rows[1], first_epoch=0), *rows[2:])
+
+
+def only_2d(config, load=True):
+    """The image side alone: the same heads on seen voxels, zeros in place of the 3D features; its U-Net never runs."""
+    model = train.new_model(config, load)
+    dim, gate = model.semantic_head.in_features, torch.nn.Module()
+    model.encode_3d = lambda batch: batch["color"].new_zeros(len(batch["color"]), dim)
+    gate.forward = lambda feat_2d, feat_3d, seen: seen.to(feat_2d.dtype)
+    model.gates["simple"] = gate
+    return model
+
+
+class Concat(torch.nn.Linear):
+    """Linear over [feat_2d, feat_3d] where a view sees the voxel, in place of gate and blend; starts as their mean."""
+
+    def __init__(self, dim):
+        super().__init__(2 * dim, dim)
+        torch.nn.init.zeros_(self.bias)
+        self.weight.data = 0.5 * torch.eye(dim).repeat(1, 2)
+
+    def forward(self, feat_2d, feat_3d, alpha):
+        """alpha is SimpleFusion's: half of the ramp where seen, else 0."""
+        return torch.lerp(feat_3d, super().forward(torch.cat([feat_2d, feat_3d], 1)), 2 * alpha[:, None])
+
+
+def concat(config, load=True):
+    model = train.new_model(config, load)
+    model.gates["concat"] = Concat(model.semantic_head.in_features)
+    model.blend = model.gates["concat"].__call__
+    return model
+
+
+def with_concat(rows):
+    """The curriculum's rows with Concat, which trains from stage 2 on."""
+    return tuple(row if row.fusion == "identity" else replace(
+        row, fusion="simple", trains=tuple(dict.fromkeys((*row.trains, "gate"))),
+        losses=tuple(loss for loss in row.losses if loss != "gate")) for row in rows)
+
+
+def no_zero_start(config, load=True):
+    """Gate and FiLM start at random, not as what they replace."""
+    model = train.new_model(config, load)
+    with torch.random.fork_rng(devices=[]):
+        for mlp in (model.film.mlp, model.gates["learned"].mlp):
+            mlp[-1].reset_parameters()
     return model
 
 
@@ -128,29 +181,47 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "tower_at_once": (tower_trains(1.0, stages=(2, 3)), train.new_model),  # from its first epoch
     "rgb": (fused(), without_depth),
     "scratch": (fused(), train.new_model),  # a tower of random weights
+    "only_2d": (lambda rows: fused(prior=False, fusion="simple", film=False, ramp_epochs=0.0, blank=0.0)(
+        from_the_start(rows)), only_2d),
+    "concat": (with_concat, concat),
+    "less_stage_1": (from_the_start, train.new_model),  # the curriculum less one part, from here on
+    "less_standardisation": (fused(), no_standardisation),
+    "less_branch_clip": (fused(), train.new_model),  # one clip for all
+    "less_ramp": (fused(ramp_epochs=0.0), train.new_model),
+    "less_zero_start": (fused(), no_zero_start),
+    "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead
 }
+PATCHES = {"less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")}}  # variant: {name: other value}
 BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
     "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
     "no images": dict,
     "points black": lambda batch: batch | {"color": torch.full_like(batch["color"], -1),
                                            "normal": torch.zeros_like(batch["normal"])},
+    "both black": lambda batch: BLANKED["points black"](BLANKED["images black"](batch)),
 }
+
+
+def open_run(path, device):
+    """`train.load_model` of a checkpoint of train.py or of a variant."""
+    of_variant = Path(path).parent / "blanked.json"
+    variant = json.loads(of_variant.read_text())["variant"] if of_variant.exists() else "kept"
+    return train.load_model(path, device, VARIANTS[variant][1])
 
 
 def blanked(path, names=tuple(BLANKED), device=train.Config.device):
     """Val mIoU of a checkpoint, of train.py or of a variant, with its inputs blanked in these ways: dict."""
-    of_variant = Path(path).parent / "blanked.json"
-    variant = json.loads(of_variant.read_text())["variant"] if of_variant.exists() else "kept"
-    model, config, _ = train.load_model(path, device, VARIANTS[variant][1])
-    result = {}
-    for name in names:
-        views = 2 * config.views if config.model == "bifusion" and name != "no images" else 0
-        scenes = SceneDataset(config.data, "val", voxel_size=config.voxel_size, views=views, seed=config.seed,
-                              image_size=train.RECIPES[config.preset]["image_size"])
-        batches = map(BLANKED[name], DataLoader(scenes, config.batch_size, collate_fn=collate))
-        result[name] = round(train.evaluate(model, batches, torch.device(device))["miou"], 4)
-    return result
+    model, config, _ = open_run(path, device)
+    return {name: round(judge(model, config, device, BLANKED[name], name != "no images")["miou"], 4) for name in names}
+
+
+def judge(model, config, device, change=dict, images=True):
+    """What train.evaluate says of a model, whose val batches go through the function `change`."""
+    views = 2 * config.views if config.model == "bifusion" and images else 0
+    scenes = SceneDataset(config.data, "val", voxel_size=config.voxel_size, views=views, seed=config.seed,
+                          image_size=train.RECIPES[config.preset]["image_size"])
+    batches = map(change, DataLoader(scenes, config.batch_size, collate_fn=collate))
+    return train.evaluate(model, batches, torch.device(device))
 
 
 def run(name, argv):
@@ -161,8 +232,15 @@ def run(name, argv):
     path, result = Path(config.out, "blanked.json"), {"variant": name, "seed": config.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))  # tells `blanked` how the model is built
+    patches = contextlib.ExitStack()
+    for target, value in PATCHES.get(name, {}).items():
+        patches.enter_context(mock.patch(target, value))
     try:
-        result["as they are"] = train.train(config, rows, build, {rows[-1].last_epoch}, stop)[-1]["val_miou"]
+        with patches:
+            torch.manual_seed(config.seed)
+            result["loss at the start"] = judge(apply_row(build(config), rows[0]), config, "cpu")["loss"]
+            log = train.train(config, rows, build, {rows[-1].last_epoch}, stop)
+            result |= {"as they are": log[-1]["val_miou"], "loss at the end": log[-1]["val_loss"]}
         names = ("points black",) if name == "baseline" else ("points black", "images black")
         result |= blanked(Path(config.out, "last.pt"), names, config.device)
     except Diverged as error:  # a row of the table all the same

@@ -178,6 +178,22 @@ def incomparable(run, baseline):
                      for key, value in expected.items() if baseline["config"].get(key) != value)
 
 
+def watched(run):
+    """What has no verdict, lines of text: clipped steps and spikes of the log; what `experiments.probe` left."""
+    branches = {branch: numbers(run["log"], f"clipped {branch}").values()
+                for branch in sorted({branch for entry in run["log"] for branch in entry.get("clipped") or {}})}
+    lines = ["steps clipped: " + ", ".join(f"{branch} {statistics.mean(v):.2f}" for branch, v in branches.items())
+             + f"; loss spikes {statistics.mean(numbers(run['log'], 'spikes').values()):.4f}"] if branches else []
+    if (run["folder"] / "probe.json").is_file():
+        found = json.loads((run["folder"] / "probe.json").read_text())
+        whole, images, points = (found[key] for key in ("as they are", "images black", "points black"))
+        lines += [f"gate: deviation of alpha {found['alpha_deviation']:.3f}, AUC {found['alpha_auc']:.3f} "
+                  "(a fixed 0.5: 0 and 0.5)",
+                  f"mIoU whole {whole:.3f}, images black {images:.3f}, points black {points:.3f}, both "
+                  f"{found['both black']:.3f}: images add {whole - images:+.3f}, points {whole - points:+.3f}"]
+    return lines
+
+
 def summary_table(runs):
     """One row a run, as text: epochs logged of those planned, val mIoU and AP, last fusion_2d_ratio, cost."""
     rows = [("run", "model", "seed", "epochs", "best mIoU", "final mIoU", "final AP/50/25", "2D ratio", "skipped",
@@ -311,6 +327,7 @@ def main(argv=None):
             detail = f"  [{entry['detail']}]" if entry["detail"] else ""
             print(f"  {number} {entry['name']:<11}  {VERDICTS[entry['passed']]:<4}  {entry['figure']}{detail}")
             failed |= entry["passed"] is False
+        print("".join(f"    {line}\n" for line in watched(run)), end="")
         draw_curves({each["name"]: each["log"] for each in (run, baseline) if each}, run["folder"] / "curves.png")
         print(f"  curves: {run['folder'] / 'curves.png'}")
     return int(failed)

@@ -22,11 +22,21 @@ PLAIN = FILM_2D | {"film": False}
 CHANGES = {  # of the rows with 2D on; gate and film: whether they train, prior: whether it is among the losses
     "kept_whole": {"blank": 0.0}, "kept_no_prior": {"prior": False}, "film_2d": FILM_2D, "plain": PLAIN,
     "fixed": PLAIN | {"fusion": "simple", "gate": False},
-    "kept_no_fixed": {"fusion": "learned", "gate": True, "prior": True}}
+    "kept_no_fixed": {"fusion": "learned", "gate": True, "prior": True},
+    "concat": {"fusion": "simple", "gate": True, "prior": False}, "less_ramp": {"ramp_epochs": 0.0}}
+STARTS = {"less_stage_1": {}, "only_2d": {"fusion": "simple", "film": False, "ramp_epochs": 0.0, "blank": 0.0}}
 RATES = {"tower_frozen": (0, 0, 0), "tower_slow": (0, 0, 0.1), "tower_at_once": (0, 1, 1)}  # of the tower, by stage
 
 
-@pytest.mark.parametrize("name", ablate.VARIANTS)
+@pytest.mark.parametrize("name", STARTS)
+def test_without_stage_one_the_rows_after_it_begin_at_epoch_0(name):
+    rows = ablate.VARIANTS[name][0](curriculum())
+    assert [(row.first_epoch, row.last_epoch) for row in rows] == [(0, 40), (41, 60), (61, 128)]
+    assert all(getattr(row, key) == value for row in rows for key, value in STARTS[name].items())
+    assert all("2d" in row.trains and ("film" in row.trains) == row.film for row in rows)
+
+
+@pytest.mark.parametrize("name", [name for name in ablate.VARIANTS if name not in STARTS])
 def test_a_variant_changes_what_it_says_of_the_curriculum_and_no_more(name):
     for before, after in zip(curriculum(), ablate.VARIANTS[name][0](curriculum()), strict=True):
         expected, found = (asdict(row) | {"trains": set(row.trains), "losses": set(row.losses)}
@@ -80,6 +90,9 @@ def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed
 @pytest.mark.parametrize("variant, check", [
     ("film_2d", lambda line, state: state["film.mlp.0.weight"].shape[1] == 64),  # reads features, not geometry
     ("rgb", lambda line, state: not state["tower.visual.net.conv_stem.depth.weight"].any()),
+    ("only_2d", lambda line, state: line["fusion_2d_ratio"] == 1 and line["grad_norm"]["3d"] > 0),
+    ("concat", lambda line, state: not state["gates.concat.weight"].equal(0.5 * torch.eye(64).repeat(1, 2))),
+    ("less_branch_clip", lambda line, state: set(line["grad_norm"]) == {"all"}),
     ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 0.1)])  # nothing standardises it
 def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, capsys, variant, check):
     log, result = run(variant)
@@ -154,3 +167,16 @@ def test_failures_exits_with_1_where_one_is_not_as_promised(capsys, monkeypatch,
     monkeypatch.setattr(failures, "EXPERIMENTS", {"jolt": lambda: finding})
     assert failures.main() == code
     assert capsys.readouterr().out.split()[-1] == ("NO" if code else "yes")
+
+
+def test_the_image_side_alone_reads_no_point_and_concatenation_starts_as_the_mean_of_both(tmp_path):
+    config = train.parse_config(["--tower-weights", "scratch", "--out", str(tmp_path / "none")])
+    model = ablate.only_2d(config)
+    feat = torch.randn(3, 64)
+    assert not model.encode_3d({"color": torch.ones(3, 3)}).any()
+    assert model.gates["simple"](feat, feat, torch.tensor([True, False, True])).tolist() == [1, 0, 1]
+    model = ablate.concat(config)
+    fused = model.blend(feat, 3 * feat, torch.tensor([0.5, 0.25, 0.0]))
+    assert fused.allclose(torch.tensor([2, 2.5, 3])[:, None] * feat)
+    assert {id(p) for p in model.gates["concat"].parameters()} < {id(p) for p in model.parts()["gate"]}
+    assert ablate.no_zero_start(config).film.mlp[-1].weight.any()

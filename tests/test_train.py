@@ -33,7 +33,7 @@ SHORT = ("--compress", 43)  # 4 epochs of 2 steps, one a row
 CPU = torch.device("cpu")
 LOG_KEYS = {"epoch", "stage", "row", "loss", "losses", "val_miou", "val_iou", "fusion_2d_ratio", "fusion_ramp",
             "seen_share", "rms_2d", "rms_3d", "cosine", "grad_norm", "skipped_steps", "steps", "lr", "seconds",
-            "peak_memory_mb", "val_ap", "val_ap50", "val_ap25"}
+            "peak_memory_mb", "val_ap", "val_ap50", "val_ap25", "val_loss", "clipped", "spikes", "update_rms"}
 
 
 def message_of(call, *args):

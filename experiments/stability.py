@@ -1,0 +1,175 @@
+"""The stability map: recipes over peak learning rates, several seeds each, as the field measures stability.
+
+    python -m experiments.stability                              # every run that is missing, two at a time; resumable
+    python -m experiments.stability --recipes naive kept --rates 1e-2 3e-2 --seeds 0
+    python -m experiments.stability --table results/stability    # table and stability.png of the lines that are there
+
+A run is `experiments.ablate RECIPE SEED --lr RATE --compress 8`, a thread each; its line goes to OUT/RECIPE.jsonl.
+
+LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) = mean over the rates of min(l, l0) - l*: l the val loss at the
+end (semantic, unweighted), l0 the untrained network's, l* the best over the rates; of mIoU: the best less the mean
+over the rates. A run that diverged ends at l0 and mIoU 0. Plateau: decades from the lowest to the highest rate around
+the best one with a mIoU of at least 90 % of it. Spikes: steps whose semantic loss lies guard.SPIKE deviations above
+the mean of the last 100. Clipped: steps whose gradient was longer than the row's clip, by branch.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import runs
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SEEDS = (0, 1, 2)
+RECIPES = ("baseline", "naive", "only_2d", "concat", "kept")  # of experiments.ablate
+NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation"}
+
+
+def mean(log, key):
+    """The mean over a log's epochs of a number, or of a dict's numbers by name; None where it is nowhere."""
+    values = [line[key] for line in log if line.get(key) is not None]
+    if values and isinstance(values[0], dict):
+        return {name: round(float(np.mean([v[name] for v in values if v.get(name) is not None])), 4)
+                for name in sorted({name for value in values for name in value})}
+    return round(float(np.mean(values)), 6) if values else None
+
+
+def line_of(folder, recipe, rate, seed):
+    """The line of a finished run: dict."""
+    folder = Path(folder)
+    result, log = json.loads((folder / "blanked.json").read_text()), runs.read_log(folder / "log.jsonl")
+    return {"recipe": recipe, "rate": rate, "seed": seed, "miou": result.get("as they are"),
+            "loss": result.get("loss at the end"), "start": result["loss at the start"],
+            "images_black": result.get("images black"), "points_black": result.get("points black"),
+            "ap": log[-1]["val_ap"], "ratio": log[-1]["fusion_2d_ratio"], "diverged": "diverged" in result,
+            "skipped": sum(line["skipped_steps"] for line in log), "spikes": mean(log, "spikes"),
+            "clipped": mean(log, "clipped"), "update_rms": mean(log, "update_rms"),
+            "commit": json.loads((folder / "config.json").read_text())["commit"]}
+
+
+def read_lines(folder):
+    """All lines below a folder: list of dicts, the last of those that are of one run."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found[line["recipe"], line["rate"], line["seed"]] = line
+    return list(found.values())
+
+
+def sweep(out, recipes, rates, seeds, flags, at_a_time=2):
+    """Make every run that has no line yet; one that was stopped goes on where it was."""
+    there = {(line["recipe"], line["rate"], line["seed"]) for line in read_lines(out)}
+    jobs = [(recipe, rate, seed) for seed in seeds for rate in rates for recipe in recipes]
+    jobs = [job for job in jobs if job not in there]
+    Path(out).mkdir(parents=True, exist_ok=True)
+
+    def make(job):
+        recipe, rate, seed = job
+        folder = Path(f"runs/stability/{recipe}_{rate:g}_s{seed}")
+        again = ["--resume"] * (folder / "last.pt").is_file()
+        command = [sys.executable, "-m", "experiments.ablate", recipe, str(seed), "--lr", str(rate), *flags,
+                   "--out", str(folder), *again]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            return f"{folder}: {done.stderr.strip().splitlines()[-1]}"
+        with open(Path(out, f"{recipe}.jsonl"), "a") as file:
+            file.write(json.dumps(line_of(folder, *job)) + "\n")
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        for failed in tqdm(pool.map(make, jobs), "stability map", len(jobs), unit="run"):
+            if failed:
+                tqdm.write(failed)
+
+
+def by_rate(lines, key, broken):
+    """{rate: values of the seeds} of a recipe's lines, ascending; `broken` of a line in place of what it lacks."""
+    return {rate: np.array([line[key] if line[key] is not None else broken(line)
+                            for line in lines if line["rate"] == rate])
+            for rate in sorted({line["rate"] for line in lines})}
+
+
+def judge(lines):
+    """One recipe's lines -> dict of sensitivity_loss, sensitivity_miou, plateau (decades), diverged (first rate or
+    None), skipped, spikes, clipped; definitions above."""
+    losses = [np.minimum(values, [line["start"] for line in lines if line["rate"] == rate]).mean()
+              for rate, values in by_rate(lines, "loss", lambda line: line["start"]).items()]
+    miou = {rate: values.mean() for rate, values in by_rate(lines, "miou", lambda line: 0.0).items()}
+    rates, values = list(miou), np.array(list(miou.values()))
+    best = low = high = int(values.argmax())
+    while low > 0 and values[low - 1] >= 0.9 * values[best]:
+        low -= 1
+    while high < len(rates) - 1 and values[high + 1] >= 0.9 * values[best]:
+        high += 1
+    return {"sensitivity_loss": float(np.mean(losses) - min(losses)),
+            "sensitivity_miou": float(values[best] - values.mean()),
+            "plateau": float(np.log10(rates[high] / rates[low])), "best": rates[best],
+            "diverged": min((line["rate"] for line in lines if line["diverged"]), default=None),
+            "skipped": sum(line["skipped"] for line in lines), "spikes": mean(lines, "spikes"),
+            "clipped": mean(lines, "clipped")}
+
+
+def table(lines):
+    """Markdown: a row a recipe."""
+    rows = ["| recipe | runs | mIoU at the best rate | LR sensitivity, loss | mIoU | plateau, decades | diverged from "
+            "| skipped | spikes | clipped |", "|---" * 10 + "|"]
+    for recipe in dict.fromkeys(line["recipe"] for line in lines):
+        own = [line for line in lines if line["recipe"] == recipe]
+        found, best = judge(own), by_rate(own, "miou", lambda line: 0.0)
+        values, deviation = best[found["best"]], best[found["best"]].std(ddof=1) if len(best[found["best"]]) > 1 else 0
+        clipped = ", ".join(f"{branch} {share:.2f}" for branch, share in (found["clipped"] or {}).items())
+        rows.append(f"| {NAMES.get(recipe, recipe)} | {len(own)} | {values.mean():.3f} ± {deviation:.3f} "
+                    f"at {found['best']:g} | {found['sensitivity_loss']:.3f} | {found['sensitivity_miou']:.3f} "
+                    f"| {found['plateau']:.1f} | {found['diverged'] or '-'} | {found['skipped']} "
+                    f"| {found['spikes'] or 0:.4f} | {clipped} |")
+    return "\n".join(rows)
+
+
+def draw(lines, path):
+    """Val mIoU, val loss and ratio over the rate: mean and range of the seeds, a curve a recipe."""
+    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+    panels = {"val mIoU": ("miou", lambda line: 0.0), "val loss": ("loss", lambda line: line["start"]),
+              "fusion_2d_ratio": ("ratio", lambda line: np.nan)}
+    axes = figure.subplot_mosaic([["val mIoU", "val loss"], ["fusion_2d_ratio", "."]], height_ratios=(3, 2))
+    for i, recipe in enumerate(dict.fromkeys(line["recipe"] for line in lines)):
+        own = [line for line in lines if line["recipe"] == recipe]
+        for name, (key, broken) in panels.items():
+            found = by_rate(own, key, broken)
+            if recipe in ("baseline", "only_2d", "concat") and key == "ratio":
+                continue
+            low, middle, high = zip(*((v.min(), v.mean(), v.max()) for v in found.values()))
+            axes[name].plot(list(found), middle, "o-", color=f"C{i}", label=NAMES.get(recipe, recipe))
+            axes[name].fill_between(list(found), low, high, color=f"C{i}", alpha=0.2)
+    for name, axis in axes.items():
+        axis.set(xscale="log", xlabel="peak learning rate", title=name)
+        axis.grid(color="#d5d9de", lw=0.6)
+    axes["val mIoU"].legend(frameon=False)
+    axes["fusion_2d_ratio"].axhspan(0.3, 0.7, color="C2", alpha=0.12, lw=0)
+    figure.savefig(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--out", default="results/stability", help="folder of the lines")
+    parser.add_argument("--compress", default="8")
+    parser.add_argument("--table", metavar="FOLDER", help="no runs: the table of the lines in this folder")
+    args = parser.parse_args(argv)
+    if not args.table:
+        sweep(args.out, args.recipes, args.rates, args.seeds, ["--compress", args.compress])
+    lines = read_lines(args.table or args.out)
+    print(table(lines))
+    draw(lines, Path(args.table or args.out, "stability.png"))
+
+
+if __name__ == "__main__":
+    main()
