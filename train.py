@@ -198,6 +198,12 @@ def forward(model, batch, row):
     return {name: term for name, term in terms.items() if name in row.losses}, out.get("stats", {})
 
 
+def watched(found, row, branches, guard, optimizer, stem):
+    """What a step that was taken shows of its stability: numbers for the log that steer nothing."""
+    return {f"clipped/{branch}": float(found[f"grad_norm/{branch}"] > row.clip) for branch in branches} \
+        | {"spikes": float(guard.is_spike(found["losses/semantic"])), "update_rms": update_rms(optimizer, stem)}
+
+
 def explain(guard, model, batch, row, weights, loss):
     """What failed in a step, found by taking it again: fields of its record. loss: this process's own, a float."""
     look_on = math.isfinite(loss) or runs.world() > 1  # another's NaN comes over by the batch norms
@@ -253,7 +259,7 @@ def go_on(config, run, model, optimizer, guard, first, device):
     load_weights(model, state, run.folder / name)
     optimizer.load_state_dict(state["optimizer"])
     runs.set_random_state(state, device)
-    guard.skipped_in_a_row, guard.recent = state["skipped_in_a_row"], state["recent"]
+    guard.skipped_in_a_row, guard.recent = state["skipped_in_a_row"], state.get("recent", [])
     (epoch, step), logged = state["next"], {line["epoch"] for line in run.log}
     evaluated = step == state["steps"] and (epoch in logged or not config.resume)
     return (epoch + 1, 0, runs.Sums()) if evaluated else (epoch, step, runs.Sums(state["sums"]))
@@ -328,9 +334,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
             found = dict(zip([*numbers, *stats], runs.mean([*own, *stats.values()])))
             if guard.accepts([found[name] for name in numbers]):
                 optimizer.step()
-                sums.add(found | {f"clipped/{k}": float(found[f"grad_norm/{k}"] > row.clip) for k in norms}
-                         | {"spikes": float(guard.is_spike(found["losses/semantic"])),
-                            "update_rms": update_rms(optimizer, stem)})
+                sums.add(found | watched(found, row, norms, guard, optimizer, stem))
             else:
                 guard.restore()
                 why = explain(guard, model, batch, row, weights, own[0])

@@ -237,8 +237,6 @@ def run(name, argv):
         patches.enter_context(mock.patch(target, value))
     try:
         with patches:
-            torch.manual_seed(config.seed)
-            result["loss at the start"] = judge(apply_row(build(config), rows[0]), config, "cpu")["loss"]
             log = train.train(config, rows, build, {rows[-1].last_epoch}, stop)
             result |= {"as they are": log[-1]["val_miou"], "loss at the end": log[-1]["val_loss"]}
         names = ("points black",) if name == "baseline" else ("points black", "images black")
@@ -249,6 +247,9 @@ def run(name, argv):
         sys.exit(f"{where}; go on with the same command and --resume")
     finally:
         stop.release()
+    torch.manual_seed(config.seed)  # the weights that the training began from; it made the rooms, where it had to
+    untrained = apply_row(build(config).to(config.device), rows[0])
+    result["loss at the start"] = judge(untrained, config, config.device)["loss"]
     path.write_text(json.dumps(result, indent=1))
     print(result)
 

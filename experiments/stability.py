@@ -79,7 +79,7 @@ def sweep(out, recipes, rates, seeds, flags, at_a_time=2):
                    "--out", str(folder), *again]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            return f"{folder}: {done.stderr.strip().splitlines()[-1]}"
+            return f"{folder}: {(done.stderr.strip() or 'it gave no reason').splitlines()[-1]}"
         with open(Path(out, f"{recipe}.jsonl"), "a") as file:
             file.write(json.dumps(line_of(folder, *job)) + "\n")
 
