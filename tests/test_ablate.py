@@ -103,7 +103,8 @@ def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, c
     said = json.loads(capsys.readouterr().out.partition(" ")[2])
     assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
     assert said["images black"] == result["images black"] and set(said) == set(ablate.BLANKED)
-    assert type(train.new_model(train.parse_config(["--tower-weights", "scratch"])).film) is FiLM  # nobody else's
+    plain = train.parse_config(["--tower-weights", "scratch", "--out", str(tmp_path / "none")])
+    assert type(train.new_model(plain).film) is FiLM  # nobody else's
 
 
 def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(run, tmp_path):
