@@ -160,7 +160,7 @@ def test_other_towers_of_open_clip_cover_an_image_of_any_size_too(name, monkeypa
     monkeypatch.setattr(tower_module, "autocast", lambda like, precision: torch.no_grad())  # none on "meta"
     with torch.device("meta"):  # shapes alone: neither memory nor time
         visual, mean, std = build_visual(name, SCRATCH)
-        tower = ClipTower(visual, 8, mean, std)
+        tower = ClipTower(visual, 8, mean, std).eval()
         maps = tower(torch.zeros(1, 3, 101, 150, dtype=torch.uint8), torch.zeros(1, 101, 150))
     for cells, side in zip(maps.shape[2:], (101, 150)):
         assert side <= cells * tower.stride < side + tower.multiple
@@ -244,6 +244,27 @@ def test_views_go_through_in_chunks_that_change_nothing(make_tower, name, monkey
         assert sizes == [2, 2, 1]
         assert torch.allclose(tower(image, depth, levels), whole, atol=1e-6)
         assert sizes == [2, 2, 1]  # the levels stand in for the image
+
+
+def test_in_training_a_blanked_view_neither_shifts_the_others_nor_enters_the_batch_norms(make_tower):
+    start, (image, depth) = make_tower(LITE0[0]), views((64, 48), 3)
+    image[1] = 90
+
+    def encoded(rows, training=True):
+        tower = copy.deepcopy(start).train(training)
+        with torch.no_grad():
+            levels = tower.encode(image[rows], depth[rows])
+        assert tower.visual.training == training
+        return levels, dict(tower.named_buffers())
+
+    (together, after), (others, wanted), (evaluated, before), (alone, untouched) = (
+        encoded(slice(None)), encoded([0, 2]), encoded(slice(None), training=False), encoded([1]))
+    assert all(torch.equal(a[[0, 2]], b) for a, b in zip(together, others))
+    assert all(torch.allclose(a[1], b[1], atol=1e-4) for a, b in zip(together, evaluated))
+    assert all(torch.allclose(a[1], b[0], atol=1e-4) for a, b in zip(together, alone))
+    assert all(torch.equal(after[key], wanted[key]) for key in after)
+    assert all(torch.equal(untouched[key], before[key]) for key in before)
+    assert any(not torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.fixture(scope="module")
