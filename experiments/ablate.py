@@ -1,6 +1,7 @@
 """One thing changed at a time: the gates, the naive recipe, injected faults, each a run of train.py.
 
     python -m experiments.ablate plain 0 --compress 8             # variant, seed, flags of train.py, as --resume
+    python -m experiments.ablate naive+poses 0 --compress 8       # under a stress of STRESS
     python -m experiments.ablate --table runs/ablate              # mean and deviation over seeds, in markdown
     python -m experiments.ablate --blank runs/bifusion/stage3.pt  # checkpoints with images or points blanked
 
@@ -12,7 +13,9 @@ import contextlib
 import json
 import math
 import sys
+import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,8 +28,8 @@ import train
 from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
-from scenes.folder import IGNORE
-from stages import INSTANCE, PARTS, apply_row, curriculum
+from scenes.folder import IGNORE, load_frames
+from stages import INSTANCE, PARTS, apply_row, curriculum, update_rms
 from tower import SCRATCH, RGBDConv
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -129,9 +132,73 @@ def no_zero_start(config, load=True):
     return model
 
 
-def with_faults(config, load=True):
+class HeadNorm(torch.nn.LayerNorm):
+    """LayerNorm of each head's channels among the first dim: of queries, or of the keys in [keys, values]. Dehghani et
+    al. 2023 (arXiv 2302.05442): attention logits cannot grow without bound."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim // heads)
+        self.dim = dim
+
+    def forward(self, x):
+        heads = x[:, : self.dim].unflatten(1, (-1, *self.normalized_shape))  # (Q, h, C/h)
+        return torch.cat([super().forward(heads).flatten(1), x[:, self.dim :]], 1)
+
+
+def query_key_norm(config, load=True):
+    model = train.new_model(config, load)
+    for attention in (*model.decoder.cross, *model.decoder.own):
+        dim = attention.to_query.out_features
+        for name in ("to_query", "to_key_value"):
+            linear = getattr(attention, name)
+            setattr(attention, name, torch.nn.Sequential(linear, HeadNorm(dim, attention.heads)))
+    return model
+
+
+def independent_decay(config, load=True):
+    """Weights shrink by the same share a step whatever the rate: that of the preset's rate (arXiv 2309.14322)."""
+    own = train.RECIPES[config.preset]
+    config.weight_decay = own["weight_decay"] * own["lr"] / config.lr
+    return train.new_model(config, load)
+
+
+class StableAdamW(torch.optim.AdamW):
+    """AdamW whose step of a tensor of the image tower is divided by max(1, stages.update_rms): Wortsman et al. 2023,
+    arXiv 2304.13013."""
+
+    def step(self, closure=None):
+        own = [p for group in self.param_groups if group["name"] == "tower" for p in group["params"]
+               if p.grad is not None]
+        before = [p.detach().clone() for p in own]
+        super().step(closure)
+        with torch.no_grad():
+            for p, old in zip(own, before):
+                p.lerp_(old, 1 - 1 / max(1.0, update_rms(self, p)))
+
+
+def poses_off(folder, frames, *args, **kwargs):
+    """load_frames, where the camera of every second frame of a train room, by its name, stands 0.5 m away."""
+    found = load_frames(folder, frames, *args, **kwargs)
+    for camera, frame in zip(found["world_to_camera"], frames) if Path(folder).parent.name == "train" else ():
+        rng = np.random.default_rng((zlib.crc32(Path(folder).name.encode()), frame))
+        way = rng.normal(size=3)
+        if rng.random() < 0.5:
+            camera[:3, 3] -= camera[:3, :3] @ (0.5 * way / np.linalg.norm(way)).astype(np.float32)
+    return found
+
+
+class FewRooms(SceneDataset):
+    """A quarter of the train rooms, each four times, so that an epoch has as many steps."""
+
+    def __init__(self, root, split, **options):
+        super().__init__(root, split, **options)
+        if split == "train":
+            self.folders = 4 * self.folders[: max(1, len(self.folders) // 4)]
+
+
+def with_faults(config, load=True, build=train.new_model):
     """Each of FAULTS in FAULT_RATE of the training steps, drawn from the seed; faults.jsonl has a line for each."""
-    model, rng = train.new_model(config, load), np.random.default_rng((config.seed, 4))
+    model, rng = build(config, load), np.random.default_rng((config.seed, 4))
 
     def draw(module, args):
         batch, row = args[0], model.row
@@ -175,7 +242,6 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "kept_whole": (fused(blank=0.0), train.new_model),
     "kept_no_prior": (fused(prior=False), train.new_model),
     "kept_no_fixed": (fused(fusion="learned"), train.new_model),  # learned under its prior from stage 2 on
-    "faults": (fused(), with_faults),
     "tower_frozen": (tower_trains(0.0), train.new_model),  # throughout
     "tower_slow": (tower_trains(0.1), train.new_model),  # at a tenth of the rate in stage 3
     "tower_at_once": (tower_trains(1.0, stages=(2, 3)), train.new_model),  # from its first epoch
@@ -189,9 +255,27 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_branch_clip": (fused(), train.new_model),  # one clip for all
     "less_ramp": (fused(ramp_epochs=0.0), train.new_model),
     "less_zero_start": (fused(), no_zero_start),
-    "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead
+    "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead; prior, blanked scenes, tower: above
+    "warm_5": (fused(), train.new_model),  # what might widen the plateau, from here on
+    "beta2_95": (fused(), train.new_model),
+    "beta2_99": (fused(), train.new_model),
+    "query_key_norm": (fused(), query_key_norm),
+    "independent_decay": (fused(), independent_decay),
+    "stable_adamw": (fused(), train.new_model),
 }
-PATCHES = {"less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")}}  # variant: {name: other value}
+PATCHES = {  # variant: {name: other value}
+    "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
+    "warm_5": {"train.WARM_UP": 0.05},
+    "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
+    "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
+    "stable_adamw": {"torch.optim.AdamW": StableAdamW},
+}
+STRESS = {  # any variant + one of these: {name: other value}
+    "poses": {"data.load_frames": poses_off},
+    "one_frame": {"train.RECIPES": {key: own | {"views": 1} for key, own in train.RECIPES.items()}},
+    "few_rooms": {"data.SceneDataset": FewRooms},
+    "faults": {},  # with_faults around the variant's own model
+}
 BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
     "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
@@ -206,7 +290,7 @@ def open_run(path, device):
     """`train.load_model` of a checkpoint of train.py or of a variant."""
     of_variant = Path(path).parent / "blanked.json"
     variant = json.loads(of_variant.read_text())["variant"] if of_variant.exists() else "kept"
-    return train.load_model(path, device, VARIANTS[variant][1])
+    return train.load_model(path, device, VARIANTS[variant.partition("+")[0]][1])
 
 
 def blanked(path, names=tuple(BLANKED), device=train.Config.device):
@@ -224,21 +308,26 @@ def judge(model, config, device, change=dict, images=True):
     return train.evaluate(model, batches, torch.device(device))
 
 
+@contextlib.contextmanager
+def patched(variant, stress):
+    """What PATCHES and STRESS say, for as long as a run lasts."""
+    with contextlib.ExitStack() as patches:
+        for target, value in (PATCHES.get(variant, {}) | STRESS.get(stress, {})).items():
+            patches.enter_context(mock.patch(target, value))
+        yield
+
+
 def run(name, argv):
     """Train a variant as train.py would, judge it with its inputs blanked too, and write blanked.json."""
-    change, build = VARIANTS[name]
-    config, stop = train.parse_config(argv), runs.Stop()
+    (change, build), config, stop = VARIANTS[name.partition("+")[0]], train.parse_config(argv), runs.Stop()
+    build = partial(with_faults, build=build) if name.endswith("+faults") else build
     rows = change(curriculum(config.compress, config.plan, config.tower_weights != SCRATCH, config.tower_rate))
     path, result = Path(config.out, "blanked.json"), {"variant": name, "seed": config.seed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))  # tells `blanked` how the model is built
-    patches = contextlib.ExitStack()
-    for target, value in PATCHES.get(name, {}).items():
-        patches.enter_context(mock.patch(target, value))
     try:
-        with patches:
-            log = train.train(config, rows, build, {rows[-1].last_epoch}, stop)
-            result |= {"as they are": log[-1]["val_miou"], "loss at the end": log[-1]["val_loss"]}
+        log = train.train(config, rows, build, {rows[-1].last_epoch}, stop)
+        result |= {"as they are": log[-1]["val_miou"], "loss at the end": log[-1]["val_loss"]}
         names = ("points black",) if name == "baseline" else ("points black", "images black")
         result |= blanked(Path(config.out, "last.pt"), names, config.device)
     except Diverged as error:  # a row of the table all the same
@@ -285,12 +374,13 @@ def main(argv):
         case ["--blank", *paths] if paths:
             for path in paths:
                 print(path, json.dumps(blanked(path)), flush=True)
-        case [name, seed, *flags] if name in VARIANTS:
-            run(name, ["--model", "baseline" if name == "baseline" else "bifusion", "--seed", seed,
-                       *["--tower-weights", SCRATCH] * (name == "scratch"),
-                       "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
+        case [name, seed, *flags] if (variant := name.partition("+"))[0] in VARIANTS and variant[2] in ("", *STRESS):
+            with patched(variant[0], variant[2]):
+                run(name, ["--model", "baseline" if variant[0] == "baseline" else "bifusion", "--seed", seed,
+                           *["--tower-weights", SCRATCH] * (variant[0] == "scratch"),
+                           "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
         case _:
-            sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}")
+            sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}; stress: {', '.join(STRESS)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ import runs
 import train
 from experiments import ablate, failures, probe
 from fusion import FiLM
+from scenes.folder import load_frames, usable_frames
 from stages import INSTANCE, PARTS, curriculum
 
 FILM_2D = {"gate": True, "prior": False, "fusion": "learned", "blank": 0.0}
@@ -119,15 +121,15 @@ def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(r
 
 def test_injected_faults_are_recorded_and_skipped_or_clipped(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
-    log, _ = run("faults")  # of its 8 steps two get NaN, two inf, one a burst, one ignored labels: never two at once
-    injected, skipped = ([json.loads(line) for line in (tmp_path / "faults" / name).read_text().splitlines()]
+    log, _ = run("kept+faults")  # of its 8 steps two get NaN, two inf, one a burst, one ignored labels: never two at once
+    injected, skipped = ([json.loads(line) for line in (tmp_path / "kept+faults" / name).read_text().splitlines()]
                          for name in ("faults.jsonl", "skipped.jsonl"))
     assert Counter(line["fault"] for line in injected) == {"nan": 2, "inf": 2, "burst": 1, "ignored": 1}
     assert Counter(line["first_not_finite"] for line in skipped) == {"output of standardise_3d": 2,
                                                                      "loss term semantic": 2}
     assert sum(line["skipped_steps"] for line in log) == len(skipped)
     assert any(norm > 1e3 for line in log for norm in line["grad_norm"].values())  # a burst that was clipped
-    state = torch.load(tmp_path / "faults" / "last.pt", weights_only=True)["model"]
+    state = torch.load(tmp_path / "kept+faults" / "last.pt", weights_only=True)["model"]
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -136,10 +138,10 @@ def test_a_variant_that_diverges_stays_in_the_table_and_another_error_does_not_p
     assert ablate.table(tmp_path).count(" 0 |") == 2  # its seed; skipped in all
     monkeypatch.setattr(ablate, "FAULT_RATE", 1.0)
     monkeypatch.setattr(guard, "MAX_SKIPPED_IN_A_ROW", 2)
-    assert "2 steps in a row" in run("faults")[1]["diverged"]
-    assert "faults | 0 (diverged) | - |" in ablate.table(tmp_path)
+    assert "2 steps in a row" in run("kept+faults")[1]["diverged"]
+    assert "kept+faults | 0 (diverged) | - |" in ablate.table(tmp_path)
     with pytest.raises(SystemExit, match="already holds a run"):
-        run("faults")
+        run("kept+faults")
     monkeypatch.setattr(train, "train", lambda *args, **kwargs: sys.exit("the disk is full"))
     with pytest.raises(SystemExit, match="disk"):
         run("plain")
@@ -181,3 +183,58 @@ def test_the_image_side_alone_reads_no_point_and_concatenation_starts_as_the_mea
     assert fused.allclose(torch.tensor([2, 2.5, 3])[:, None] * feat)
     assert {id(p) for p in model.gates["concat"].parameters()} < {id(p) for p in model.parts()["gate"]}
     assert ablate.no_zero_start(config).film.mlp[-1].weight.any()
+
+
+@pytest.mark.parametrize("stress, check", [
+    ("poses", lambda line, before: line["losses"] != before["losses"] and line["steps"] == before["steps"]),
+    ("one_frame", lambda line, before: 0 < line["seen_share"] < before["seen_share"]),
+    ("few_rooms", lambda line, before: line["steps"] == before["steps"] and line["losses"] != before["losses"]),
+    ("faults", lambda line, before: line["losses"] != before["losses"])])
+def test_any_variant_runs_under_a_stress_and_none_of_it_stays(run, tmp_path, monkeypatch, stress, check):
+    monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
+    recipes, calm, (log, result) = train.RECIPES, run("naive")[0], run(f"naive+{stress}")
+    assert check(log[-1], calm[-1]) and result["variant"] == f"naive+{stress}"
+    assert (tmp_path / f"naive+{stress}" / "faults.jsonl").exists() == (stress == "faults")
+    assert train.RECIPES is recipes
+    with pytest.raises(SystemExit, match="few_rooms"):
+        ablate.main(["naive+rain", "0"])
+
+
+def test_half_of_the_poses_of_train_rooms_are_off_by_half_a_metre(tiny_rooms):
+    for split, share in (("train", 0.5), ("val", 0)):
+        moved = []
+        for folder in sorted((tiny_rooms / split).iterdir()):
+            frames = usable_frames(folder)[0]
+            right, off = (load(folder, frames, (16, 12)) for load in (load_frames, ablate.poses_off))
+            eyes = [-(c[:, :3, :3].transpose(0, 2, 1) @ c[:, :3, 3:])[..., 0] for c in
+                    (right["world_to_camera"], off["world_to_camera"])]
+            moved += np.linalg.norm(eyes[0] - eyes[1], axis=1).round(4).tolist()
+            assert np.array_equal(right["world_to_camera"][:, :3, :3], off["world_to_camera"][:, :3, :3])
+        assert set(moved) <= {0.0, 0.5} and np.mean(moved) == pytest.approx(share / 2, abs=0.1)
+
+
+def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
+    config = train.parse_config(["--tower-weights", "scratch", "--lr", "0.03", "--out", str(tmp_path / "none")])
+    assert ablate.independent_decay(config) and config.weight_decay == pytest.approx(0.005)
+    attention = ablate.query_key_norm(config).decoder.cross[0]
+    heads, (key, value) = attention.heads, attention.to_key_value(1e6 * torch.randn(5, 64)).chunk(2, 1)
+    assert key.unflatten(1, (heads, -1)).var(2, correction=0).allclose(torch.ones(5, heads), atol=1e-3)
+    assert value.abs().max() > 1e3 and attention(torch.randn(2, 64), torch.randn(5, 64)).shape == (2, 64)
+
+    tensors = {name: torch.nn.Parameter(torch.ones(3)) for name in ("tower", "3d")}
+    optimizer = ablate.StableAdamW([{"name": name, "params": [p]} for name, p in tensors.items()], 0.1,
+                                   weight_decay=0.0)
+    moves = []
+    for gradient in (1.0, 100.0):
+        before = {name: p.detach().clone() for name, p in tensors.items()}
+        for p in tensors.values():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+        moves.append({name: (before[name] - p.detach())[0].item() for name, p in tensors.items()})
+    assert moves[0]["tower"] == pytest.approx(moves[0]["3d"]) == pytest.approx(0.1)  # RMS 1: as AdamW
+    rms = 100 / math.sqrt((0.999 * 0.001 + 0.001 * 100**2) / (1 - 0.999**2))
+    assert moves[1]["tower"] == pytest.approx(moves[1]["3d"] / rms, rel=1e-4)
+    assert train.torch.optim.AdamW is torch.optim.AdamW
+    with ablate.patched("warm_5", ""):
+        assert train.learning_rate(config, 0.02) < 0.5 * config.lr
+    assert train.learning_rate(config, 0.02) == config.lr
