@@ -15,7 +15,7 @@ import torch
 
 import runs
 from scenes.augment import augment_images, augment_points, blank, recolor
-from scenes.folder import IGNORE, NUM_CLASSES, THINGS, frame_files, load_frames, load_scene, usable_frames
+from scenes.folder import IGNORE, frame_files, load_frames, load_scene, read_classes, usable_frames
 from scenes.points import complete, instance_targets, voxel_majority, voxel_means, voxelise
 from tower import MapCache
 
@@ -47,16 +47,16 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
     voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], voxel_coord[:, 2].min())
     length = np.linalg.norm(normal, axis=1, keepdims=True)
-    segment, superpoint = scene["segment"], scene["superpoint"]
+    segment, superpoint, classes = scene["segment"], scene["superpoint"], scene["classes"]
     if segment is None:
         segment = np.full(len(coord), IGNORE, np.int64)
     point_instance, superpoint_instance, instance_label = instance_targets(segment, scene["instance"], superpoint,
-                                                                           THINGS)
+                                                                           classes.things)
     piece, piece_points = np.unique(superpoint * m + point_to_voxel, return_counts=True)
     return {
         "name": scene["name"], "grid_coord": grid_coord.astype(np.int32), "coord": voxel_coord,
         "world_coord": world_coord, "color": color / np.float32(127.5) - 1, "normal": normal / np.maximum(length, 1e-6),
-        "segment": voxel_majority(segment, point_to_voxel, m, NUM_CLASSES), "point_segment": segment,
+        "segment": voxel_majority(segment, point_to_voxel, m, len(classes.names)), "point_segment": segment,
         "point_to_voxel": point_to_voxel, **frames, "image": image,
         "point_superpoint": superpoint, "point_instance": point_instance,
         "piece_voxel": piece % m, "piece_superpoint": piece // m, "piece_points": piece_points.astype(np.float32),
@@ -77,6 +77,8 @@ class SceneDataset(torch.utils.data.Dataset):
         vary_images: False as long as the image tower is frozen, so that an image gives the same maps every time.
         blank:       share of the scenes without images, and as many without colours and normals (`augment.blank`).
         keep_bytes:  of scenes and frames that each process keeps in memory.
+
+    Attribute: classes, Classes of the data set.
     """
 
     def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
@@ -87,6 +89,7 @@ class SceneDataset(torch.utils.data.Dataset):
             raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
                                     "or give --data a folder with train/ and val/ scene folders")
         self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
+        self.classes = read_classes(root)
         self.augment, self.maps, self.vary_images, self.blank = augment, maps, vary_images, blank
         self.kept, self.room = {}, keep_bytes
 
@@ -96,7 +99,7 @@ class SceneDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         rng, folder = np.random.default_rng((self.seed, epoch, i)), self.folders[i]
-        scene = self._once(folder, lambda: complete(load_scene(folder))[0])
+        scene = self._once(folder, lambda: complete(load_scene(folder, self.classes))[0])
         if self.augment and scene["segment"] is None:
             raise ValueError(f"{folder} has no segment20.npy: it can be predicted but not trained on; move it out of "
                              "this split")

@@ -280,7 +280,8 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
 
 
 def instances_of_scene(prediction, batch, i):
-    """Scene i of a batch as InstanceAP.add takes it: gt (N,), masks (P, N) bool, labels (P,), scores (P,)."""
+    """Scene i of a batch, nearly as InstanceAP.add takes it (there a class is one more, 0 is void): gt (N,), masks (P, N)
+    bool, labels (P,) class index, scores (P,)."""
     rows, points = (batch["superpoint_batch"] == i).nonzero()[:, 0], batch["point_batch"] == i
     superpoint = batch["point_superpoint"][points] - rows[0]  # (N,) row of the scene's own superpoints
     graph = superpoint_graph(batch)[rows.cpu().numpy()][:, rows.cpu().numpy()]

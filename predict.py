@@ -5,7 +5,8 @@
 A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
 scene folder, or a folder with one such file and frames (color/ depth/ pose/ intrinsic/). Metres, z up, colours 0..255.
 Whatever is missing is computed or done without, and said in one line. Writes for each scan into <out>/
-    <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files
+    <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files, or
+                          of own classes the id that classes.json gives, the index where it gives none
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
     <scan>_instances.txt  the list: class, score, points, box
     <scan>.png            colours, classes, instances, and the ground truth where there is one
@@ -26,11 +27,11 @@ from plyfile import PlyData, PlyElement
 
 from data import collate, evenly_spread, scene_item
 from metrics import semantic_iou
-from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, SCENE, THINGS, load_frames, read_scan
+from scenes.folder import IGNORE, SCENE, load_frames, read_scan
 from scenes.picture import class_colors, draw, instance_colors
 from scenes.points import complete, instance_targets, voxelise
 from tower import VIEW_CHUNK
-from train import RECIPES, instances_of_scene, load_model, to_device
+from train import RECIPES, classes_of, instances_of_scene, load_model, to_device
 
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
@@ -88,7 +89,7 @@ def predict_scene(model, config, path, device="cpu"):
                     without a trained decoder; voxels, their number; seen, the share of the voxels that a frame sees, 0
                     without frames, None for a model without image branch; notes, list of str of `read_scan`.
     """
-    scene, notes = read_scan(path)
+    scene, notes = read_scan(path, classes_of(config))
     scene, computed = complete(scene)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
@@ -135,10 +136,9 @@ def panoptic(prediction, min_score=MIN_SCORE):
     return labels, instance, rows
 
 
-def write_ply(path, coord, color, labels, **more):
-    """Points: x y z (float or double, as coord), red green blue uchar, label ushort (NYU40 id, 0 = none), and more."""
-    label = np.array([*NYU40_IDS, 0], np.uint16)[labels]  # IGNORE is the last
-    columns = dict(zip(("x", "y", "z", "red", "green", "blue"), [*coord.T, *color.T])) | {"label": label} | more
+def write_ply(path, coord, color, **more):
+    """Points: x y z (float or double, as coord), red green blue uchar, and more."""
+    columns = dict(zip(("x", "y", "z", "red", "green", "blue"), [*coord.T, *color.T])) | more
     vertex = np.rec.fromarrays(list(columns.values()), names=list(columns))
     PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(path))
 
@@ -146,24 +146,26 @@ def write_ply(path, coord, color, labels, **more):
 def write(out, model, scene, prediction, min_score):
     """Write the four files of a scan into the folder out and say so; model is its name, for the picture."""
     labels, instance, rows = panoptic(prediction, min_score)
+    classes, ids, own = scene["classes"], np.array(scene["classes"].ids, np.uint16), prediction["labels"]
     title, name, true_instance = scene["name"], scene["name"], None
     if prediction["notes"]:
         print(f"{name}: {'; '.join(prediction['notes'])}")
     coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]  # f64 where it must be
     if scene["segment"] is not None:
-        true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"], THINGS)[0]
-        miou = semantic_iou([(scene["segment"], prediction["labels"])], range(len(CLASS_NAMES)))["miou"]
+        true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"], classes.things)[0]
+        miou = semantic_iou([(scene["segment"], own)], range(len(ids)))["miou"]
         title += f", mIoU {miou:.3f}"
     table = "  #  class             score  points  x from .. to     y from .. to     z from .. to  (m)\n"
     for number, row in enumerate(rows, 1):
         points = coord[instance == number]
         box = "  ".join(f"{low:6.2f} .. {high:6.2f}" for low, high in zip(points.min(0), points.max(0)))
-        table += (f"{number:3}  {CLASS_NAMES[prediction['classes'][row]]:<16}  {prediction['scores'][row]:.3f}  "
+        table += (f"{number:3}  {classes.names[prediction['classes'][row]]:<16}  {prediction['scores'][row]:.3f}  "
                   f"{len(points):6}  {box}\n")
     (out / f"{name}_instances.txt").write_text(table)
-    write_ply(out / f"{name}_semantic.ply", coord, class_colors(prediction["labels"]), prediction["labels"])
-    write_ply(out / f"{name}_instances.ply", coord, instance_colors(instance), labels, instance=instance.astype("u2"))
-    draw(out / f"{name}.png", scene, prediction["labels"], instance, true_instance, f"{model}: {title}")
+    write_ply(out / f"{name}_semantic.ply", coord, class_colors(own, classes), label=ids[own])
+    write_ply(out / f"{name}_instances.ply", coord, instance_colors(instance), label=ids[labels],
+              instance=instance.astype("u2"))
+    draw(out / f"{name}.png", scene, own, instance, true_instance, f"{model}: {title}")
     views = {None: "3D only (this model has no image branch in use)", 0: "3D only (no frame sees it)"}
     sight = views.get(prediction["seen"]) or f"{prediction['seen']:.0%} seen by frames"
     print(f"{title}: {len(coord)} points, {prediction['voxels']} voxels, {sight}, {len(np.unique(labels))} classes, "

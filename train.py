@@ -33,7 +33,7 @@ from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, sema
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
 from scenes import rooms
-from scenes.folder import NUM_CLASSES, THINGS
+from scenes.folder import SCANNET20, Classes
 from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
                     set_rates, stage_epochs, update_rms)
 from tower import SCRATCH, RGBDConv
@@ -81,6 +81,7 @@ class Config:
     precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
     cache: str = option("data/clip_cache", "folder for the maps of a frozen tower")
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
+    classes: dict = field(default=None)  # no flag: those of classes.json in the data folder; None = ScanNet's 20
 
 
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),
@@ -94,7 +95,7 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     fields = Config.__dataclass_fields__
-    for name, f in fields.items():
+    for name, f in ((name, f) for name, f in fields.items() if f.metadata):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         shown = "the preset's" if f.default is None else f.default
         parser.add_argument(f"--{name.replace('_', '-')}", *["--clip-weights"] * (name == "tower_weights"), dest=name,
@@ -126,8 +127,9 @@ def parse_config(argv=None):
     elif config.tower not in (None, own["tower"]) and not config.tower_weights:
         sys.exit(f"--tower {config.tower} needs --tower-weights: a local file, a pretrained tag of its library, or "
                  f"{SCRATCH} for random weights")
-    for name in fields:
-        setattr(config, name, own[name] if getattr(config, name) is None else getattr(config, name))
+    for name, value in own.items():
+        if name in fields and getattr(config, name) is None:
+            setattr(config, name, value)
     for name, (low, high) in RANGES.items():
         if not low <= getattr(config, name) <= high:
             sys.exit(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {getattr(config, name)}")
@@ -145,11 +147,16 @@ def parse_config(argv=None):
 def new_model(config, load=True):
     """The model of a Config; load False leaves random numbers in its image tower, for a checkpoint to fill."""
     tolerance = max(0.05, config.voxel_size / 2)  # a voxel's mean lies up to half a voxel off a bent surface
-    model = build_model(config.model, config.preset, NUM_CLASSES, tolerance, config.tower, config.tower_weights, load)
+    count = len(classes_of(config).names)
+    model = build_model(config.model, config.preset, count, tolerance, config.tower, config.tower_weights, load)
     model.precision = config.precision
     if hasattr(model, "tower"):
         model.tower.precision = config.precision
     return model
+
+
+def classes_of(config):
+    return Classes(**config.classes) if config.classes else SCANNET20
 
 
 def load_model(path, device="cpu", build=new_model):
@@ -217,14 +224,14 @@ def explain(guard, model, batch, row, weights, loss):
 
 
 @torch.no_grad()
-def evaluate(model, scenes, device):
-    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's;
-    and loss: losses.semantic_loss, over voxels, the mean over scenes.
+def evaluate(model, scenes, device, things=tuple(SCANNET20.things)):
+    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's over
+    the classes that are things; and loss: losses.semantic_loss, over voxels, the mean over scenes.
 
     Of several processes each brings its own scenes, and all get the metrics over all of them.
     """
     model.eval()
-    average_precision, losses = InstanceAP(THINGS), []  # of the scenes
+    average_precision, losses = InstanceAP([k + 1 for k in things]), []  # of the scenes
 
     def pairs():
         for batch in scenes:
@@ -233,10 +240,11 @@ def evaluate(model, scenes, device):
             losses.extend([semantic_loss(out["logits"], batch["segment"], batch["batch_index"], count).item()] * count)
             for i, prediction in enumerate(out.get("instances", ())):
                 if batch["has_instances"][i]:
-                    average_precision.add(*instances_of_scene(prediction[-1], batch, i))
+                    true, masks, labels, scores = instances_of_scene(prediction[-1], batch, i)
+                    average_precision.add(true, masks, labels + 1, scores)  # 0 is void
             yield batch["point_segment"].cpu(), out["logits"].argmax(1)[batch["point_to_voxel"]].cpu()  # (N,) each
 
-    confusion = semantic_iou(pairs(), range(NUM_CLASSES))["confusion"]
+    confusion = semantic_iou(pairs(), range(model.semantic_head.out_features))["confusion"]
     confusions, (average_precision, *others), losses = zip(*runs.gather((confusion, average_precision, losses)))
     for other in others:
         average_precision.merge(other)
@@ -284,8 +292,15 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
                     config.workers, config.seed, device, config.cache, config.cache_gb)
 
-    # ---- model, optimiser
     goes_on = config.stage > 1 or (config.resume and run.reached() >= 0)
+    classes, own = classes_of(config), scenes.val.classes
+    if goes_on and own != classes:
+        raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, {', '.join(classes.names[:3])}"
+                         f" ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; mend its classes.json, or "
+                         "start a new run with another --out")
+    config.classes = None if own == SCANNET20 else asdict(own)
+
+    # ---- model, optimiser
     model = build(config, load=not goes_on).to(device)  # the checkpoint of a run that goes on holds the tower's weights
     tower, weights = getattr(model, "tower", None), LOSS_WEIGHTS[config.model]
     rows = rows or curriculum(config.compress, config.plan, tower is not None and tower.pretrained, config.tower_rate)
@@ -356,7 +371,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                   "ramp": model.ramp, "skipped_in_a_row": guard.skipped_in_a_row, "recent": guard.recent,
                   "config": asdict(config)}, device)
         wanted = not stop.agreed() and (evaluated is None or epoch in evaluated)
-        result = evaluate(model, stop.until(scenes.val_batches), device) if wanted else {}
+        result = evaluate(model, stop.until(scenes.val_batches), device, scenes.val.classes.things) if wanted else {}
         if stop.agreed():  # the checkpoint goes on with the next step, or with the evaluation
             raise runs.Stopped(f"stopped in epoch {epoch} after step {step} of {steps}")
         line = runs.log_line(row, epoch, steps, sums, optimizer, result, device, time.time() - began)

@@ -305,7 +305,7 @@ def judge(model, config, device, change=dict, images=True):
     scenes = SceneDataset(config.data, "val", voxel_size=config.voxel_size, views=views, seed=config.seed,
                           image_size=train.RECIPES[config.preset]["image_size"])
     batches = map(change, DataLoader(scenes, config.batch_size, collate_fn=collate))
-    return train.evaluate(model, batches, torch.device(device))
+    return train.evaluate(model, batches, torch.device(device), scenes.classes.things)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fusion import DEPTH_TOLERANCE, FiLM, LiteFusionGate, Standardise, blend, li
 from guard import Guard
 from losses import LOSS_WEIGHTS, semantic_loss, weighted_sum
 from model import VoxelBatchNorm, build_model
-from scenes.folder import IGNORE, NUM_CLASSES
+from scenes.folder import IGNORE, SCANNET20
 from scenes.rooms import write_scene
 from tower import SCRATCH
 
@@ -69,7 +69,7 @@ def room(voxel_size=0.2, views=4, image_size=(64, 48), augment=False):
 def small_model(row=ENHANCEMENT):
     """BiFusion of the preset `small`, its tower from scratch, ready to train at the end of a row: always the same."""
     torch.manual_seed(0)
-    model = build_model("bifusion", "small", NUM_CLASSES, tower_weights=SCRATCH)
+    model = build_model("bifusion", "small", len(SCANNET20.names), tower_weights=SCRATCH)
     stages.apply_row(model, row)
     model.ramp = row.ramp(row.last_epoch)
     return model.train()

@@ -25,7 +25,7 @@ from data import SceneDataset, collate
 from experiments.ablate import blanked, open_run
 from fusion import link_views, sample_views
 from metrics import semantic_iou
-from scenes.folder import IGNORE, NUM_CLASSES
+from scenes.folder import IGNORE
 
 RIDGE = 1e-3  # of the variance of a feature
 
@@ -38,7 +38,7 @@ def auc(values, positive):
 
 
 def miou(truth, found):
-    return semantic_iou([(truth, found)], range(NUM_CLASSES))["miou"]
+    return semantic_iou([(truth, found)], range(1 + int(max(truth.max(), found.max()))))["miou"]
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def probe(path, device=train.Config.device):
         gram = known.T @ known + RIDGE * len(known) * torch.eye(known.shape[1], dtype=known.dtype)
         return asked @ torch.linalg.solve(gram, known.T @ target.double())
 
-    truth, one_hot = data["val", "segment"], data["train", "segment"][:, None] == torch.arange(NUM_CLASSES)
+    truth, one_hot = data["val", "segment"], F.one_hot(data["train", "segment"])
     found = {name: fit(name, one_hot).argmax(1) for name in ("before", "after", "2d", "3d") if ("val", name) in data}
     result |= {name: miou(truth, value) for name, value in found.items()}
     if "before" in found:

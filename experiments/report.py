@@ -228,8 +228,9 @@ def seeds_summary(runs, baselines):
 
 def class_table(runs):
     """IoU of every class at each run's last evaluated epoch, one column a run; "-" where a class does not occur."""
+    names = next((run["config"]["classes"]["names"] for run in runs if run["config"].get("classes")), CLASS_NAMES)
     columns = [([], *(e["val_iou"] for e in run["log"] if e.get("val_iou")))[-1] for run in runs]
-    rows = [(name, *(_number(iou, 4) for iou in values)) for name, *values in zip_longest(CLASS_NAMES, *columns)]
+    rows = [(name, *(_number(iou, 4) for iou in values)) for name, *values in zip_longest(names, *columns)]
     return _table([("class", *(run["name"] for run in runs)), *rows])
 
 

@@ -3,6 +3,7 @@
     <scene>/
       coord.npy (N, 3) m   color.npy (N, 3) 0..255   normal.npy (N, 3), optional
       segment20.npy (N,) -1 = ignore   instance.npy (N,) -1 = none   superpoint.npy (N,), all three optional
+        (segment{K}.npy or segment.npy of the K classes of <root>/classes.json, where there is one)
       color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
       intrinsic/intrinsic_color.txt
 
@@ -13,9 +14,11 @@ expected and what was found. Axes: N points, F triangles, V views, S superpoints
 """
 
 import functools
+import json
 import re
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +29,33 @@ IGNORE = -1
 CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
                "counter", "desk", "curtain", "refrigerator", "shower curtain", "toilet", "sink", "bathtub",
                "otherfurniture")
-NUM_CLASSES = len(CLASS_NAMES)
 STUFF = (0, 1)  # wall and floor have no instances
-THINGS = tuple(k for k in range(NUM_CLASSES) if k not in STUFF)
 NYU40_IDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 CLASS_COLORS = np.array([  # the colours in which ScanNet's benchmark shows its classes
     (174, 199, 232), (152, 223, 138), (31, 119, 180), (255, 187, 120), (188, 189, 34), (140, 86, 75), (255, 152, 150),
     (214, 39, 40), (197, 176, 213), (148, 103, 189), (196, 156, 148), (23, 190, 207), (247, 182, 210), (219, 219, 141),
     (255, 127, 14), (158, 218, 229), (44, 160, 44), (112, 128, 144), (227, 119, 194), (82, 84, 163)], np.uint8)
 
+
+@dataclass(frozen=True)
+class Classes:
+    """A label set of K classes; a label is an index into it, 0..K-1, or IGNORE.
+
+    names: list of K str.  stuff: list of the indices that have no instances.  ids: list of K int, 0..65535, by which
+    written labels and submissions call them.  colors: list of K [r, g, b] in 0..255, or [] for colours of their own.
+    """
+
+    names: list
+    stuff: list
+    ids: list
+    colors: list
+
+    @property
+    def things(self):
+        return [k for k in range(len(self.names)) if k not in self.stuff]
+
+
+SCANNET20 = Classes(list(CLASS_NAMES), list(STUFF), list(NYU40_IDS), CLASS_COLORS.tolist())
 MAX_PIXELS = 2**24  # of an image: a damaged header must not ask for gigabytes
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
 COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
@@ -58,6 +79,28 @@ def reading(path, expected):
         yield
     except Exception as error:
         raise fault(path, expected, f"a file that cannot be read: {error}") from error
+
+
+def read_classes(root):
+    """The label set of a data set: that of <root>/classes.json, SCANNET20 where there is none.
+
+    The file is an object: names, list of 2 str or more; and, where wanted, stuff, list of those names that have no
+    instances; ids, list of whole numbers; colors, list of [r, g, b]. Raises ValueError: a file of another form.
+    """
+    path = Path(root, "classes.json")
+    if not path.is_file():
+        return SCANNET20
+    with reading(path, 'an object as {"names": ["road", "tree"], "stuff": ["road"]}, with "ids" and "colors" or not'):
+        found = json.loads(path.read_text())
+        names, colors, stuff = found.pop("names"), found.pop("colors", []), found.pop("stuff", [])
+        ids = found.pop("ids", list(range(len(names))))
+        rules = {f"no {', '.join(found)}": not found, "two names or more, each once": 2 <= len(names) == len({*names}),
+                 "ids, one a name, 0..65535, each once": len(names) == len(ids) == len({*ids} & {*range(2**16)}),
+                 "colors, one a name, 0..255": np.shape(colors) in ((0,), (len(names), 3)) and {
+                     value for color in colors for value in color} <= {*range(256)}}
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError(f"it should have {'; '.join(broken)}")
+        return Classes(names, [names.index(name) for name in stuff], ids, colors)
 
 
 def _checked(path, array, shape):
@@ -160,17 +203,17 @@ def _points(path, raw):
             "normal": _unit(raw["normal"]) if "normal" in raw else None}
 
 
-def read_scan(path):
-    """Read a scan of any of the forms named at the top of this file.
+def read_scan(path, classes=SCANNET20):
+    """Read a scan of any of the forms named at the top of this file, to label it by these Classes.
 
-    Returns a dict as `load_scene`, and a list of str, what was missing or odd and what was done about it. A .ply adds
+    Returns a dict as `load_scene`, labels of other classes left out, and a list of str, what was missing or odd and what was done about it. A .ply adds
     faces (F, 3) or None. Color is grey where the file has none. Coordinates beyond 10 km are shifted by origin (3,)
     f64, else 0: coord + origin is what the file holds.
     Raises FileNotFoundError: a path that holds no scan; ValueError: as `load_scene` and `read_ply`.
     """
     path, notes, readers = Path(path), [], {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
     if (path / "coord.npy").is_file():
-        scene = load_scene(path) | {"origin": np.zeros(3)}
+        scene = load_scene(path, classes, notes) | {"origin": np.zeros(3)}
     else:
         files = path.iterdir() if path.is_dir() else [path]
         files = [file for file in files if file.suffix.lower() in readers and file.is_file()]
@@ -178,7 +221,7 @@ def read_scan(path):
             raise FileNotFoundError(f"{path}: expected a scene folder with coord.npy, a .ply, .npy or .npz of points, "
                                     f"or a folder with one such file and frames, found {len(files)} such files")
         kind = files[0].suffix.lower()
-        scene = dict.fromkeys(SCENE) | readers[kind](files[0]) | {"name": path.stem}
+        scene = dict.fromkeys(SCENE) | readers[kind](files[0]) | {"name": path.stem, "classes": classes}
         scene["frame_ids"], scene["frames_skipped"] = usable_frames(path)
         far = np.abs(scene["coord"]).max() > 1e4  # metres, where f32 is too coarse
         scene["origin"] = np.floor(scene["coord"].min(0).astype(np.float64)) if far else np.zeros(3)
@@ -195,29 +238,51 @@ def read_scan(path):
     return scene, notes + [note for note, holds in odd.items() if holds]
 
 
-def load_scene(folder):
-    """Read one scene folder, frames apart.
+def load_scene(folder, classes=SCANNET20, notes=None):
+    """Read one scene folder, frames apart, labelled by these Classes.
 
-    Returns a dict: name str, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
+    notes: list of str, for a scan to be predicted: what is not needed for that and missing or odd is left out or grey,
+    and noted there. Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
     int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; frame_ids, frames_skipped of
     `usable_frames`. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of
     another shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
-    file = {key: folder / f"{'segment20' if key == 'segment' else key}.npy" for key in SCENE}
+    file = {key: folder / f"{key}.npy" for key in SCENE}
+    if (own := folder / f"segment{len(classes.names)}.npy").is_file():
+        file["segment"] = own
     coord = _finite(file["coord"], "coordinates", _read_array(file["coord"], (None, 3)).astype(np.float32))
-    n, scene = len(coord), {"name": folder.name, "coord": coord}
-    scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
+    n, scene = len(coord), {"name": folder.name, "coord": coord, "classes": classes}
+    if notes is None or file["color"].is_file():
+        scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
+    else:
+        scene["color"] = np.full((n, 3), 127, np.uint8)
+        notes.append("no colours: taken as grey")
     scene["normal"] = _unit(_read_array(file["normal"], (n, 3))) if file["normal"].is_file() else None
     for key in ("segment", "instance", "superpoint"):
         scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None
-    labels = scene["segment"]
-    if labels is not None and (labels.min() < IGNORE or labels.max() >= NUM_CLASSES):
-        raise fault(file["segment"], f"labels {IGNORE}..{NUM_CLASSES - 1}", f"{labels.min()}..{labels.max()}")
+    found = set() if scene["segment"] is None else {*np.unique(scene["segment"]).tolist()}
+    if foreign := sorted(found - {*range(IGNORE, len(classes.names))}):
+        error = fault(file["segment"], f"labels {IGNORE}..{len(classes.names) - 1}", foreign_labels(foreign))
+        if notes is None:
+            raise error
+        notes.append(f"labels left out, {error}")
+        scene["segment"] = scene["instance"] = None
     if scene["superpoint"] is not None:
         scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1]
     scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
     return scene
+
+
+def foreign_labels(labels):
+    """What labels outside of the classes seem to be: str, of a sorted list of int."""
+    kinds = {40: "NYU40 ids? Class index = scenes.folder.NYU40_IDS.index(id), -1 where it is not among them",
+             199: "indices of ScanNet200? Copy classes200.json, which scenes.scannet writes, to <root>/classes.json",
+             1191: "ids of scannetv2-labels.combined.tsv? python -m scenes.scannet maps them"}
+    one = len(labels) == 1 and labels[0] in (-100, 255, 65535)
+    seems = f"points without a class? They must have {IGNORE}" if one else next(
+        (text for limit, text in kinds.items() if labels[0] >= 0 and labels[-1] <= limit), "another data set's?")
+    return f"{', '.join(map(str, labels[:8]))}{' ...' * (len(labels) > 8)}: {seems}; or name your own in classes.json"
 
 
 def frame_files(folder, frame):

@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from scenes.folder import CLASS_COLORS, CLASS_NAMES, IGNORE
+from scenes.folder import IGNORE
 
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
 
 
-def class_colors(labels):
-    """(N,) class index or IGNORE -> (N, 3) u8."""
-    return np.vstack([CLASS_COLORS, NO_LABEL])[labels]  # IGNORE, -1, is the last
+def class_colors(labels, classes):
+    """(N,) index of scenes.folder.Classes or IGNORE -> (N, 3) u8."""
+    own = np.array(classes.colors or instance_colors(np.arange(len(classes.names)) + 1), np.uint8)
+    return np.vstack([own, NO_LABEL])[labels]  # IGNORE, -1, is the last
 
 
 def instance_colors(instance, like=None):
@@ -58,15 +59,16 @@ def render(coord, normal, color, size=(720, 600), azimuth=-60, elevation=50):
 def draw(path, scene, labels, instance, true_instance, title):
     """One picture: input colours, classes, instances, below them the ground truth where there is one; and a legend.
 
-    scene: dict with coord, normal, color and segment (or None).  labels, instance, true_instance: (N,), as predict.py.
+    scene: dict with coord, normal, color, classes and segment (or None).  labels, instance, true_instance: (N,), as
+    predict.py.
     """
     from matplotlib.figure import Figure  # not at the top: it takes a second
     from matplotlib.patches import Patch
 
-    panels, shown = [("input colours", scene["color"])], set(labels.tolist())
-    panels += [("classes", class_colors(labels)), ("instances", instance_colors(instance, true_instance))]
+    classes, panels, shown = scene["classes"], [("input colours", scene["color"])], set(labels.tolist())
+    panels += [("classes", class_colors(labels, classes)), ("instances", instance_colors(instance, true_instance))]
     if scene["segment"] is not None:
-        panels += [None, ("classes, ground truth", class_colors(scene["segment"])),
+        panels += [None, ("classes, ground truth", class_colors(scene["segment"], classes)),
                    ("instances, ground truth", instance_colors(true_instance))]
         shown |= set(scene["segment"].tolist())
     figure = Figure(figsize=(16.2, 5.3 * len(panels) / 3), dpi=100, layout="constrained")
@@ -75,8 +77,8 @@ def draw(path, scene, labels, instance, true_instance, title):
         if panel:
             axis.imshow(render(scene["coord"], scene["normal"], panel[1]))
             axis.set_title(panel[0], fontsize=13)
-    colors = {name: CLASS_COLORS[k] for k, name in enumerate(CLASS_NAMES) if k in shown}
-    colors |= {"no label": NO_LABEL} if IGNORE in shown else {}
+    shown = sorted(shown, key=lambda k: k % (len(classes.names) + 1))  # IGNORE comes last
+    colors = dict(zip([[*classes.names, "no label"][k] for k in shown], class_colors(shown, classes)))
     figure.legend(handles=[Patch(facecolor=color / 255, label=name) for name, color in colors.items()],
                   loc="outside lower center", ncols=min(10, len(colors)), frameon=False)
     figure.suptitle(title, fontsize=14)

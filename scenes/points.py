@@ -130,10 +130,24 @@ def complete(scene):
     return scene | {"normal": normal, "superpoint": superpoint}, notes
 
 
+def apart_by_class(segment, own):
+    """Instances (N,) 0..G-1 or IGNORE -> the same, told apart where an id is unique within a class alone, as in KITTI:
+    where two classes or more hold 100 of its points and a tenth of them each. segment (N,) class or IGNORE."""
+    count = max(segment.max(), 0) + 1
+    labelled = (own >= 0) & (segment >= 0)
+    votes = np.bincount(own[labelled] * count + segment[labelled], minlength=(own.max() + 1) * count).reshape(-1, count)
+    large = votes >= np.maximum(100, votes.sum(1, keepdims=True) / 10)  # (G, K)
+    if (large.sum(1) < 2).all():
+        return own
+    kind = np.where(labelled & large[own, segment], segment, votes.argmax(1)[own])  # (N,) of the rest the most frequent
+    ids, apart = np.unique(np.where(own < 0, IGNORE, own * count + kind), return_inverse=True)
+    return apart.ravel() - (ids[0] == IGNORE)
+
+
 def instance_targets(segment, instance, superpoint, things):
     """What the query decoder is trained and judged by.
 
-    An instance has the class of most of its labelled points; those of no class and of none of things are left out. A
+    An instance has the class of most of its labelled points (`apart_by_class` comes first); those of no class and of none of things are left out. A
     superpoint belongs to the instance that holds over half of its points.
 
     Args:
@@ -141,7 +155,7 @@ def instance_targets(segment, instance, superpoint, things):
         things:  the classes that have instances.
 
     Returns:
-        point_instance:      (N,) int64, class * 1000 + number from 1 on as the benchmark has it, 0 = none.
+        point_instance:      (N,) int64, (class + 1) * 1000 + number from 1 on, 0 = none: the benchmark's form.
         superpoint_instance: (S,) int64, 0..G-1, IGNORE = none.
         instance_label:      (G,) int64 class of each instance; those that hold no superpoint are not among them.
     """
@@ -150,7 +164,7 @@ def instance_targets(segment, instance, superpoint, things):
     if instance is None or (instance < 0).all():
         return nothing
     ids, own = np.unique(instance.clip(min=IGNORE), return_inverse=True)
-    own = own.ravel() - (ids[0] == IGNORE)  # (N,) number of the instance, IGNORE = none
+    own = apart_by_class(segment, own.ravel() - (ids[0] == IGNORE))  # (N,) number of the instance, IGNORE = none
     label = voxel_majority(segment[own >= 0], own[own >= 0], own.max() + 1, max(segment.max(), 0) + 1)
     keep = np.isin(label, things)
     own, label = np.append(np.where(keep, keep.cumsum() - 1, IGNORE), IGNORE)[own], label[keep]
@@ -159,7 +173,7 @@ def instance_targets(segment, instance, superpoint, things):
     if len(label) > 999:
         raise ValueError(f"a scene may hold 999 instances (the benchmark's ids have no room for more), found "
                          f"{len(label)}; cut it into parts")
-    point_instance = np.where(own >= 0, label[own] * 1000 + own + 1, 0)
+    point_instance = np.where(own >= 0, label[own] * 1000 + 1000 + own + 1, 0)
     most = voxel_majority(own, superpoint, s, len(label))  # (S,) the instance with the most points, if any
     share = np.bincount(superpoint[own == most[superpoint]], minlength=s) / np.bincount(superpoint, minlength=s)
     owner = np.where(share > 0.5, most, IGNORE)

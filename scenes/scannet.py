@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from scenes.folder import (IGNORE, MAX_PIXELS, NUM_CLASSES, NYU40_IDS, STUFF, fault, frame_files, load_scene, read_ply,
+from scenes.folder import (IGNORE, MAX_PIXELS, NYU40_IDS, STUFF, fault, frame_files, load_scene, read_ply,
                            reading)
 from scenes.points import vertex_normals
 
@@ -166,11 +166,11 @@ def read_scan(folder, labelled, classes_200=None):
     segment_ids, superpoint = np.unique(segments, return_inverse=True)
     scene["superpoint"] = superpoint.astype(np.int32)
     class_of = np.full(41, IGNORE, np.int32)
-    class_of[list(NYU40_IDS)] = range(NUM_CLASSES)
+    class_of[list(NYU40_IDS)] = range(len(NYU40_IDS))
     scene["segment20"] = class_of[np.where((label >= 0) & (label <= 40), label, 0)]  # 50 and 149 occur
     owner, categories = _groups(f"{stem}.aggregation.json", segment_ids)
     group = owner[superpoint] + 1  # (N,) 0 = in no group
-    votes = np.zeros((len(categories) + 1, NUM_CLASSES + 1), int)  # vertices of each class, IGNORE first, in each group
+    votes = np.zeros((len(categories) + 1, len(NYU40_IDS) + 1), int)  # vertices of each class, IGNORE first, in each group
     np.add.at(votes, (group, scene["segment20"] + 1), 1)
     is_thing = votes.any(1) & ~np.isin(votes.argmax(1) - 1, STUFF)
     is_thing[0] = False
@@ -306,6 +306,11 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
         for split, path in lists.items():
             (out / split).mkdir(parents=True, exist_ok=True)
             (out / f"scannetv2_{split}.txt").write_bytes(path.read_bytes())
+        if classes_200 is not None:  # as scenes.folder.read_classes takes it, once its name is classes.json
+            first = {k: name for name, k in reversed(classes_200.items())}
+            names = [first.get(k, f"id {number}") for k, number in enumerate(IDS_200)]
+            (out / "classes200.json").write_text(json.dumps({
+                "names": names, "ids": [*map(int, IDS_200)], "stuff": [n for n in names if n in ("wall", "floor")]}))
     open_scenes = [scene for scene in scenes if not (scene / "pose" if frames_only else scene).is_dir()]
     jobs = [scene for scene in open_scenes if scene.name in folders]
     (out / ".unfinished").mkdir(parents=True, exist_ok=True)

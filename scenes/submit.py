@@ -5,7 +5,7 @@
 Writes <out>/semantic.zip, and <out>/instance.zip if the model finds any instance. The data set is one that
 scenes.scannet prepared: points in the order of the mesh's vertices.
 
-Format: kaldir.vc.in.tum.de/scannet_benchmark/documentation. Semantic: <scene>.txt, an NYU40 id a vertex. Instance:
+Format: kaldir.vc.in.tum.de/scannet_benchmark/documentation. Semantic: <scene>.txt, the id of its class (NYU40 id) a vertex. Instance:
 <scene>.txt with lines 'mask file, NYU40 id, confidence', masks with 0 or 1 a vertex.
 """
 
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from predict import open_checkpoint, predict_scene
-from scenes.folder import NYU40_IDS, STUFF, fault
+from scenes.folder import fault
 from scenes.scannet import read_split
 
 
@@ -41,17 +41,17 @@ def submit(checkpoint, data, split, out, device="cpu"):
     with ZipFile(parts[0], "w", ZIP_DEFLATED) as semantic, ZipFile(parts[1], "w", ZIP_DEFLATED) as instance:
         for name in tqdm(names, desc="scenes", unit="scene"):
             scene, prediction = predict_scene(model, config, data / split / name, device)
-            count, labels = len(scene["coord"]), prediction["labels"]
+            count, labels, classes = len(scene["coord"]), prediction["labels"], scene["classes"]
             if len(labels) != count:
                 raise fault(f"prediction of {name}", f"{count} labels, one a vertex", len(labels))
-            semantic.writestr(f"{name}.txt", "".join(f"{NYU40_IDS[label]}\n" for label in labels))
-            things, lines = np.flatnonzero(~np.isin(prediction["classes"], STUFF)), []  # walls and floors are none
+            semantic.writestr(f"{name}.txt", "".join(f"{classes.ids[label]}\n" for label in labels))
+            things, lines = np.flatnonzero(~np.isin(prediction["classes"], classes.stuff)), []  # walls and floors are none
             for i, row in enumerate(things):
                 path = f"predicted_masks/{name}_{i:03d}.txt"
                 mask = np.tile(np.frombuffer(b"0\n", np.uint8), (count, 1))
                 mask[prediction["members"][row], 0] = ord("1")
                 instance.writestr(path, mask.tobytes())
-                lines.append(f"{path} {NYU40_IDS[prediction['classes'][row]]} {prediction['scores'][row]:.6f}\n")
+                lines.append(f"{path} {classes.ids[prediction['classes'][row]]} {prediction['scores'][row]:.6f}\n")
             instance.writestr(f"{name}.txt", "".join(lines))
             found += len(things)
     if not found:

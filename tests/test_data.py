@@ -9,7 +9,7 @@ from test_folder import write_scene
 import data
 from data import EpochBatches, SceneDataset, Scenes, collate, scene_item
 from scenes import augment
-from scenes.folder import IGNORE, STUFF, load_frames, load_scene
+from scenes.folder import IGNORE, SCANNET20, STUFF, load_frames, load_scene
 from scenes.points import complete
 
 AUGMENTATIONS = ("flip", "rotate", "scale", "elastic", "jitter")
@@ -322,9 +322,9 @@ def test_instance_targets_are_those_of_a_slow_loop(seed):
     kind = {i: rng.integers(-1, 6) for i in np.unique(instance)}
     segment = np.where(rng.random(300) < 0.2, rng.integers(-1, 6, 300), [kind[i] for i in instance])
     label, owner = slow_targets(segment, instance, superpoint)
-    points, superpoints, labels = data.instance_targets(segment, instance, superpoint, data.THINGS)
+    points, superpoints, labels = data.instance_targets(segment, instance, superpoint, SCANNET20.things)
     number = {i: n for n, i in enumerate(label)}  # every instance with a class counts for the benchmark
-    expected = [label[i] * 1000 + number[i] + 1 if i in label else 0 for i in instance.tolist()]
+    expected = [label[i] * 1000 + 1000 + number[i] + 1 if i in label else 0 for i in instance.tolist()]
     np.testing.assert_array_equal(points, expected)
     held = [i for i in label if i in owner]  # those that own a superpoint can be learnt
     np.testing.assert_array_equal(labels, [label[i] for i in held])
@@ -334,10 +334,10 @@ def test_instance_targets_are_those_of_a_slow_loop(seed):
 @pytest.mark.parametrize("instance", [None, np.full(6, -1), np.array([4, 4, 4, 5, 5, -1])])
 def test_a_scene_without_instances_has_no_targets_and_more_than_the_benchmark_numbers_are_refused(instance):
     segment, many = np.array([0, 0, 1, -1, -1, 7]), np.arange(1000)
-    points, superpoints, labels = data.instance_targets(segment, instance, np.arange(6) // 2, data.THINGS)
+    points, superpoints, labels = data.instance_targets(segment, instance, np.arange(6) // 2, SCANNET20.things)
     assert not points.any() and (superpoints == IGNORE).all() and len(labels) == 0
     with pytest.raises(ValueError, match="999 instances"):
-        data.instance_targets(np.full(1000, 5), many, many, data.THINGS)
+        data.instance_targets(np.full(1000, 5), many, many, SCANNET20.things)
 
 
 def test_pieces_join_every_voxel_and_superpoint_that_share_points(root):

@@ -17,7 +17,7 @@ import predict
 from data import collate, scene_item
 from metrics import instance_ap
 from scenes import picture
-from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, THINGS, load_frames, load_scene
+from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, SCANNET20, load_frames, load_scene
 from scenes.points import voxelise
 from stages import curriculum
 from tower import LITE0
@@ -202,8 +202,9 @@ def test_a_room_s_true_masks_as_prediction_give_ap_one(room):
     masks = batch["superpoint_instance"] == torch.arange(len(labels))[:, None]
     layer = {"class_logits": 40.0 * torch.eye(len(CLASS_NAMES) + 1)[labels], "mask_logits": 40 * (masks.float() - 0.5),
              "score": torch.ones(len(labels))}
-    found = predict.instances_of_scene(layer, batch, 0)
-    result = instance_ap([dict(zip(("gt", "masks", "labels", "scores"), found))], THINGS)
+    gt, masks, labels, scores = predict.instances_of_scene(layer, batch, 0)
+    result = instance_ap([{"gt": gt, "masks": masks, "labels": labels + 1, "scores": scores}],
+                         [k + 1 for k in SCANNET20.things])
     assert len(labels) > 5 and result["AP"] == result["AP25"] == 1
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scenes import submit
-from scenes.folder import CLASS_NAMES, NYU40_IDS
+from scenes.folder import CLASS_NAMES, NYU40_IDS, SCANNET20
 from train import Config
 
 CHAIR, FLOOR, OTHER = (CLASS_NAMES.index(name) for name in ("chair", "floor", "otherfurniture"))
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch, found):
     (data / "scannetv2_test.txt").write_text("scene0708_00\nscene0707_00\n")
     monkeypatch.setattr(submit, "open_checkpoint", lambda path, device: (None, None))
     monkeypatch.setattr(submit, "predict_scene", lambda model, config, folder, device: (
-        {"coord": np.load(folder / "coord.npy")}, found))
+        {"coord": np.load(folder / "coord.npy"), "classes": SCANNET20}, found))
     return lambda: submit.main(["best.pt", "--data", str(data), "--out", str(tmp_path / "sub")])
 
 

@@ -24,7 +24,7 @@ from guard import MAX_SKIPPED_IN_A_ROW
 from losses import weighted_sum
 from runs import Stop, Stopped, commit, finite, read_checkpoint, read_log
 from scenes import rooms
-from scenes.folder import NUM_CLASSES
+from scenes.folder import CLASS_NAMES
 from stages import INSTANCE, curriculum, stage_epochs
 from tower import LITE0
 from train import RECIPES, WARM_UP, Config, learning_rate, load_model, main, parse_config
@@ -175,7 +175,7 @@ def test_every_line_of_the_log_has_all_keys_and_the_best_checkpoint_is_the_best_
     log = read_log(short_run / "log.jsonl")
     for line in log:
         assert set(line) == LOG_KEYS
-        assert len(line["val_iou"]) == NUM_CLASSES
+        assert len(line["val_iou"]) == len(CLASS_NAMES)
         assert 0 <= line["val_miou"] <= 1
         assert set(line["lr"]) >= set(line["grad_norm"]) - {"fusion"}
         assert all((line[name] is None) == (line["stage"] == 1) for name in ("val_ap", "val_ap50", "val_ap25"))
@@ -197,7 +197,7 @@ def tiny_config(tiny_rooms, tmp_path, monkeypatch):
 
 @pytest.fixture
 def build(make_model):
-    return lambda config, load=True: make_model(num_classes=NUM_CLASSES)
+    return lambda config, load=True: make_model(num_classes=len(CLASS_NAMES))
 
 
 def test_gradients_losses_and_gate_change_at_the_same_step(tiny_config, build, monkeypatch):
