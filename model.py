@@ -248,12 +248,12 @@ def largest_pieces(masks, graph, sizes):
 
 
 @torch.no_grad()
-def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
+def select_instances(prediction, sizes, graph=None, top_k=None, min_points=100):
     """The instances of a scene out of the last prediction of its queries; sizes (S,) float, points of a superpoint.
 
     With a graph (`superpoint_graph`) every mask is cut to its largest connected piece: without positions a query cannot
     tell two like objects apart (Mask3D splits its masks by DBSCAN). The top_k pairs of query and class with the largest
-    p(class) * claimed IoU are kept; that times the mean p(superpoint) over the mask is their score. Then matrix NMS
+    p(class) * claimed IoU are kept (None: half as many as superpoints, but 100 or more); that times the mean p(superpoint) over the mask is their score. Then matrix NMS
     lowers the score of whatever overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 -
     that one's own largest IoU with a still better one), IoU in points.
 
@@ -261,6 +261,7 @@ def select_instances(prediction, sizes, graph=None, top_k=100, min_points=100):
     """
     probability = prediction["class_logits"].float().softmax(1)[:, :-1]  # (Q, K)
     probability = (probability * prediction["score"].float().clamp(0, 1)[:, None]).nan_to_num(0)
+    top_k = top_k or max(100, len(sizes) // 2)
     score, pair = probability.flatten().topk(min(top_k, probability.numel()))  # (k,)
     query, label = pair // probability.shape[1], pair % probability.shape[1]
     logits = prediction["mask_logits"].float()[query]  # (k, S)

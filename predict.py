@@ -26,14 +26,16 @@ import torch
 from plyfile import PlyData, PlyElement
 
 from data import collate, evenly_spread, scene_item
+from fusion import link_views
 from metrics import semantic_iou
 from scenes.folder import IGNORE, SCENE, load_frames, read_scan
 from scenes.picture import class_colors, draw, instance_colors
-from scenes.points import complete, instance_targets, voxelise
-from tower import VIEW_CHUNK
+from scenes.points import complete, instance_targets, voxel_means, voxelise
 from train import RECIPES, classes_of, instances_of_scene, load_model, to_device
 
 TILE_VOXELS = 300_000  # of a tile, its margin apart
+TILE_SIDE = 1.5  # times the longest side of a train scene: beyond it a network finds neither classes nor instances
+TILE_FRAMES = 4  # times as many frames as evaluation takes may look at a tile, as far as they show more of it
 MARGIN = 1.0  # metres around a tile that the network sees as well
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
@@ -51,15 +53,16 @@ def open_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} is no checkpoint of this version of train.py: {error}") from error
 
 
-def tiles(coord, voxel_size, limit):
-    """Cut a scan across its longer horizontal side until no tile holds more than limit voxels.
+def tiles(coord, voxel_size, limit, side=np.inf):
+    """Cut a scan across its longer horizontal side until no tile holds more than limit voxels or is longer than side.
 
     Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
     """
     def cut(rows):
-        if len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit:
+        extent = np.ptp(coord[rows, :2], axis=0)
+        if extent.max() <= side and (len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit):
             return [rows]
-        axis = np.ptp(coord[rows, :2], axis=0).argmax()
+        axis = extent.argmax()
         left = coord[rows, axis] < np.median(coord[rows, axis])
         if not left.any():
             raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
@@ -70,12 +73,26 @@ def tiles(coord, voxel_size, limit):
     return [(core, np.flatnonzero(near.all(1))) for core, near in zip(cores, around)]
 
 
-def encode_frames(tower, frames, device):
-    """The frames with the tower's maps instead of their images, so that it runs once for all tiles."""
-    chunks = [[torch.from_numpy(frames[key][i : i + VIEW_CHUNK]).to(device) for key in ("image", "depth")]
-              for i in range(0, len(frames["depth"]), VIEW_CHUNK)]
-    levels = [np.concatenate(level) for level in zip(*([x.cpu().numpy() for x in tower.encode(*c)] for c in chunks))]
-    return frames | {"image": frames["image"][:, :, :0, :0]} | {f"level_{k}": v for k, v in enumerate(levels)}
+def sights(path, scene, voxel_size):
+    """Which points of a large scan its frames see: (V, N) bool, told by cells of 4 voxels and small depth maps."""
+    grid, cell = voxelise(scene["coord"], 4 * voxel_size)
+    cells = torch.from_numpy(voxel_means(scene["coord"], cell, len(grid)))
+    frames = load_frames(path, scene["frame_ids"], (80, 60), colors=False)
+    cameras, intrinsics, depth = (torch.from_numpy(frames[k]) for k in ("world_to_camera", "intrinsics", "depth"))
+    links = link_views(cells, cameras, intrinsics, depth, tolerance=4 * voxel_size)
+    seen = np.zeros((len(depth), len(cells)), bool)
+    seen[links.view, links.point] = True
+    return seen[:, cell]
+
+
+def best_views(seen, count):
+    """Rows, ascending, of at most count views of seen (V, N) bool, each the one that sees most of what those before it
+    have seen least often."""
+    often, usable = np.zeros(seen.shape[1], int), seen.any(1)
+    while usable.any() and count > 0:
+        best = int(np.where(usable, (seen / (1.0 + often) ** 2).sum(1), -1).argmax())
+        usable[best], count, often = False, count - 1, often + seen[best]
+    return np.flatnonzero(seen.any(1) & ~usable).tolist()
 
 
 @torch.no_grad()
@@ -94,14 +111,14 @@ def predict_scene(model, config, path, device="cpu"):
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
     use_images = config.model == "bifusion" and model.row.fusion != "identity"
-    frames = evenly_spread(scene["frame_ids"], 2 * config.views if use_images else 0)  # as many as evaluation takes
-    frames = load_frames(path, frames, RECIPES[config.preset]["image_size"])
-    frames["world_to_camera"][:, :3, 3] += frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # points are shifted
-    n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
-    if use_images and len(cut) > 1:
-        frames = encode_frames(model.tower, frames, device)
+    n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS, TILE_SIDE * (config.side or np.inf))
+    count = 2 * config.views if use_images else 0  # as many as evaluation takes
+    sight = sights(path, scene, config.voxel_size) if count and len(cut) > 1 else None
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
+        chosen = evenly_spread(scene["frame_ids"], count) if sight is None else [
+            scene["frame_ids"][view] for view in best_views(sight[:, core], TILE_FRAMES * count)]
+        frames = load_frames(path, chosen, RECIPES[config.preset]["image_size"])
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
         batch = to_device(collate([scene_item(part, frames, config.voxel_size)]), device)

@@ -81,7 +81,9 @@ class Config:
     precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
     cache: str = option("data/clip_cache", "folder for the maps of a frozen tower")
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
-    classes: dict = field(default=None)  # no flag: those of classes.json in the data folder; None = ScanNet's 20
+    # without a flag:
+    classes: dict = field(default=None)  # those of classes.json in the data folder; None = ScanNet's 20
+    side: float = field(default=None)  # metres, the longest horizontal side of a train scene (of 32 of them)
 
 
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),
@@ -299,6 +301,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
                          f" ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; mend its classes.json, or "
                          "start a new run with another --out")
     config.classes = None if own == SCANNET20 else asdict(own)
+    config.side = config.side or scenes.train.longest_side()
 
     # ---- model, optimiser
     model = build(config, load=not goes_on).to(device)  # the checkpoint of a run that goes on holds the tower's weights

@@ -257,15 +257,30 @@ def test_frames_whose_pose_is_lost_are_counted_and_without_any_the_scan_is_3d_on
         assert sum("used 3D-only" in str(warning.message) for warning in caught) == (not seen)
 
 
-def test_frames_encoded_once_for_all_tiles_give_the_logits_of_their_images(make_model, make_batch, row, train_steps):
-    model, batch = make_model(), make_batch(views=(3, 2))
-    train_steps(model, row(70), batch)
-    model.eval()
-    frames = {key: batch[key].numpy() for key in ("image", "depth", "world_to_camera", "intrinsics")}
-    with torch.no_grad():
-        encoded = predict.encode_frames(model.tower, frames, "cpu")
-        assert encoded["image"].size == 0 and len(encoded["image"]) == 5
-        logits = model(batch)["logits"]
-        model.tower.visual.forward = None  # it must not run again
-        again = model(batch | {key: torch.from_numpy(value) for key, value in encoded.items()})["logits"]
-    assert torch.allclose(logits, again, atol=1e-5)
+def test_the_views_of_a_tile_are_those_that_see_most_of_what_few_see():
+    seen = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    assert [predict.best_views(seen, count) for count in (0, 1, 2, 3, 9)] == [[], [0], [0, 2], [0, 1, 2], [0, 1, 2]]
+
+
+def test_a_floor_of_rooms_has_frames_for_every_room_and_is_cut_as_large_as_the_train_scenes(checkpoints, room, tmp_path):
+    model, config = predict.open_checkpoint(checkpoints["bifusion"])
+    floor, (coord, frames) = tmp_path / "floor", (np.load(room / "coord.npy"), sorted((room / "pose").glob("*.txt")))
+    copies, apart = 4, np.ptp(coord[:, 0]) + 0.5
+    for name in ("color", "depth", "pose", "intrinsic"):
+        (floor / name).mkdir(parents=True)
+    shutil.copy(room / "intrinsic" / "intrinsic_color.txt", floor / "intrinsic")
+    np.save(floor / "color.npy", np.tile(np.load(room / "color.npy"), (copies, 1)))
+    np.save(floor / "coord.npy", np.concatenate([coord + [i * apart, 0, 0] for i in range(copies)]))
+    for i in range(copies):
+        for pose in frames:
+            matrix, new = np.loadtxt(pose), 100 * i + int(pose.stem)
+            matrix[0, 3] += i * apart
+            np.savetxt(floor / "pose" / f"{new}.txt", matrix)
+            for file in (room / "color" / f"{pose.stem}.jpg", room / "depth" / f"{pose.stem}.png"):
+                shutil.copy(file, floor / file.parent.name / f"{new}{file.suffix}")
+    _, single = predict.predict_scene(model, config, room)
+    _, whole = predict.predict_scene(model, config, floor)  # 2 * 2 frames for four rooms
+    config.side = float(np.ptp(coord[:, :2], axis=0).max())
+    _, parts = predict.predict_scene(model, config, floor)
+    assert parts["notes"][-1] == "cut into 4 tiles" and whole["notes"][-1:] != parts["notes"][-1:]
+    assert whole["seen"] < 0.5 * single["seen"] < 0.5 * parts["seen"] * 1.1
