@@ -141,10 +141,15 @@ def parameter_groups(model, lr, weight_decay):
     return [group for group in groups if group["params"]]
 
 
-def set_rates(optimizer, row, lr):
-    """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the image tower."""
+def set_rates(optimizer, row, lr, warm_up=1):
+    """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the image tower.
+
+    Over the first warm_up steps in which a part trains, whenever it joins, its rate rises to that: Adam does not know
+    yet how large its gradients are, and steps of full length spoil what the others, and the pretraining, have learnt.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * (row.tower_rate if group["name"] == "tower" else 1.0)
+        group["steps"] = group.get("steps", 0) + (group["name"] in row.trains)  # kept by the optimiser's state_dict
+        group["lr"] = min(1.0, group["steps"] / warm_up) * lr * (row.tower_rate if group["name"] == "tower" else 1.0)
 
 
 def clip_by_branch(model, clip):

@@ -39,7 +39,7 @@ from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, cur
 from tower import SCRATCH, RGBDConv
 
 ROOMS = "data/rooms"  # generated on first use
-WARM_UP = 0.02  # share of the curriculum over which the learning rate rises
+WARM_UP = 0.1  # share of the curriculum's steps over which the rate of a part rises once it trains
 
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
@@ -187,10 +187,8 @@ def to_device(batch, device):
 
 
 def learning_rate(config, progress):
-    """Linear warm-up, then half a cosine to 0 over the whole curriculum; progress is the share of it done."""
-    rises = 0.01 + 0.99 * progress / WARM_UP
-    falls = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-    return config.lr * (rises if progress < WARM_UP else falls)
+    """Half a cosine from the base rate to 0; progress is the share of the curriculum done."""
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def forward(model, batch, row):
@@ -336,7 +334,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         for batch in stop.until(scenes.batches(epoch, step), agree=True):
             batch, moment = to_device(batch, device), epoch + step / steps
             model.ramp = row.ramp(moment)
-            set_rates(optimizer, row, learning_rate(config, moment / epochs))
+            set_rates(optimizer, row, learning_rate(config, moment / epochs), WARM_UP * epochs * steps)
             # ---- forward and losses
             guard.remember()
             terms, stats = forward(model, batch, row)

@@ -127,6 +127,21 @@ def test_rates_follow_the_row_and_biases_are_not_decayed():
         assert group["lr"] == pytest.approx(0.1 if group["name"] == "tower" else 0.5)
 
 
+def test_the_rate_of_a_part_rises_from_the_step_in_which_it_joins_and_goes_on_so_after_a_resume():
+    model, rates = PartsModel(), []
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, 0.0))
+    for epoch in (0, 0, 70, 70, 70, 70, 0, 70):
+        set_rates(optimizer, row_at(CURRICULUM, epoch), 0.8, warm_up=4)
+        rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        state, optimizer = optimizer.state_dict(), torch.optim.SGD(parameter_groups(model, 1.0, 0.0))
+        optimizer.load_state_dict(state)
+    assert [rate["3d"] for rate in rates] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8])
+    assert [rate["decoder"] for rate in rates[2:6]] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[2]["tower"] == pytest.approx(0.2 * CURRICULUM[-1].tower_rate)
+    set_rates(optimizer, CURRICULUM[-1], 0.8, warm_up=0.5)  # shorter than a step: none
+    assert {group["lr"] for group in optimizer.param_groups} == {0.8}
+
+
 def test_empty_parts_make_no_group():
     model = PartsModel()
     model.parts = lambda: {"3d": list(model.layers[0].parameters()), "film": []}
