@@ -4,7 +4,8 @@
 
 A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
 scene folder, or a folder with one such file and frames (color/ depth/ pose/ intrinsic/). Metres, z up, colours 0..255.
-Whatever is missing is computed or done without, and said in one line. Writes for each scan into <out>/
+Whatever is missing is computed or done without, and said in one line, as is what looks like other units, another axis
+or other cameras, with the flag that mends it. Writes for each scan into <out>/
     <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files, or
                           of own classes the id that classes.json gives, the index where it gives none
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
@@ -25,10 +26,10 @@ import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import collate, evenly_spread, scene_item
+from data import collate, doubt_cameras, evenly_spread, scene_item
 from fusion import link_views
 from metrics import semantic_iou
-from scenes.folder import IGNORE, SCENE, load_frames, read_scan
+from scenes.folder import CAMERAS, IGNORE, SCENE, UP, load_frames, read_scan
 from scenes.picture import class_colors, draw, instance_colors
 from scenes.points import complete, instance_targets, voxel_means, voxelise
 from train import RECIPES, classes_of, instances_of_scene, load_model, to_device
@@ -73,11 +74,12 @@ def tiles(coord, voxel_size, limit, side=np.inf):
     return [(core, np.flatnonzero(near.all(1))) for core, near in zip(cores, around)]
 
 
-def sights(path, scene, voxel_size):
-    """Which points of a large scan its frames see: (V, N) bool, told by cells of 4 voxels and small depth maps."""
+def sights(path, scene, voxel_size, placed):
+    """Which points of a large scan its frames see: (V, N) bool, told by cells of 4 voxels and small depth maps. placed:
+    dict of arguments of load_frames."""
     grid, cell = voxelise(scene["coord"], 4 * voxel_size)
     cells = torch.from_numpy(voxel_means(scene["coord"], cell, len(grid)))
-    frames = load_frames(path, scene["frame_ids"], (80, 60), colors=False)
+    frames = load_frames(path, scene["frame_ids"], (80, 60), colors=False, **placed)
     cameras, intrinsics, depth = (torch.from_numpy(frames[k]) for k in ("world_to_camera", "intrinsics", "depth"))
     links = link_views(cells, cameras, intrinsics, depth, tolerance=4 * voxel_size)
     seen = np.zeros((len(depth), len(cells)), bool)
@@ -96,8 +98,9 @@ def best_views(seen, count):
 
 
 @torch.no_grad()
-def predict_scene(model, config, path, device="cpu"):
-    """Label every point of a scan with the model and Config of `open_checkpoint`. Raises as `read_scan`.
+def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras="opencv", depth_scale=None):
+    """Label every point of a scan with the model and Config of `open_checkpoint`; scale, up as `read_scan`, which also
+    raises, cameras, depth_scale as `load_frames`.
 
     Frames are used where there are some and the model has an image branch. Returns:
         scene:      dict of `read_scan`; its segment is None where every label is IGNORE.
@@ -106,19 +109,21 @@ def predict_scene(model, config, path, device="cpu"):
                     without a trained decoder; voxels, their number; seen, the share of the voxels that a frame sees, 0
                     without frames, None for a model without image branch; notes, list of str of `read_scan`.
     """
-    scene, notes = read_scan(path, classes_of(config))
+    scene, notes = read_scan(path, classes_of(config), scale, up)
     scene, computed = complete(scene)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
     use_images = config.model == "bifusion" and model.row.fusion != "identity"
-    n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS, TILE_SIDE * (config.side or np.inf))
+    size, n = RECIPES[config.preset]["image_size"], len(scene["coord"])
+    cut = tiles(scene["coord"], config.voxel_size, TILE_VOXELS, TILE_SIDE * (config.side or np.inf))
+    placed = {"file_to_world": scene["file_to_world"], "cameras": cameras, "depth_scale": depth_scale}
     count = 2 * config.views if use_images else 0  # as many as evaluation takes
-    sight = sights(path, scene, config.voxel_size) if count and len(cut) > 1 else None
+    sight = sights(path, scene, config.voxel_size, placed) if count and len(cut) > 1 else None
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
         chosen = evenly_spread(scene["frame_ids"], count) if sight is None else [
             scene["frame_ids"][view] for view in best_views(sight[:, core], TILE_FRAMES * count)]
-        frames = load_frames(path, chosen, RECIPES[config.preset]["image_size"])
+        frames = load_frames(path, chosen, size, **placed)
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
         batch = to_device(collate([scene_item(part, frames, config.voxel_size)]), device)
@@ -130,6 +135,7 @@ def predict_scene(model, config, path, device="cpu"):
         if "instances" in out:
             _, masks, label, score = (x.cpu().numpy() for x in instances_of_scene(out["instances"][0][-1], batch, 0))
             found += [(s, k, rows[mask & inside]) for s, k, mask in zip(score, label, masks) if (mask & inside).any()]
+    notes += doubt_cameras(path, scene, size) if use_images and seen / voxels < 0.25 else []
     scores, classes, members = zip(*sorted(found, key=lambda one: -one[0])) if found else ((), (), ())
     return scene, {"labels": labels, "voxels": voxels, "members": list(members), "classes": np.array(classes, np.int64),
                    "scores": np.array(scores, np.float32), "seen": seen / voxels if use_images else None,
@@ -167,12 +173,13 @@ def write(out, model, scene, prediction, min_score):
     title, name, true_instance = scene["name"], scene["name"], None
     if prediction["notes"]:
         print(f"{name}: {'; '.join(prediction['notes'])}")
-    coord = scene["coord"] + scene["origin"] if scene["origin"].any() else scene["coord"]  # f64 where it must be
+    back = np.linalg.inv(scene["file_to_world"])
+    coord = scene["coord"] if (back == np.eye(4)).all() else scene["coord"] @ back[:3, :3].T + back[:3, 3]  # f64
     if scene["segment"] is not None:
         true_instance = instance_targets(scene["segment"], scene["instance"], scene["superpoint"], classes.things)[0]
         miou = semantic_iou([(scene["segment"], own)], range(len(ids)))["miou"]
         title += f", mIoU {miou:.3f}"
-    table = "  #  class             score  points  x from .. to     y from .. to     z from .. to  (m)\n"
+    table = "  #  class             score  points  x from .. to     y from .. to     z from .. to  (as the file)\n"
     for number, row in enumerate(rows, 1):
         points = coord[instance == number]
         box = "  ".join(f"{low:6.2f} .. {high:6.2f}" for low, high in zip(points.min(0), points.max(0)))
@@ -196,6 +203,10 @@ def main(argv=None):
     parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
+    parser.add_argument("--scale", type=float, help="metres of a unit of points and poses, 0.001 for mm (default 1)")
+    parser.add_argument("--up", choices=UP, default="z", help="the axis that points up; --up=-y if it starts with -")
+    parser.add_argument("--cameras", choices=CAMERAS, default="opencv", help="x right, y down; y up; world_to_camera")
+    parser.add_argument("--depth-scale", type=float, help="metres of a unit of depth (default 0.001, of floats 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     out, paths = Path(args.out), [Path(scene).resolve() for scene in args.scenes]
@@ -205,7 +216,8 @@ def main(argv=None):
         model, config = open_checkpoint(args.checkpoint, args.device)
         out.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            write(out, config.model, *predict_scene(model, config, path, args.device), args.min_score)
+            how = args.device, args.scale, args.up, args.cameras, args.depth_scale
+            write(out, config.model, *predict_scene(model, config, path, *how), args.min_score)
     except (OSError, ValueError) as error:
         sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
 

@@ -32,7 +32,7 @@ SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trai
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
-FORMAT = 4  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
+FORMAT = 5  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
 def build_visual(name, weights, load=True):

@@ -291,6 +291,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         runs.from_first(lambda: rooms.complete(ROOMS))
     scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
                     config.workers, config.seed, device, config.cache, config.cache_gb)
+    if runs.rank() == 0:
+        scenes.warn(images=config.model == "bifusion" and config.plan != "A")
 
     goes_on = config.stage > 1 or (config.resume and run.reached() >= 0)
     classes, own = classes_of(config), scenes.val.classes

@@ -25,6 +25,7 @@ from scenes.folder import CLASS_NAMES
 
 MIN_STABLE_EPOCHS = 20  # consecutive epochs without a non-finite loss or gradient
 FUSION_BAND = (0.3, 0.7)  # where fusion_2d_ratio must stay once the ramp is over, both ends included
+MIN_SEEN = 0.05  # share of the voxels that frames must see for a fusion to be judged
 SAME_KEYS = ("data", "epochs", "seed", "preset", "compress", "plan", "voxel_size", "batch_size", "lr",
              "weight_decay")  # what two runs must share to be compared
 VERDICTS = {True: "PASS", False: "FAIL", None: "n/a"}
@@ -84,7 +85,7 @@ def criteria(log, baseline_log=None):
     Args:
         log: list of dicts in ascending epoch, each epoch once; None stands for a number that is not finite. Keys read:
              epoch; loss; losses {term: float}; grad_norm {branch: float}; skipped_steps; val_miou (None: not
-             evaluated); fusion_2d_ratio (None: not measured); fusion_ramp 0..1; replaced: such dicts, see `read_log`.
+             evaluated); fusion_2d_ratio (None: not measured), seen_share; fusion_ramp 0..1; replaced: `read_log`'s.
         baseline_log: the same for the baseline, or None. `judge` compares the configs as well.
 
     Returns: list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
@@ -143,10 +144,12 @@ def _performance(log, baseline_log):
 
 
 def _fusion(log):
-    """fusion_2d_ratio is a number in [0.3, 0.7] at every epoch with fusion_ramp == 1; None without such an epoch."""
+    """fusion_2d_ratio is in [0.3, 0.7] at every epoch with fusion_ramp == 1; None where these see hardly a voxel."""
     fused, (low, high) = [entry for entry in log if (entry.get("fusion_ramp") or 0) >= 1], FUSION_BAND
     if not fused:
         return "no fusion_2d_ratio", None, ["no epoch with fusion after the ramp"]
+    if (seen := statistics.mean(numbers(fused, "seen_share").values() or [1])) < MIN_SEEN:
+        return f"{seen:.1%} of the voxels seen", None, [f"needs {MIN_SEEN:.0%}; do the cameras belong to the points?"]
     ratios = numbers(fused, "fusion_2d_ratio")
     bad = [f"epoch {entry['epoch']}: {entry.get('fusion_2d_ratio')}" for entry in fused
            if not low <= ratios.get(entry["epoch"], math.nan) <= high]

@@ -7,17 +7,18 @@
       color/{i}.jpg  depth/{i}.png (u16 mm, 0 = none)  pose/{i}.txt (camera_to_world)
       intrinsic/intrinsic_color.txt
 
-This is Pointcept's layout of ScanNet with frames as ScanNet has them. `read_scan` also takes a .ply (points or mesh,
-ascii or binary), a .npy of points (N, 3) or with colours (N, 6), an .npz with names of ARRAYS, and a folder with one of
-these and frames. No reader runs code that a file may hold. A damaged file is one ValueError with the file, what was
-expected and what was found. Axes: N points, F triangles, V views, S superpoints, H, W image size.
+This is Pointcept's layout of ScanNet with frames as ScanNet has them. The last number in a file's name is its frame,
+the suffix one of FRAME_FILES in any case: frame-000003.color.JPG, 3.npy, 03.txt are one. `read_scan` also takes a .ply
+(points or mesh, ascii or binary), a .npy of points (N, 3) or with colours (N, 6), an .npz with names of ARRAYS, and a
+folder with one of these and frames. No reader runs code that a file may hold. A damaged file is one ValueError with the
+file, what was expected and what was found. Axes: N points, F triangles, V views, S superpoints, H, W image size.
 """
 
 import functools
 import json
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,12 @@ class Classes:
 
 
 SCANNET20 = Classes(list(CLASS_NAMES), list(STUFF), list(NYU40_IDS), CLASS_COLORS.tolist())
-MAX_PIXELS = 2**24  # of an image: a damaged header must not ask for gigabytes
+MAX_PIXELS = 2**26  # of an image, more than of most phones: a damaged header must not ask for gigabytes
+FRAME_FILES = {"color": (".jpg", ".jpeg", ".png"), "depth": (".png", ".npy", ".tif", ".tiff"), "pose": (".txt",)}
+FRAME_NUMBER, CAMERA_FILE = re.compile(r"(\d{1,18})\D*$"), "intrinsic/intrinsic_color.txt"
+CAMERAS = ("opencv", "opengl", "inverse")  # x right, y down, z ahead; y up, z back; opencv, but world_to_camera
+UNITS = {"mm": 0.001, "cm": 0.01, "inches": 0.0254, "dm": 0.1, "feet": 0.3048, "km": 1000}  # metres
+UP = {"x": (2, 3, 1), "y": (1, -3, 2), "z": (1, 2, 3), "-x": (3, 2, -1), "-y": (1, 3, -2), "-z": (1, -2, -3)}
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
 COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
     "coord": ("x y z",), "normal": ("nx ny nz", "normal_x normal_y normal_z"), "label": ("label",),
@@ -203,17 +209,17 @@ def _points(path, raw):
             "normal": _unit(raw["normal"]) if "normal" in raw else None}
 
 
-def read_scan(path, classes=SCANNET20):
+def read_scan(path, classes=SCANNET20, scale=None, up="z"):
     """Read a scan of any of the forms named at the top of this file, to label it by these Classes.
 
-    Returns a dict as `load_scene`, labels of other classes left out, and a list of str, what was missing or odd and what was done about it. A .ply adds
-    faces (F, 3) or None. Color is grey where the file has none. Coordinates beyond 10 km are shifted by origin (3,)
-    f64, else 0: coord + origin is what the file holds.
+    scale: metres of a unit, None = 1, but refused where no building is as large; up: of UP, the axis that points up.
+    Returns a dict as `load_scene`, and a list of str, what was missing or odd and what was done about it. A .ply adds
+    faces (F, 3) or None. Color is grey where the file has none; labels of other classes are left out.
     Raises FileNotFoundError: a path that holds no scan; ValueError: as `load_scene` and `read_ply`.
     """
     path, notes, readers = Path(path), [], {".ply": read_ply, ".npy": _read_arrays, ".npz": _read_arrays}
     if (path / "coord.npy").is_file():
-        scene = load_scene(path, classes, notes) | {"origin": np.zeros(3)}
+        scene = load_scene(path, classes, scale, up, to_predict=True)
     else:
         files = path.iterdir() if path.is_dir() else [path]
         files = [file for file in files if file.suffix.lower() in readers and file.is_file()]
@@ -222,56 +228,93 @@ def read_scan(path, classes=SCANNET20):
                                     f"or a folder with one such file and frames, found {len(files)} such files")
         kind = files[0].suffix.lower()
         scene = dict.fromkeys(SCENE) | readers[kind](files[0]) | {"name": path.stem, "classes": classes}
-        scene["frame_ids"], scene["frames_skipped"] = usable_frames(path)
-        far = np.abs(scene["coord"]).max() > 1e4  # metres, where f32 is too coarse
-        scene["origin"] = np.floor(scene["coord"].min(0).astype(np.float64)) if far else np.zeros(3)
-        scene["coord"] = (scene["coord"] - scene["origin"]).astype(np.float32)
+        scene = _placed(path, scene, scale, up)
         if scene["color"] is None:
             scene["color"] = np.full(scene["coord"].shape, 127, np.uint8)
             notes.append("no colours: taken as grey")
         elif kind == ".npy":
             notes.append("columns 4 to 6 taken as colours")
-    size, skipped = np.ptp(scene["coord"], axis=0).max(), scene["frames_skipped"]
-    odd = {f"{size:.0f} m long: are the units metres?": size > 100,
-           f"{skipped} frames skipped: their pose is not finite or not rigid": skipped,
-           "no frames: 3D only": not scene["frame_ids"]}
-    return scene, notes + [note for note, holds in odd.items() if holds]
+    notes += looks_like(path, scene["coord"], refuse=scale is None) + scene["notes"]
+    return scene, notes + ["no frames: 3D only"] * (not scene["frame_ids"])
 
 
-def load_scene(folder, classes=SCANNET20, notes=None):
-    """Read one scene folder, frames apart, labelled by these Classes.
+def looks_like(path, coord, refuse=False):
+    """Points (N, 3) that do not look like metres with z up: at most one str, with the flag of predict.py that mends it;
+    refuse: ValueError for what no building measures. A floor is told by nothing above it and walls on all sides."""
+    some = coord[:: len(coord) // 10000 + 1].astype(np.float64)
+    low, high = np.quantile(some, (0.01, 0.99), axis=0)
+    short, _, long = np.sort(high - low)
+    if np.abs(np.ptp(coord, axis=0).max() - [1, 2]).min() < 1e-5:
+        return ["exactly 1 or 2 long, as normalised scans are: --scale makes metres, with the metres of a unit"]
+    if short > 6 or 0 < long < 0.3 or (long > 50 and short < 1.8):  # neither a room nor a long floor of one storey
+        unit = min(UNITS, key=lambda unit: abs(np.log(UNITS[unit] * max(short, long / 20) / 2.6)))
+        said = f"{short:.4g}..{long:.4g} long: the units look like {unit} (a guess), --scale {UNITS[unit]} makes metres"
+        if refuse and (short > 20 or long > 500):
+            raise fault(path, "a building in metres", f"{said}, --scale 1 takes it as it is")
+        return [said]
+    ends = np.stack([(some < low + 0.04 * short).mean(0), (some > high - 0.04 * short).mean(0)])  # (2, 3) shares
+    for i, up in enumerate(UP if short > 0.35 * long else ()):
+        (floor, top), walls = ends[:: 1 if i < 3 else -1, i % 3], np.delete(ends, i % 3, 1)
+        if up != "z" and floor > max(0.1, 3 * top, 0.8 * walls.max()) and walls.max() < 2 * max(walls.min(), 0.03):
+            return [f"the floor seems to lie across {up[-1]}: --up{'=' if '-' in up else ' '}{up} turns it"]
+    return []
 
-    notes: list of str, for a scan to be predicted: what is not needed for that and missing or odd is left out or grey,
-    and noted there. Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
-    int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; frame_ids, frames_skipped of
-    `usable_frames`. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of
-    another shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
+
+def _placed(folder, scene, scale, up):
+    """A scene with coord (N, 3) and normal as a file holds them -> the same as `load_scene` returns it."""
+    if not 0 < (scale := 1 if scale is None else scale) < np.inf:
+        raise ValueError(f"--scale must be above 0, got {scale}")
+    coord, normal, file_to_world, rows = scene["coord"], scene["normal"], np.eye(4), np.array(UP[up])
+    turn = np.sign(rows)[:, None] * np.eye(3)[np.abs(rows) - 1]
+    middle = np.median(coord[:: len(coord) // 1000 + 1], axis=0)  # a point far off decides nothing
+    far, notes = np.abs(middle).max(), []
+    if coord.dtype.kind == "f" and np.spacing(far) * scale > 1e-3:
+        notes.append(f"coordinates near {far:.0f} in {coord.dtype} are exact to {np.spacing(far):.2g}: export doubles")
+    origin = middle.astype(np.float64) * (far * scale > 1e4)  # beyond 10 km f32 is too coarse
+    file_to_world[:3] = scale * np.column_stack([turn, -turn @ origin])
+    if (file_to_world != np.eye(4)).any():
+        coord = (coord - origin) @ file_to_world[:3, :3].T  # f64
+        normal = None if normal is None else (normal @ turn.T).astype(np.float32)
+    coord = _finite(folder, "coordinates", coord.astype(np.float32, copy=False))
+    frames, more = usable_frames(folder)
+    return scene | {"coord": coord, "normal": normal, "file_to_world": file_to_world, "frame_ids": list(frames),
+                    "notes": [*scene.get("notes", ()), *notes, *more]}
+
+
+def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
+    """Read one scene folder, frames apart, labelled by these Classes; scale, up: as `read_scan`. to_predict: colours that
+    are missing are taken as grey, labels of other classes left out, which the notes say.
+
+    Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
+    int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64, which
+    took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of str.
+    Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another shape,
+    lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{key}.npy" for key in SCENE}
     if (own := folder / f"segment{len(classes.names)}.npy").is_file():
         file["segment"] = own
-    coord = _finite(file["coord"], "coordinates", _read_array(file["coord"], (None, 3)).astype(np.float32))
-    n, scene = len(coord), {"name": folder.name, "coord": coord, "classes": classes}
-    if notes is None or file["color"].is_file():
-        scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
-    else:
+    coord = _finite(file["coord"], "coordinates", _read_array(file["coord"], (None, 3)))
+    n, scene = len(coord), {"name": folder.name, "coord": coord, "classes": classes, "notes": []}
+    if to_predict and not file["color"].is_file():
         scene["color"] = np.full((n, 3), 127, np.uint8)
-        notes.append("no colours: taken as grey")
+        scene["notes"].append("no colours: taken as grey")
+    else:
+        scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
     scene["normal"] = _unit(_read_array(file["normal"], (n, 3))) if file["normal"].is_file() else None
     for key in ("segment", "instance", "superpoint"):
         scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None
     found = set() if scene["segment"] is None else {*np.unique(scene["segment"]).tolist()}
     if foreign := sorted(found - {*range(IGNORE, len(classes.names))}):
         error = fault(file["segment"], f"labels {IGNORE}..{len(classes.names) - 1}", foreign_labels(foreign))
-        if notes is None:
+        if not to_predict:
             raise error
-        notes.append(f"labels left out, {error}")
+        scene["notes"].append(f"labels left out, {error}")
         scene["segment"] = scene["instance"] = None
     if scene["superpoint"] is not None:
         scene["superpoint"] = np.unique(scene["superpoint"], return_inverse=True)[1]
-    scene["frame_ids"], scene["frames_skipped"] = usable_frames(folder)
-    return scene
+    return _placed(folder, scene, scale, up)
 
 
 def foreign_labels(labels):
@@ -285,41 +328,61 @@ def foreign_labels(labels):
     return f"{', '.join(map(str, labels[:8]))}{' ...' * (len(labels) > 8)}: {seems}; or name your own in classes.json"
 
 
-def frame_files(folder, frame):
-    """The colour and the depth file of a frame."""
-    path = Path(folder, "color", f"{frame}.jpg")
-    return path if path.exists() else path.with_suffix(".png"), Path(folder, "depth", f"{frame}.png")
+def frame_files(folder):
+    """{id: [colour, depth, pose file]}, ascending, of frames that have one of each; {what is wrong: ids} of others."""
+    found, whole, faulty = {}, {}, {}
+    for part, suffixes in FRAME_FILES.items():
+        for path in Path(folder, part).glob("[!.]*"):
+            if path.suffix.lower() in suffixes and (number := FRAME_NUMBER.search(path.stem)):
+                found.setdefault(int(number[1]), {part: [] for part in FRAME_FILES})[part].append(path)
+    for i, files in sorted(found.items()):
+        counts = [(len(same), part) for part, same in files.items() if len(same) != 1]
+        if wrong := " and ".join(f"{n or 'no'} {part}{' files' * (n > 1)}" for n, part in counts):
+            faulty.setdefault(wrong, []).append(i)
+        else:
+            whole[i] = [file for (file,) in files.values()]
+    return whole, faulty
 
 
 def usable_frames(folder):
-    """Ids (list of int, ascending) of the frames with image, depth and a finite, rigid pose; number of bad poses."""
-    ids = sorted(int(path.stem) for path in (folder / "pose").glob("*.txt") if path.stem.isdigit())
-    ids = [i for i in ids if all(path.exists() for path in frame_files(folder, i))]
-    usable = []
-    for i in ids:
-        pose = _read_matrix(folder / "pose" / f"{i}.txt", 4)
-        turn = pose[:3, :3]  # ScanNet writes -inf where tracking was lost
-        if np.isfinite(pose).all() and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0:
-            usable.append(i)
-    images = sum(1 for _ in (folder / "color").glob("*.*"))
-    if images and not usable:
-        WARN_ONCE(f"scene {folder}: none of its {images} images has depth/{{i}}.png and a finite, rigid "
-                  "pose/{i}.txt of its number, without leading zeros; used 3D-only")
-    return usable, len(ids) - len(usable)
+    """The frames with image, depth and a finite, rigid pose: dict as `frame_files`; list of str: which others there are
+    and why not, and where intrinsics and depth cannot be those of the images."""
+    folder, (files, faulty), usable = Path(folder), frame_files(folder), {}
+    total = len(files) + sum(map(len, faulty.values()))
+    for i, (*_, file) in files.items():
+        pose = _read_matrix(file, 4)
+        turn, finite = pose[:3, :3], np.isfinite(pose).all()  # ScanNet writes -inf where tracking was lost
+        if finite and np.allclose(turn @ turn.T, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0:
+            usable[i] = files[i]
+        else:
+            faulty.setdefault(f"a pose that is not {'rigid' if finite else 'finite'}", []).append(i)
+    notes = [f"{len(ids)} of {total} frames have {wrong}: {', '.join(map(str, ids[:9]))}{', ...' * (len(ids) > 9)}"
+             for wrong, ids in faulty.items()]
+    with suppress(ValueError, StopIteration):  # a damaged file, which load_frames names where it is needed; no frame
+        color, depth = (_read_image(file, None, decode=False)[1] for file in next(iter(usable.values()))[:2])
+        center = _read_matrix(folder / CAMERA_FILE, 3)[:2, 2]
+        if not 0.95 < color[0] * depth[1] / (color[1] * depth[0]) < 1.05 or np.abs(center / color - 0.5).max() > 0.2:
+            usable = {}
+            notes.append(f"frames are not used: color of {color}, depth of {depth}, principal point {center.tolist()}: "
+                         "the aspects must be equal and the point near the middle")
+    if not usable and (images := sum(1 for _ in (folder / "color").glob("*.*"))):
+        WARN_ONCE(f"scene {folder}: 3D-only, none of {images} images used: {'; '.join(notes) or 'no number or suffix'}")
+    return usable, notes
 
 
-def load_frames(folder, frame_ids, image_size, colors=True):
-    """Read frames (list of int), resized to image_size (W, H), with intrinsics to match.
+def load_frames(folder, ids, image_size, colors=True, file_to_world=np.eye(4), cameras="opencv", depth_scale=None):
+    """Read frames (ids, list of int), resized to image_size (W, H), with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
-    resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point.
+    resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point. file_to_world: of
+    `load_scene`; cameras: of CAMERAS; depth_scale: metres of a unit of depth, None = 0.001 of integers, 1 of floats.
 
     Returns a dict: image (V, 3, H, W) u8, (V, 3, 0, 0) with colors False, where maps of the tower stand in for it;
     depth (V, H, W) f32 metres, 0 = no reading; world_to_camera (V, 4, 4), intrinsics (V, 3, 3) f32 for image_size.
     Raises ValueError: an image or a matrix that cannot be read.
     """
-    folder, (width, height), v = Path(folder), image_size, len(frame_ids)
-    camera_file = folder / "intrinsic" / "intrinsic_color.txt"
+    folder, (width, height), v = Path(folder), image_size, len(ids)
+    camera_file, files = folder / CAMERA_FILE, frame_files(folder)[0] if v else {}
     camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)
@@ -327,12 +390,16 @@ def load_frames(folder, frame_ids, image_size, colors=True):
               "depth": np.zeros((v, height, width), np.float32),
               "world_to_camera": np.tile(np.eye(4, dtype=np.float32), (v, 1, 1)),
               "intrinsics": np.tile(camera.astype(np.float32), (v, 1, 1))}
-    for i, frame in enumerate(frame_ids):
-        color_file, depth_file = frame_files(folder, frame)
+    for i, frame in enumerate(ids):
+        color_file, depth_file, pose_file = files.get(frame) or [folder / part / str(frame) for part in FRAME_FILES]
         color, size = _read_image(color_file, image_size, "RGB", decode=colors)
         frames["image"][i] = color.transpose(2, 0, 1)
-        frames["depth"][i] = _read_image(depth_file, image_size)[0].astype(np.float32) / 1000  # mm -> m
-        pose = _read_matrix(folder / "pose" / f"{frame}.txt", 4)
+        depth = _read_image(depth_file, image_size)[0]
+        units = 1 / depth_scale if depth_scale else 1 if depth.dtype.kind == "f" else 1000  # a metre
+        frames["depth"][i] = np.nan_to_num(depth.astype(np.float32), posinf=0).clip(0) / np.float32(units)
+        pose = _read_matrix(pose_file, 4) * np.repeat([1, -1 if cameras == "opengl" else 1, 1], (1, 2, 1))
+        pose = file_to_world @ (np.linalg.inv(pose) if cameras == "inverse" else pose)  # f64: it may lie far off
+        pose[:3, :3] /= np.cbrt(np.linalg.det(file_to_world[:3, :3]))
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
         frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
         scale = np.array([width / size[0], height / size[1]])
@@ -358,8 +425,11 @@ def _read_matrix(path, size):
 
 
 def _read_image(path, image_size, mode=None, decode=True):
-    """An image of a mode, or one of 16 bit, as an array of image_size (0, 0, 3) without decode; its own (W, H)."""
-    with reading(path, "an image"), Image.open(path, formats=("JPEG", "PNG")) as image:  # an EPS starts Ghostscript
+    """An image of a mode, or depth, as an array of image_size, (0, 0, 3) without decode; its own (W, H)."""
+    array = _read_array(path, (None, None)) if path.suffix.lower() == ".npy" else None
+    with reading(path, "an image"), (
+            Image.open(path, formats=("JPEG", "PNG", "TIFF")) if array is None else  # an EPS starts Ghostscript
+            Image.fromarray(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))) as image:
         size = image.size
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
@@ -367,8 +437,10 @@ def _read_image(path, image_size, mode=None, decode=True):
             return np.zeros((0, 0, 3), np.uint8), size
         if mode:
             image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+            if image.mode[0] == "I":  # grey of 16 bit, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert(mode)
-        elif image.mode not in ("I;16", "I"):
-            raise ValueError(f"expected one channel of 16 bit, found mode {image.mode}")
+        elif image.mode not in ("I;16", "I;16B", "I", "F"):
+            raise ValueError(f"expected one channel of 16 bit or floats, found mode {image.mode}")
         smooth = Image.Resampling.BILINEAR if mode else Image.Resampling.NEAREST  # depths are not mixed
         return np.asarray(image if image.size == tuple(image_size) else image.resize(image_size, smooth)), size

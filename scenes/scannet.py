@@ -246,14 +246,12 @@ def _frames_of(folder, every):
         return None
     is_thinned = not (folder / "intrinsic").is_dir()  # scannet_frames_25k, with names like 000120.txt
     camera_file = folder / ("intrinsics_color.txt" if is_thinned else "intrinsic/intrinsic_color.txt")
-    files = [(int(pose.stem), pose, *frame_files(folder, pose.stem)) for pose in (folder / "pose").glob("*.txt")
-             if pose.stem.isdecimal() and (is_thinned or int(pose.stem) % every == 0)]
-    files = sorted(entry for entry in files if entry[2].exists() and entry[3].exists())
+    files = {i: files for i, files in frame_files(folder)[0].items() if is_thinned or i % every == 0}
     if not files:
         raise ValueError(f"{folder}: expected color/, depth/ and pose/ with files of the same numbers, found none")
 
     def read():
-        for index, pose, color, depth in files:
+        for index, (color, depth, pose) in files.items():
             matrix, png = _matrix(pose, pose.read_bytes()), depth.read_bytes()
             if np.isfinite(matrix).all():
                 _check_image(depth, png, "PNG")

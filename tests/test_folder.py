@@ -168,7 +168,8 @@ def test_a_mesh_of_triangles_takes_no_more_than_twice_its_file_in_memory(tmp_pat
 def test_a_ply_is_a_scan_with_what_it_has_and_what_it_lacks_is_said(tmp_path):
     coord, color, faces = sheet()
     scene, notes = read_scan(write_ply(tmp_path / "a.ply", coord, color, faces))
-    assert scene["name"] == "a" and notes == ["no frames: 3D only"] and not scene["origin"].any()
+    assert scene["name"] == "a" and notes == ["no frames: 3D only"]
+    np.testing.assert_array_equal(scene["file_to_world"], np.eye(4))
     for key, values in (("coord", coord), ("color", color), ("faces", faces)):
         np.testing.assert_array_equal(scene[key], values)
     assert all(scene[key] is None for key in ("normal", "segment", "instance", "superpoint"))
@@ -176,7 +177,7 @@ def test_a_ply_is_a_scan_with_what_it_has_and_what_it_lacks_is_said(tmp_path):
     scene, notes = read_scan(write_ply(tmp_path / "far.ply", far))
     assert notes == ["no colours: taken as grey", "no frames: 3D only"] and (scene["color"] == 127).all()
     assert scene["coord"].dtype == np.float32 and np.abs(scene["coord"]).max() < 4
-    np.testing.assert_allclose(scene["coord"] + scene["origin"], far, atol=1e-5)
+    np.testing.assert_allclose(scene["coord"] - scene["file_to_world"][:3, 3], far, atol=1e-5)
 
 
 def test_npy_and_npz_of_points_are_read(tmp_path):
@@ -186,7 +187,7 @@ def test_npy_and_npz_of_points_are_read(tmp_path):
     np.savez(tmp_path / "all.npz", points=coord, colors=color / 255, normals=2 * coord, other=np.zeros(3))
     scene, notes = read_scan(tmp_path / "xyz.npy")
     np.testing.assert_array_equal(scene["coord"], coord * 1000)
-    assert notes[1] == "500 m long: are the units metres?"
+    assert notes[1] == "0..500 long: the units look like dm (a guess), --scale 0.1 makes metres"
     (scene, notes), (other, _) = read_scan(tmp_path / "xyzrgb.npy"), read_scan(tmp_path / "all.npz")
     assert notes == ["columns 4 to 6 taken as colours", "no frames: 3D only"]
     for found in (scene, other):
@@ -205,7 +206,7 @@ def test_a_folder_is_a_scene_or_one_file_of_points_with_frames(tmp_path):
     np.savetxt(scene_folder / "pose" / "1.txt", np.full((4, 4), -np.inf))
     scene, notes = read_scan(scene_folder)
     assert scene["frame_ids"] == [0] and scene["name"] == "scene" and len(scene["coord"]) == 200
-    assert notes == ["no colours: taken as grey", "1 frames skipped: their pose is not finite or not rigid"]
+    assert notes == ["no colours: taken as grey", "1 of 2 frames have a pose that is not finite: 1"]
     np.save(scene_folder / "more.npy", scene["coord"])
     for path, found in ((scene_folder, 2), (tmp_path / "absent.ply", 0), (Path(__file__), 0)):
         with pytest.raises(FileNotFoundError, match=f"{path}: expected a scene folder .*, found {found} such"):
@@ -265,7 +266,7 @@ def test_a_scene_folder_is_read_as_it_is(form, tmp_path):
         "segment20": rng.integers(-1, 20, (200, 1)).astype(np.int16), "segment200": np.zeros(200)}
     path = write_scene(tmp_path / "scene", frames=(0, 1), **arrays)
     scene = load_scene(path)
-    assert scene["name"] == "scene" and scene["frame_ids"] == [0, 1] and scene["frames_skipped"] == 0
+    assert scene["name"] == "scene" and scene["frame_ids"] == [0, 1] and scene["notes"] == []
     for key, file, kind in (("coord", "coord", "f4"), ("color", "color", "u1"), ("normal", "normal", "f4"),
                             ("segment", "segment20", "i8"), ("instance", "instance", "i8")):
         stored = np.load(path / f"{file}.npy")
@@ -322,9 +323,9 @@ def holed(rows, value, kind=np.float32):
     ("intrinsic/intrinsic_color.txt", "nan 0 1\n0 1 1\n0 0 1\n", "finite numbers"),
     *[("color/1.jpg", keep, "an image, found") for keep in (0, 10, 300, 1500, -300)],
     *[("depth/1.png", keep, "an image, found") for keep in (0, 10, 20, 33, 40, 50, -40, -25)],
-    *[("depth/1.png", ("PNG", mode, (64, 48)), f"one channel of 16 bit, found mode {mode}") for mode in ("RGB", "L")],
-    ("depth/1.png", ("JPEG", "RGB", (64, 48)), "one channel of 16 bit, found mode RGB"),
-    ("color/1.jpg depth/1.png", ("PNG", "1", (4200, 4100)), "4200x4100 pixels, more than"),  # Pillow itself allows that
+    *[("depth/1.png", ("PNG", mode, (64, 48)), f"of 16 bit or floats, found mode {mode}") for mode in ("RGB", "L")],
+    ("depth/1.png", ("JPEG", "RGB", (64, 48)), "one channel of 16 bit or floats, found mode RGB"),
+    ("color/1.jpg depth/1.png", ("PNG", "1", (8300, 8200)), "8300x8200 pixels, more than"),  # Pillow itself allows that
     ("color/1.jpg depth/1.png", ("EPS", "RGB", (64, 48)), "cannot identify image file")])  # Ghostscript would run it
 def test_a_bad_file_is_named_with_what_is_wrong(files, content, said, tmp_path):
     for file in files.split():
@@ -348,10 +349,12 @@ def test_frames_need_image_depth_and_a_finite_pose_and_come_in_numeric_order(tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scene = load_scene(scene_folder)
-    assert scene["frame_ids"] == [1, 2, 10] and scene["frames_skipped"] == 3
+    assert scene["frame_ids"] == [1, 2, 10] and scene["notes"] == [
+        "1 of 9 frames have no depth: 4", "1 of 9 frames have no color: 5", "1 of 9 frames have no pose: 30",
+        "2 of 9 frames have a pose that is not finite: 6, 7", "1 of 9 frames have a pose that is not rigid: 8"]
     for i in (1, 2, 10):
         np.savetxt(scene_folder / "pose" / f"{i}.txt", mirrored)
-    with pytest.warns(UserWarning, match="scene: none of its 8 images has .* used 3D-only") as caught:
+    with pytest.warns(UserWarning, match="scene: 3D-only, none of 8 images used: .*not rigid: 1, 2, 8, 10") as caught:
         assert [load_scene(scene_folder)["frame_ids"] for _ in range(3)] == [[], [], []]
     assert len(caught) == 1
 

@@ -170,7 +170,7 @@ def test_panoptic_gives_each_point_to_its_best_instance_and_leaves_the_rest_sema
 
 
 def test_the_list_and_the_ply_of_the_instances_say_the_same(room, tmp_path, capsys):
-    scene = load_scene(room) | {"origin": np.zeros(3)}
+    scene = load_scene(room)
     coord, i = scene["coord"], np.arange(len(scene["coord"]))
     masks = [i < 400, (i >= 400) & (i < 1000), (i >= 300) & (i < 420)]
     prediction = scored([0.91, 0.5, 0.4], masks, [4, 18, 4], np.zeros(len(coord), int))
@@ -252,9 +252,10 @@ def test_frames_whose_pose_is_lost_are_counted_and_without_any_the_scan_is_3d_on
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _, prediction = predict.predict_scene(*model, scene)
-        assert f"{len(lost)} frames skipped: their pose is not finite or not rigid" in prediction["notes"]
+        ids = ", ".join(path.stem for path in lost)
+        assert f"{len(lost)} of {len(poses)} frames have a pose that is not finite: {ids}" in prediction["notes"]
         assert (prediction["seen"] > 0) == seen
-        assert sum("used 3D-only" in str(warning.message) for warning in caught) == (not seen)
+        assert sum(": 3D-only, none of" in str(warning.message) for warning in caught) == (not seen)
 
 
 def test_the_views_of_a_tile_are_those_that_see_most_of_what_few_see():
