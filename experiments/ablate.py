@@ -29,7 +29,7 @@ from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE, load_frames
-from stages import INSTANCE, PARTS, apply_row, curriculum, update_rms
+from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates, update_rms
 from tower import SCRATCH, RGBDConv
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -130,6 +130,11 @@ def no_zero_start(config, load=True):
         for mlp in (model.film.mlp, model.gates["learned"].mlp):
             mlp[-1].reset_parameters()
     return model
+
+
+def warm_up_once(optimizer, row, lr, warm_up):
+    """set_rates, where all parts warm up together at the start, whenever they join."""
+    set_rates(optimizer, replace(row, trains=tuple(PARTS)), lr, warm_up)
 
 
 class HeadNorm(torch.nn.LayerNorm):
@@ -256,7 +261,9 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_ramp": (fused(ramp_epochs=0.0), train.new_model),
     "less_zero_start": (fused(), no_zero_start),
     "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead; prior, blanked scenes, tower: above
-    "warm_5": (fused(), train.new_model),  # what might widen the plateau, from here on
+    "less_joining_warm_up": (fused(), train.new_model),
+    "warm_2": (fused(), train.new_model),  # what might widen the plateau, from here on
+    "warm_20": (fused(), train.new_model),
     "beta2_95": (fused(), train.new_model),
     "beta2_99": (fused(), train.new_model),
     "query_key_norm": (fused(), query_key_norm),
@@ -265,7 +272,9 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
 }
 PATCHES = {  # variant: {name: other value}
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
-    "warm_5": {"train.WARM_UP": 0.05},
+    "less_joining_warm_up": {"train.set_rates": warm_up_once},
+    "warm_2": {"train.WARM_UP": 0.02},
+    "warm_20": {"train.WARM_UP": 0.2},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
     "stable_adamw": {"torch.optim.AdamW": StableAdamW},

@@ -235,6 +235,14 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
     rms = 100 / math.sqrt((0.999 * 0.001 + 0.001 * 100**2) / (1 - 0.999**2))
     assert moves[1]["tower"] == pytest.approx(moves[1]["3d"] / rms, rel=1e-4)
     assert train.torch.optim.AdamW is torch.optim.AdamW
-    with ablate.patched("warm_5", ""):
-        assert train.WARM_UP == 0.05
+    with ablate.patched("warm_2", ""):
+        assert train.WARM_UP == 0.02
     assert train.WARM_UP == 0.1
+    optimizer, row = torch.optim.SGD([{"name": name, "params": [p]} for name, p in tensors.items()], 1.0), curriculum()[0]
+    rates = []
+    for which in ("", "less_joining_warm_up"):
+        with ablate.patched(which, ""):
+            for step in range(2):
+                train.set_rates(optimizer, row, 1.0, 4)
+        rates.append([group["steps"] for group in optimizer.param_groups])
+    assert rates == [[0, 2], [2, 4]]  # the tower, which joins in stage 3; the 3D part

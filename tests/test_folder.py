@@ -311,7 +311,7 @@ def holed(rows, value, kind=np.float32):
     ("coord.npy", np.zeros((200, 3), complex), "numbers, found complex"),
     ("color.npy normal.npy", np.zeros((199, 3)), "shape (200, 3), found (199, 3)"),
     ("instance.npy segment20.npy superpoint.npy", np.zeros((200, 2), int), "shape (200,), found (200, 2)"),
-    *[("segment20.npy", np.full(200, label), f"labels -1..19, found {label}..{label}") for label in (20, -2)],
+    *[("segment20.npy", np.full(200, label), f"labels -1..19, found {label}: ") for label in (20, -2)],
     *[("coord.npy", holed(2, bad), "finite coordinates, found 2 of 200 points") for bad in (np.nan, -np.inf)],
     ("color.npy", holed(1, np.inf), "finite colours, found 1 of 200 points"),
     ("color.npy", holed(1, 256), "colours in 0..255, or floats in 0..1, found 1.0..256.0"),
