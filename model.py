@@ -153,17 +153,20 @@ def mlp(in_channels, hidden, out_channels):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True, residual, LayerNorm."""
+    """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True, residual, LayerNorm.
+    Queries and keys are normalised in each head (Dehghani et al. 2023, arXiv 2302.05442): no rate blows the logits up."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.to_query, self.to_key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.query_norm, self.key_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
         self.out, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
 
     def forward(self, query, keys, allowed=None):
-        q = self.to_query(query).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (h, Q, C/h)
+        q = self.query_norm(self.to_query(query).unflatten(1, (self.heads, -1))).transpose(0, 1)  # (h, Q, C/h)
         k, v = self.to_key_value(keys).unflatten(1, (2, self.heads, -1)).permute(1, 2, 0, 3)  # (h, S, C/h) each
+        k = self.key_norm(k)
         x = F.scaled_dot_product_attention(q[None], k[None], v[None], allowed)[0]  # (h, Q, C/h); fused: no (h, Q, S)
         return self.norm(query + self.out(x.transpose(0, 1).flatten(1)))
 

@@ -137,26 +137,10 @@ def warm_up_once(optimizer, row, lr, warm_up):
     set_rates(optimizer, replace(row, trains=tuple(PARTS)), lr, warm_up)
 
 
-class HeadNorm(torch.nn.LayerNorm):
-    """LayerNorm of each head's channels among the first dim: of queries, or of the keys in [keys, values]. Dehghani et
-    al. 2023 (arXiv 2302.05442): attention logits cannot grow without bound."""
-
-    def __init__(self, dim, heads):
-        super().__init__(dim // heads)
-        self.dim = dim
-
-    def forward(self, x):
-        heads = x[:, : self.dim].unflatten(1, (-1, *self.normalized_shape))  # (Q, h, C/h)
-        return torch.cat([super().forward(heads).flatten(1), x[:, self.dim :]], 1)
-
-
-def query_key_norm(config, load=True):
+def no_query_key_norm(config, load=True):
     model = train.new_model(config, load)
     for attention in (*model.decoder.cross, *model.decoder.own):
-        dim = attention.to_query.out_features
-        for name in ("to_query", "to_key_value"):
-            linear = getattr(attention, name)
-            setattr(attention, name, torch.nn.Sequential(linear, HeadNorm(dim, attention.heads)))
+        attention.query_norm = attention.key_norm = torch.nn.Identity()
     return model
 
 
@@ -262,11 +246,11 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_zero_start": (fused(), no_zero_start),
     "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead; prior, blanked scenes, tower: above
     "less_joining_warm_up": (fused(), train.new_model),
+    "less_query_key_norm": (fused(), no_query_key_norm),
     "warm_2": (fused(), train.new_model),  # what might widen the plateau, from here on
     "warm_20": (fused(), train.new_model),
     "beta2_95": (fused(), train.new_model),
     "beta2_99": (fused(), train.new_model),
-    "query_key_norm": (fused(), query_key_norm),
     "independent_decay": (fused(), independent_decay),
     "stable_adamw": (fused(), train.new_model),
 }
