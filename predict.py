@@ -75,8 +75,8 @@ def tiles(coord, voxel_size, limit, side=np.inf):
 
 
 def sights(path, scene, voxel_size, placed):
-    """Which points of a large scan its frames see: (V, N) bool, told by cells of 4 voxels and small depth maps. placed:
-    dict of arguments of load_frames."""
+    """Which cells, of 4 voxels, of a large scan its frames see, by small depth maps: (V, C) bool; the cell of each
+    point (N,). placed: dict of arguments of load_frames."""
     grid, cell = voxelise(scene["coord"], 4 * voxel_size)
     cells = torch.from_numpy(voxel_means(scene["coord"], cell, len(grid)))
     frames = load_frames(path, scene["frame_ids"], (80, 60), colors=False, **placed)
@@ -84,11 +84,11 @@ def sights(path, scene, voxel_size, placed):
     links = link_views(cells, cameras, intrinsics, depth, tolerance=4 * voxel_size)
     seen = np.zeros((len(depth), len(cells)), bool)
     seen[links.view, links.point] = True
-    return seen[:, cell]
+    return seen, cell
 
 
 def best_views(seen, count):
-    """Rows, ascending, of at most count views of seen (V, N) bool, each the one that sees most of what those before it
+    """Rows, ascending, of at most count views of seen (V, C) bool, each the one that sees most of what those before it
     have seen least often."""
     often, usable = np.zeros(seen.shape[1], int), seen.any(1)
     while usable.any() and count > 0:
@@ -118,11 +118,11 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
     cut = tiles(scene["coord"], config.voxel_size, TILE_VOXELS, TILE_SIDE * (config.side or np.inf))
     placed = {"file_to_world": scene["file_to_world"], "cameras": cameras, "depth_scale": depth_scale}
     count = 2 * config.views if use_images else 0  # as many as evaluation takes
-    sight = sights(path, scene, config.voxel_size, placed) if count and len(cut) > 1 else None
+    sight, cell = sights(path, scene, config.voxel_size, placed) if count and len(cut) > 1 else (None, None)
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
         chosen = evenly_spread(scene["frame_ids"], count) if sight is None else [
-            scene["frame_ids"][view] for view in best_views(sight[:, core], TILE_FRAMES * count)]
+            scene["frame_ids"][view] for view in best_views(sight[:, np.unique(cell[core])], TILE_FRAMES * count)]
         frames = load_frames(path, chosen, size, **placed)
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
