@@ -17,9 +17,10 @@ import torch
 import runs
 from fusion import link_views
 from scenes.augment import augment_images, augment_points, blank, recolor
-from scenes.folder import CAMERAS, IGNORE, load_frames, load_scene, looks_like, read_classes, usable_frames
-from scenes.points import complete, instance_targets, voxel_majority, voxel_means, voxelise
-from tower import MapCache
+from scenes.folder import (CAMERAS, IGNORE, WARN_ONCE, load_frames, load_scene, looks_like, read_classes,
+                           usable_frames)
+from scenes.points import VERSION, complete, instance_targets, voxel_majority, voxel_means, voxelise
+from tower import MapCache, digest
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
 
@@ -96,12 +97,13 @@ class SceneDataset(torch.utils.data.Dataset):
         vary_images: False as long as the image tower is frozen, so that an image gives the same maps every time.
         blank:       share of the scenes without images, and as many without colours and normals (`augment.blank`).
         keep_bytes:  of scenes and frames that each process keeps in memory.
+        computed:    folder in which what `complete` computes is kept; None = nowhere.
 
     Attribute: classes, Classes of the data set.
     """
 
     def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
-                 blank=0.0, seed=0, keep_bytes=KEPT_BYTES):
+                 blank=0.0, seed=0, keep_bytes=KEPT_BYTES, computed=None):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
         if not self.folders:
@@ -110,7 +112,7 @@ class SceneDataset(torch.utils.data.Dataset):
         self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
         self.classes = read_classes(root)
         self.augment, self.maps, self.vary_images, self.blank = augment, maps, vary_images, blank
-        self.kept, self.room = {}, keep_bytes
+        self.kept, self.room, self.computed = {}, keep_bytes, computed
 
     def __len__(self):
         return len(self.folders)
@@ -118,7 +120,7 @@ class SceneDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         rng, folder = np.random.default_rng((self.seed, epoch, i)), self.folders[i]
-        scene = self._once(folder, lambda: complete(load_scene(folder, self.classes))[0])
+        scene = self._once(folder, lambda: self._complete(folder))
         if self.augment and scene["segment"] is None:
             raise ValueError(f"{folder} has no segment20.npy: it can be predicted but not trained on; move it out of "
                              "this split")
@@ -144,6 +146,26 @@ class SceneDataset(torch.utils.data.Dataset):
                                  "--resume, which makes them anew")
             return found | {f"level_{k}": level[None] for k, level in enumerate(levels)}
         return found | {f"level_{k}": np.zeros((0, *shape), np.float16) for k, shape in enumerate(self.maps.shapes)}
+
+    def _complete(self, folder):
+        """A scene, completed; what that computes is kept on disk, named by what it is computed from."""
+        scene = load_scene(folder, self.classes)
+        given = {key: scene[key].tobytes() for key in ("coord", "normal", "superpoint") if scene[key] is not None}
+        name = digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz"
+        try:
+            return scene | dict(np.load(self.computed / name))
+        except Exception:  # not there, or damaged
+            scene, notes = complete(scene)
+        for note in (note for note in notes if not note.startswith("no ")):
+            WARN_ONCE(f"scenes of {folder.parent}: {note}")
+        if notes and self.computed:
+            try:
+                self.computed.mkdir(parents=True, exist_ok=True)
+                with runs.whole_file(self.computed / name) as file:
+                    np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
+            except OSError as error:
+                WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
+        return scene
 
     def _once(self, key, read):
         """What was read before, as long as there is room."""
@@ -254,7 +276,8 @@ class Scenes:
 
     def __init__(self, root, voxel_size, image_size, batch_size, workers, seed, device, cache, cache_gb):
         self.common = {"voxel_size": voxel_size, "image_size": image_size, "seed": seed,
-                       "keep_bytes": KEPT_BYTES // (2 * max(1, workers) * runs.world())}
+                       "keep_bytes": KEPT_BYTES // (2 * max(1, workers) * runs.world()),
+                       "computed": Path(cache, "points") if cache_gb else None}
         self.root, self.batch_size, self.workers, self.device = root, batch_size, workers, device
         self.cache, self.cache_gb, self.now = cache, cache_gb, None
         self.make(0)

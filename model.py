@@ -26,7 +26,7 @@ from stages import CURRICULUM
 from tower import LITE0, SCRATCH, ClipTower, autocast, build_visual
 
 IN_CHANNELS = 6  # colour and normal of a voxel
-MAX_QUERIES = 4000  # of a scene in evaluation: a large tile must not ask for (S, S) of memory
+MAX_QUERIES = 4000  # of a scene; queries times superpoints are never more than its square, however many superpoints
 
 PRESETS = {
     "small": {
@@ -176,8 +176,8 @@ class QueryDecoder(nn.Module):
 
     A layer is masked cross-attention to the superpoints, self-attention among the queries, a feed-forward network, each
     with residual and LayerNorm after it. A query looks only at the superpoints that its mask of the layer before holds;
-    at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries; else all do (up to
-    MAX_QUERIES).
+    at all where it holds none. In training a random share of superpoints, U(0.5, 1), become queries, else all; both as
+    far as MAX_QUERIES allows.
 
     Args: in_channels, D of the superpoints; dim, width C; hidden, of the feed-forward network; num_classes, K.
     """
@@ -214,10 +214,11 @@ class QueryDecoder(nn.Module):
 
     def choose_queries(self, count):
         """The superpoints, out of count, that become queries: (Q,) int64 on the CPU."""
+        most = max(1, min(count, MAX_QUERIES**2 // count))
         if not self.training:
-            return torch.arange(min(count, MAX_QUERIES)) * count // min(count, MAX_QUERIES)  # all, or evenly spread
+            return torch.arange(most) * count // most  # all, or evenly spread
         share = 0.5 + 0.5 * torch.rand(()).item()
-        return torch.randperm(count)[: max(1, round(share * count))]
+        return torch.randperm(count)[: min(most, max(1, round(share * count)))]
 
     def predict(self, query, masks):
         """(Q, C), (S, C) -> one prediction of `forward`, origin apart."""

@@ -79,7 +79,7 @@ class Config:
     tower_weights: str = option(None, f"a local file, a pretrained tag of the tower's library, or {SCRATCH!r}")
     tower_rate: float = option(None, "learning rate of a pretrained tower in stage 3 over the base rate")
     precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
-    cache: str = option("data/clip_cache", "folder for the maps of a frozen tower")
+    cache: str = option("data/clip_cache", "folder for the maps of a frozen tower, normals and superpoints")
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
     # without a flag:
     classes: dict = field(default=None)  # those of classes.json in the data folder; None = ScanNet's 20

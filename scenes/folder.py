@@ -1,4 +1,4 @@
-"""The scene folder and any other scan, read. Needs NumPy, Pillow and plyfile, and no other file of this project.
+"""The scene folder and any other scan, read. Needs NumPy and Pillow, and no other file of this project.
 
     <scene>/
       coord.npy (N, 3) m   color.npy (N, 3) 0..255   normal.npy (N, 3), optional
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from plyfile import PlyData, PlyElementParseError
 
 IGNORE = -1
 CLASS_NAMES = ("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -64,13 +63,18 @@ CAMERAS = ("opencv", "opengl", "inverse")  # x right, y down, z ahead; y up, z b
 UNITS = {"mm": 0.001, "cm": 0.01, "inches": 0.0254, "dm": 0.1, "feet": 0.3048, "km": 1000}  # metres
 UP = {"x": (2, 3, 1), "y": (1, -3, 2), "z": (1, 2, 3), "-x": (3, 2, -1), "-y": (1, 3, -2), "-z": (1, -2, -3)}
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
-COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by
+COLUMNS = {  # what a vertex of a .ply holds -> the names it goes by, in small letters
     "coord": ("x y z",), "normal": ("nx ny nz", "normal_x normal_y normal_z"), "label": ("label",),
-    "color": ("red green blue", "r g b", "diffuse_red diffuse_green diffuse_blue")}
+    "splat": ("f_dc_0 f_dc_1 f_dc_2",), "color": ("red green blue", "r g b", *(
+        f"{of}_red {of}_green {of}_blue" for of in ("diffuse", "scalar")), "scalar_r scalar_g scalar_b")}
+TYPES = dict(zip(*map(str.split, (  # of the numbers in a .ply -> NumPy's
+    "char uchar short ushort int uint long ulong half float double int8 uint8 int16 uint16 int32 uint32 int64 uint64 "
+    "float16 float32 float64", 2 * "i1 u1 i2 u2 i4 u4 i8 u8 f2 f4 f8 "))))
 SCENE = ("coord", "color", "normal", "segment", "instance", "superpoint")  # arrays of a scene
-TRIANGLES = {"face": {"vertex_indices": 3, "vertex_index": 3}}  # faces of known length are mapped, others read singly
 WARN_ONCE = functools.cache(warnings.warn)  # a scene is read many times, and Python forgets what it has warned of
-ELEMENT = re.compile(rb"\nelement\s+\S+\s+(\d+)(.*?)(?=\nelement|\Z)", re.DOTALL)  # rows and properties, in a .ply
+HEADER = re.compile(rb"ply\s.*?[\r\n]end_header[ \t]*(\r\n|\n|\r)", re.DOTALL)  # of a .ply
+ELEMENT = re.compile(r"\nelement\s+(\S+)\s+(\S+)(.*?)(?=\nelement|\nend_header)", re.DOTALL)  # name, rows, properties
+PROPERTY = re.compile(r"\nproperty[ \t]+(?:list[ \t]+(\S+)[ \t]+)?(\S+)[ \t]+(\S+)")  # (size,) type, name
 
 
 def fault(path, expected, found):
@@ -129,61 +133,107 @@ def _finite(path, what, values):
     return values
 
 
-def _to_bytes(path, color):
-    """Colours (N, 3), as floats in 0..1 or 0..255, integers in 0..255 or of 16 bit -> 0..255 u8."""
+def _to_bytes(path, color, few=0.02):
+    """Colours (N, 3), floats in 0..1 or numbers in 0..255 or of 16 bit -> 0..255 u8; notes, list of str. The range is
+    that of nearly all values but zeros: beyond it a few (share) are clipped, more are a fault."""
     if color.dtype == np.uint8:
-        return color
-    low, high = _finite(path, "colours", color).min(), color.max()
-    if low < 0 or (high > 255 and color.dtype != np.uint16):
-        raise fault(path, "colours in 0..255, or floats in 0..1", f"{low}..{high}")
-    scale = 255 if color.dtype.kind == "f" and high <= 1 else 1 / 257 if high > 255 else 1
-    return np.rint(color * scale).astype(np.uint8)
+        return color, []
+    some = _finite(path, "colours", color)[color > 0]
+    high = np.quantile(some, 1 - few, method="higher") if len(some) else 0
+    top = 1 if color.dtype.kind == "f" and high <= 2 else 255 if high <= 510 else 65535
+    scaled = color.astype(np.float32) * np.float32(255 / top)
+    outside = (scaled < -0.5) | (scaled > 255.5)
+    if outside.mean() > few or (510 < high < 4096 and color.dtype != np.uint16):  # too little for 16 bit
+        raise fault(path, "colours in 0..255, or floats in 0..1", f"{color.min()}..{color.max()}")
+    return np.rint(scaled).clip(0, 255).astype("u1"), [f"a few colours beyond 0..{top}: clipped"] * int(outside.any())
 
 
 def _unit(normal):
-    """Normals (N, 3) -> f32 of length 1, or 0 where they say nothing."""
-    normal = np.nan_to_num(normal.astype(np.float32), posinf=0, neginf=0)
-    return normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
+    """Normals (N, 3) -> f32 of length 1, or 0 where one is not finite or has no length: it says nothing."""
+    normal = normal.astype(np.float32)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    return np.divide(normal, length, out=np.zeros_like(normal), where=(length > 1e-6) & (length < np.inf))
 
 
 def read_ply(path):
     """Read the points and triangles of a .ply. Polygons are cut into triangles.
 
-    Returns a dict: coord (N, 3) of the file's type, f32 or f64 as a rule; color (N, 3) u8, normal (N, 3) f32 unit,
-    label (N,) i32, faces (F, 3) integer; each of the last four is None where the file has none.
+    Returns a dict: coord (N, 3) of the file's type, f32 or f64 as a rule; color (N, 3) u8, of the vertices, else the
+    mean over their faces; normal (N, 3) f32 unit, 0 = unknown; label (N,) i32; faces (F, 3) integer; each of the last
+    four is None where the file has none; notes, list of str, what was odd and what was done about it.
     Raises ValueError: no .ply, a damaged one, coordinates that are not finite, colours out of range.
     """
-    with open(path, "rb") as file:
-        head, end, _ = file.read(2**16).partition(b"end_header")
-    with reading(path, "a whole .ply"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of np.loadtxt about a list of no numbers
-        if not end:
-            raise ValueError(f"it starts with {head[:20]} and has no end_header")
-        numbers = sum(int(rows) * properties.count(b"\nproperty") for rows, properties in ELEMENT.findall(head))
-        if numbers > Path(path).stat().st_size:  # each takes a byte or more; told before it asks for memory
-            raise ValueError(f"{numbers} numbers announced in {Path(path).stat().st_size} bytes")
-        try:
-            ply = PlyData.read(str(path), known_list_len=TRIANGLES)
-        except PlyElementParseError:  # polygons
-            ply = PlyData.read(str(path))
-        vertex = ply["vertex"].data
-    raw, names = {}, vertex.dtype.names or ()
-    for key, choices in COLUMNS.items():
-        for choice in [choice.split() for choice in choices if set(choice.split()) <= set(names)][:1]:
-            raw[key] = _checked(path, np.stack([vertex[name] for name in choice], 1), (None, len(choice)))
+    with open(path, "rb") as file, reading(path, "a whole .ply"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        elements = _elements(file)
+        vertex, face = elements["vertex"], elements.get("face", {})
+        raw, of_faces = ({key: np.stack([of[name] for name in names.split()], 1) for key, choices in COLUMNS.items()
+                          for names in reversed(choices) if {*names.split()} <= of.keys()} for of in (vertex, face))
     if "coord" not in raw:
-        raise fault(path, "vertex properties x y z", ", ".join(names) or "none")
-    label = raw["label"][:, 0].astype(np.int32) if "label" in raw else None
-    polygons = next((e[name] for e in ply if e.name == "face" for name in TRIANGLES["face"] if name in e), ())
-    return _points(path, raw) | {"label": label, "faces": _triangles(path, polygons, len(vertex))}
+        raise fault(path, "vertex properties x y z", ", ".join(vertex) or "none")
+    raw = {"color": (0.5 + 0.28209479 * raw["splat"]).clip(0, 1)} | raw if "splat" in raw else raw
+    n, label = len(raw["coord"]), raw["label"][:, 0].astype(np.int32) if "label" in raw else None
+    polygons = next((face[k] for k in ("vertex_indices", "vertex_index") if np.ndim(face.get(k, ())[:1]) == 2), ())
+    faces = _triangles(path, polygons, n)
+    if faces is not None and "color" in of_faces and "color" not in raw:
+        color = _to_bytes(path, of_faces["color"])[0].repeat([*map(len, polygons)], 0)  # of each corner
+        corner = np.concatenate([*polygons]).astype(np.int64).clip(0, n - 1)
+        *total, count = (np.bincount(corner, weights, n) for weights in (*color.T, None))
+        raw["color"] = np.where(count > 0, total / count.clip(1), 127).T.round().astype(np.uint8)  # else grey
+    return _points(path, raw) | {"label": label, "faces": faces}
+
+
+def _elements(file):
+    """The elements of an open .ply: {name: {property in small letters: its numbers}}. Numbers are (n,), of lists (n, k)
+    where all are as long, else n arrays; in a text they are floats where the declared type cannot hold them."""
+    data, found = np.asarray(np.memmap(file, mode="r")), {}
+    if not (header := HEADER.match(data)):
+        raise ValueError(f"it starts with {data[:20].tobytes()} and has no end_header")
+    head, data = header[0].decode("ascii", "replace").replace("\r", "\n"), data[header.end() :]
+    order = "<" if "\nformat binary_l" in head else ">" if "\nformat binary_b" in head else ""  # "" = a text
+    if not order:  # it goes on as the bytes of doubles; Windows writes NaN as 1.#QNAN
+        data = np.fromstring(re.sub(rb"1\.#\w+", b"nan", data.tobytes()).strip(), sep=" ").view(np.uint8)
+
+    def take(kind, count):
+        nonlocal data
+        values, data = np.ndarray(count, kind, data), data[np.dtype(kind).itemsize * count :]
+        return values
+
+    def take_row():  # a list begins with its size
+        return [take(kind, int(take(size, 1)[0]) if size else 1) for size, kind in kinds]
+
+    for name, rows, properties in ((name, int(n), PROPERTY.findall(rest)) for name, n, rest in ELEMENT.findall(head)):
+        kinds = [[kind and (order + TYPES[kind] if order else "f8") for kind in kinds] for *kinds, _ in properties]
+        start, row = data, take_row() if rows else [np.zeros(1)] * len(kinds)
+        layout = [field for i, (size, kind) in enumerate(kinds)  # of all rows, if they are as the first
+                  for field in ((f"{i} size", size or "u1", (len(size[:1]),)), (f"{i}", kind, row[i].shape))]
+        data, fit = start, len(start) // max(1, np.dtype(layout).itemsize)
+        table = take(layout, min(rows, fit))
+        same = all((table[f"{i} size"] == len(one)).all() for i, one in enumerate(row))
+        columns = [table[f"{i}"] for i in range(len(kinds))]
+        if same and rows - fit > (len(data) if any(size for size, _ in kinds) else 0):
+            raise ValueError(f"{rows * len(kinds)} numbers announced in {len(start)} bytes")
+        if fit < rows or not same:
+            data = start
+            columns = zip(*[take_row() for _ in range(rows)])
+        for (size, kind, key), values in zip(properties, columns):
+            if not size:
+                values = np.reshape(values, -1)
+                exact = values.astype(TYPES[kind])
+                values = exact if exact.dtype.kind == "f" or (exact == values).all() else values
+            found.setdefault(name, {}).setdefault(key.lower(), values)
+    if not order and len(data):
+        raise ValueError("more numbers than its header announces")
+    return found
 
 
 def _triangles(path, polygons, vertices):
     """Triangles (F, 3), or arrays of corners to cut into fans about the first -> triangles (F, 3); None without any."""
-    if isinstance(polygons, np.ndarray) and polygons.ndim == 2:
+    if isinstance(polygons, np.ndarray) and polygons.shape[1:] == (3,):
         faces = np.array(polygons, polygons.dtype.newbyteorder("="))
     else:
         faces = np.array([(p[0], *pair) for p in map(np.ndarray.tolist, polygons) for pair in zip(p[1:-1], p[2:])])
+    faces = faces.astype(int) if faces.dtype.kind == "f" and (faces == np.rint(faces)).all() else faces  # of a text
     if len(faces) and (faces.dtype.kind == "f" or faces.min() < 0 or faces.max() >= vertices):
         raise fault(path, f"faces of vertices 0..{vertices - 1}", f"{faces.min()}..{faces.max()}")
     return faces if len(faces) else None
@@ -193,7 +243,9 @@ def _read_arrays(path):
     """Points of a .npy, (N, 3) or with colours (N, 6), or of an .npz with the names of ARRAYS: dict as `read_ply`."""
     if path.suffix.lower() == ".npy":
         values = _read_array(path, (None, None))
-        raw = {"coord": values[:, :3], "color": values[:, 3:]} if values.shape[1] == 6 else {"coord": values}
+        if values.shape[1] not in (3, 6, 7):
+            raise fault(path, "columns x y z or x y z red green blue (alpha); an .npz may hold normals", values.shape)
+        raw = {"coord": values[:, :3], "color": values[:, 3:6]} if values.shape[1] > 3 else {"coord": values}
         n = len(values)
     else:
         with reading(path, f"an .npz with one of {ARRAYS['coord']}"), open(path, "rb") as file, np.load(file) as found:
@@ -203,9 +255,9 @@ def _read_arrays(path):
 
 
 def _points(path, raw):
-    """coord and, where the dict has them, color and normal as a file holds them -> the same as `read_ply` returns."""
-    return {"coord": _finite(path, "coordinates", raw["coord"]),
-            "color": _to_bytes(path, raw["color"]) if "color" in raw else None,
+    """coord and, where the dict has them, color and normal as a file holds them -> these and notes as of `read_ply`."""
+    color, notes = _to_bytes(path, raw["color"]) if "color" in raw else (None, [])
+    return {"coord": _finite(path, "coordinates", raw["coord"]), "color": color, "notes": notes,
             "normal": _unit(raw["normal"]) if "normal" in raw else None}
 
 
@@ -282,11 +334,11 @@ def _placed(folder, scene, scale, up):
 
 
 def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
-    """Read one scene folder, frames apart, labelled by these Classes; scale, up: as `read_scan`. to_predict: colours that
-    are missing are taken as grey, labels of other classes left out, which the notes say.
+    """Read one scene folder, frames apart, labelled by these Classes; scale, up: as `read_scan`. to_predict: colours
+    that are missing are taken as grey, labels of other classes left out, which the notes say.
 
-    Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment, instance (N,)
-    int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64, which
+    Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
+    instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64, which
     took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of str.
     Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another shape,
     lengths that differ, labels or colours out of range, coordinates that are not finite.
@@ -301,7 +353,7 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
         scene["color"] = np.full((n, 3), 127, np.uint8)
         scene["notes"].append("no colours: taken as grey")
     else:
-        scene["color"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
+        scene["color"], scene["notes"] = _to_bytes(file["color"], _read_array(file["color"], (n, 3)))
     scene["normal"] = _unit(_read_array(file["normal"], (n, 3))) if file["normal"].is_file() else None
     for key in ("segment", "instance", "superpoint"):
         scene[key] = _read_array(file[key], (n,)).astype(np.int64) if file[key].is_file() else None

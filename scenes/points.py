@@ -9,6 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 IGNORE = -1
+VERSION = 1  # of what `complete` computes: raise it whenever the same scan gets other numbers
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
 
 
@@ -84,7 +85,8 @@ def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8
 
     Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
     neither point off the other's tangent plane), cut at a coarse grid so that a wall is not one piece, tiny ones given
-    to the nearest larger one.
+    to the nearest larger one. Where most points are on no smooth surface (normals of noise) the grid alone cuts; it
+    grows until most pieces are large. So every superpoint has `smallest` points: S <= max(1, N / smallest).
 
     Args:
         angle: degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
@@ -99,34 +101,47 @@ def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8
     smooth = np.abs((normal[a] * normal[b]).sum(1)) > np.cos(np.radians(angle))
     keep = smooth & (off < offset) & (distance.ravel() <= reach)
     graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(n, n))
-    piece = connected_components(graph, directed=False)[1]
-    piece = np.unique(piece.astype(np.int64) * n + voxelise(coord, cell)[1], return_inverse=True)[1]
-    large = np.bincount(piece)[piece] >= smallest
-    if large.any() and not large.all():
-        piece[~large] = piece[large][cKDTree(coord[large]).query(coord[~large])[1]]
+    surface = connected_components(graph, directed=False)[1].astype(np.int64)
+    least, large = min(smallest, n), np.zeros(n, bool)
+    surface *= (np.bincount(surface)[surface] >= least).mean() >= 0.5
+    while large.mean() < 0.5:
+        piece = np.unique(surface * n + voxelise(coord, cell)[1], return_inverse=True)[1]
+        large, cell = np.bincount(piece)[piece] >= least, 2 * cell
+    piece[~large] = piece[large][cKDTree(coord[large]).query(coord[~large])[1]]
     return np.unique(piece, return_inverse=True)[1]
 
 
 def complete(scene):
-    """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed.
+    """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed and why.
+    Placeholders are computed anew: normals of 0 or NaN, over 1,000 superpoints of less than 20 points on average.
+    Points at one place (0.1 mm) count once.
 
     scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
     """
-    coord, normal, superpoint, notes = scene["coord"], scene["normal"], scene["superpoint"], []
-    cells, point_to_cell, edge = coord, slice(None), 0.02
-    while len(cells) > FINE_POINTS and (normal is None or superpoint is None):
+    coord, n, superpoint, notes = scene["coord"], len(scene["coord"]), scene["superpoint"], []
+    normal = np.zeros((n, 3), np.float32) if scene["normal"] is None else np.nan_to_num(scene["normal"])
+    unknown = ~normal.any(1)
+    crowded = superpoint is not None and superpoint.max() >= max(1000, n / 20)
+    if not unknown.any() and not crowded and superpoint is not None:
+        return scene, notes
+    edge = max(1e-4, np.prod((np.ptp(coord.astype(float), 0) + 1) / 2**20.9) ** (1 / 3))  # m; 63 bits for the cells
+    grid, point_to_cell = voxelise(coord, edge)
+    if unknown.any() and scene.get("faces") is not None:
+        places = voxel_means(coord, point_to_cell, len(grid))
+        normal[unknown] = vertex_normals(places, point_to_cell[scene["faces"]])[point_to_cell[unknown]]
+    left = ~normal.any(1)
+    while len(grid) > FINE_POINTS:
+        edge = max(0.02, 1.5 * edge)
         grid, point_to_cell = voxelise(coord, edge)
-        cells, edge = voxel_means(coord, point_to_cell, len(grid)), 1.5 * edge
-    if normal is None and scene.get("faces") is not None:
-        normal = vertex_normals(coord, scene["faces"])
-        notes.append("no normals: from the faces")
-    elif normal is None:
-        normal = estimate_normals(cells)[point_to_cell]
-        notes.append("no normals: estimated")
-    if superpoint is None:
-        of_cells = normal if cells is coord else voxel_means(normal, point_to_cell, len(cells))
-        superpoint = superpoints_from_points(cells, of_cells)[point_to_cell]
-        notes.append("no superpoints: computed")
+    cells = voxel_means(coord, point_to_cell, len(grid))
+    if left.any():
+        normal[left] = estimate_normals(cells)[point_to_cell[left]]
+    how = "estimated" if left.sum() == unknown.sum() else "from the faces" + ", else estimated" * bool(left.any())
+    why = "no normals" if scene["normal"] is None else "normals that are 0 or NaN"
+    notes += [f"{why}: {how}"] * int(unknown.any())
+    if crowded or superpoint is None:
+        notes.append("too many superpoints: computed anew" if crowded else "no superpoints: computed")
+        superpoint = superpoints_from_points(cells, voxel_means(normal, point_to_cell, len(grid)))[point_to_cell]
     return scene | {"normal": normal, "superpoint": superpoint}, notes
 
 

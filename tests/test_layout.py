@@ -19,7 +19,7 @@ FLOORS = (
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 
 LEAN = ("spconv", "open_clip", "torchvision", "matplotlib", "PIL", "plyfile")  # not needed where torch is enough
-NEEDS_NOT = {"tower": ("spconv", "matplotlib", "plyfile"), "folder": ("torch", "scipy", "matplotlib"),
+NEEDS_NOT = {"tower": ("spconv", "matplotlib", "plyfile"), "folder": ("torch", "scipy", "matplotlib", "plyfile"),
              "points": ("torch", "PIL", "plyfile", "matplotlib")}
 CALLS = {
     "fusion.py": """
