@@ -8,17 +8,14 @@ share), K classes, H, W image size.
 """
 
 import signal
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import runs
-from fusion import link_views
 from scenes.augment import augment_images, augment_points, blank, recolor
-from scenes.folder import (CAMERAS, IGNORE, WARN_ONCE, load_frames, load_scene, looks_like, read_classes,
-                           usable_frames)
+from scenes.folder import IGNORE, WARN_ONCE, load_frames, load_scene, read_classes, usable_frames
 from scenes.points import VERSION, complete, instance_targets, voxel_majority, voxel_means, voxelise
 from tower import MapCache, digest
 
@@ -29,23 +26,6 @@ def evenly_spread(values, count):
     """At most count of a list, from the first to the last in equal steps."""
     rows = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [values[row] for row in rows]
-
-
-def doubt_cameras(folder, scene, image_size):
-    """Of frames that see under a quarter of a scan's points, at most one str: the flags of predict.py with which they
-    see over twice as many, or that none is known where they see under 5 %."""
-    coord, ids, shares = scene["coord"][:: len(scene["coord"]) // 4000 + 1], evenly_spread(scene["frame_ids"], 8), {}
-    for cameras, scale in product(CAMERAS, (None, 1, 1e-3, 2e-4, 2.5e-4, 1e-4, 1 / 256)):  # TUM, Matterport, KITTI
-        frames = load_frames(folder, ids, image_size, False, scene["file_to_world"], cameras, scale)
-        arrays = coord, *(frames[key] for key in ("world_to_camera", "intrinsics", "depth"))
-        flags = f" --cameras {cameras}" * (cameras != CAMERAS[0]) + f" --depth-scale {scale}" * (scale is not None)
-        shares[flags] = len(link_views(*map(torch.from_numpy, arrays)).point.unique()) / len(coord)
-        if not ids or shares[""] >= 0.25:
-            return []
-    now, best = shares[""], max(shares, key=shares.get)
-    if shares[best] > max(0.15, 2 * now):
-        return [f"frames see {now:.0%} of the points; with{best} {shares[best]:.0%}"]
-    return [f"frames see {now:.0%} of the points: do poses, intrinsics and depth belong to them?"] * (now < 0.05)
 
 
 def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
@@ -287,14 +267,6 @@ class Scenes:
         bare = sum(not (folder / "instance.npy").is_file() for folder in self.train.folders)
         note = f" ({bare} train scenes have no instance.npy: they teach classes only)" if bare else ""
         return f"{len(self.train)} train and {len(self.val)} val scenes of {self.root}{note}"
-
-    def warn(self, images):
-        """Print what looks wrong in one of the first train scenes; images: whether frames will be used."""
-        for folder in self.train.folders[:3]:
-            scene = load_scene(folder, self.train.classes)
-            doubts = doubt_cameras(folder, scene, self.train.image_size) if images else []
-            if notes := looks_like(folder, scene["coord"]) + scene["notes"] + doubts:
-                return print(f"warning: {folder}: {'; '.join(notes)}; docs/data.md says how to mend folders")
 
     def make(self, views, blank=0.0, maps=None, vary_images=True):
         """The data sets, with this many frames a scene, twice as many in val."""

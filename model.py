@@ -154,7 +154,8 @@ def mlp(in_channels, hidden, out_channels):
 
 class Attention(nn.Module):
     """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True, residual, LayerNorm.
-    Queries and keys are normalised in each head (Dehghani et al. 2023, arXiv 2302.05442): no rate blows the logits up."""
+    Queries and keys are normalised in each head (Dehghani et al. 2023, arXiv 2302.05442), so that no learning rate makes
+    its logits grow without bound."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -257,9 +258,10 @@ def select_instances(prediction, sizes, graph=None, top_k=None, min_points=100):
 
     With a graph (`superpoint_graph`) every mask is cut to its largest connected piece: without positions a query cannot
     tell two like objects apart (Mask3D splits its masks by DBSCAN). The top_k pairs of query and class with the largest
-    p(class) * claimed IoU are kept (None: half as many as superpoints, but 100 or more); that times the mean p(superpoint) over the mask is their score. Then matrix NMS
-    lowers the score of whatever overlaps a better one of its class: by the least of (1 - IoU with a better one) / (1 -
-    that one's own largest IoU with a still better one), IoU in points.
+    p(class) * claimed IoU are kept (None: half as many as superpoints, but 100 or more); that times the mean
+    p(superpoint) over the mask is their score. Then matrix NMS lowers the score of whatever overlaps a better one of
+    its class: by the least of (1 - IoU with a better one) / (1 - that one's own largest IoU with a still better one),
+    IoU in points.
 
     Returns: masks (P, S) bool of min_points or more, labels (P,) int64, scores (P,) in 0..1, best first; P may be 0.
     """
@@ -285,8 +287,8 @@ def select_instances(prediction, sizes, graph=None, top_k=None, min_points=100):
 
 
 def instances_of_scene(prediction, batch, i):
-    """Scene i of a batch, nearly as InstanceAP.add takes it (there a class is one more, 0 is void): gt (N,), masks (P, N)
-    bool, labels (P,) class index, scores (P,)."""
+    """Scene i of a batch, nearly as InstanceAP.add takes it (there a class is one more, 0 is void): gt (N,), masks
+    (P, N) bool, labels (P,) class index, scores (P,)."""
     rows, points = (batch["superpoint_batch"] == i).nonzero()[:, 0], batch["point_batch"] == i
     superpoint = batch["point_superpoint"][points] - rows[0]  # (N,) row of the scene's own superpoints
     graph = superpoint_graph(batch)[rows.cpu().numpy()][:, rows.cpu().numpy()]

@@ -26,18 +26,17 @@ import numpy as np
 import torch
 from plyfile import PlyData, PlyElement
 
-from data import collate, doubt_cameras, evenly_spread, scene_item
-from fusion import link_views
+from data import collate, evenly_spread, scene_item
 from metrics import semantic_iou
 from scenes.folder import CAMERAS, IGNORE, SCENE, UP, load_frames, read_scan
+from scenes.frames import best_views, doubt_cameras, sights
 from scenes.picture import class_colors, draw, instance_colors
-from scenes.points import complete, instance_targets, voxel_means, voxelise
+from scenes.points import complete, instance_targets, tiles
 from train import RECIPES, classes_of, instances_of_scene, load_model, to_device
 
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 TILE_SIDE = 1.5  # times the longest side of a train scene: beyond it a network finds neither classes nor instances
 TILE_FRAMES = 4  # times as many frames as evaluation takes may look at a tile, as far as they show more of it
-MARGIN = 1.0  # metres around a tile that the network sees as well
 MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
@@ -52,49 +51,6 @@ def open_checkpoint(path, device="cpu"):
         raise ValueError(f"device {device!r} cannot be used ({error}); try --device cpu") from error
     except (TypeError, KeyError, AttributeError) as error:  # a field of it is missing, unknown or odd
         raise ValueError(f"{path} is no checkpoint of this version of train.py: {error}") from error
-
-
-def tiles(coord, voxel_size, limit, side=np.inf):
-    """Cut a scan across its longer horizontal side until no tile holds more than limit voxels or is longer than side.
-
-    Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
-    """
-    def cut(rows):
-        extent = np.ptp(coord[rows, :2], axis=0)
-        if extent.max() <= side and (len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit):
-            return [rows]
-        axis = extent.argmax()
-        left = coord[rows, axis] < np.median(coord[rows, axis])
-        if not left.any():
-            raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
-        return cut(rows[left]) + cut(rows[~left])
-
-    cores, place = cut(np.arange(len(coord))), coord[:, :2]
-    around = ((place >= place[core].min(0) - MARGIN) & (place <= place[core].max(0) + MARGIN) for core in cores)
-    return [(core, np.flatnonzero(near.all(1))) for core, near in zip(cores, around)]
-
-
-def sights(path, scene, voxel_size, placed):
-    """Which cells, of 4 voxels, of a large scan its frames see, by small depth maps: (V, C) bool; the cell of each
-    point (N,). placed: dict of arguments of load_frames."""
-    grid, cell = voxelise(scene["coord"], 4 * voxel_size)
-    cells = torch.from_numpy(voxel_means(scene["coord"], cell, len(grid)))
-    frames = load_frames(path, scene["frame_ids"], (80, 60), colors=False, **placed)
-    cameras, intrinsics, depth = (torch.from_numpy(frames[k]) for k in ("world_to_camera", "intrinsics", "depth"))
-    links = link_views(cells, cameras, intrinsics, depth, tolerance=4 * voxel_size)
-    seen = np.zeros((len(depth), len(cells)), bool)
-    seen[links.view, links.point] = True
-    return seen, cell
-
-
-def best_views(seen, count):
-    """Rows, ascending, of at most count views of seen (V, C) bool, each the one that sees most of what those before it
-    have seen least often."""
-    often, usable = np.zeros(seen.shape[1], int), seen.any(1)
-    while usable.any() and count > 0:
-        best = int(np.where(usable, (seen / (1.0 + often) ** 2).sum(1), -1).argmax())
-        usable[best], count, often = False, count - 1, often + seen[best]
-    return np.flatnonzero(seen.any(1) & ~usable).tolist()
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
 from scenes import rooms
 from scenes.folder import SCANNET20, Classes
+from scenes.frames import warn
 from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
                     set_rates, stage_epochs, update_rms)
 from tower import SCRATCH, RGBDConv
@@ -225,8 +226,8 @@ def explain(guard, model, batch, row, weights, loss):
 
 @torch.no_grad()
 def evaluate(model, scenes, device, things=tuple(SCANNET20.things)):
-    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's over
-    the classes that are things; and loss: losses.semantic_loss, over voxels, the mean over scenes.
+    """Val metrics over points, not voxels: metrics.semantic_iou's and, once the decoder is on, metrics.InstanceAP's
+    over the classes that are things; and loss: losses.semantic_loss, over voxels, the mean over scenes.
 
     Of several processes each brings its own scenes, and all get the metrics over all of them.
     """
@@ -292,13 +293,14 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
                     config.workers, config.seed, device, config.cache, config.cache_gb)
     if runs.rank() == 0:
-        scenes.warn(images=config.model == "bifusion" and config.plan != "A")
+        warn(scenes.train.folders[:3], scenes.train.classes, scenes.train.image_size,
+             images=config.model == "bifusion" and config.plan != "A")
 
     goes_on = config.stage > 1 or (config.resume and run.reached() >= 0)
     classes, own = classes_of(config), scenes.val.classes
     if goes_on and own != classes:
-        raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, {', '.join(classes.names[:3])}"
-                         f" ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; mend its classes.json, or "
+        raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, "
+                         f"{', '.join(classes.names[:3])} ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; mend its classes.json, or "
                          "start a new run with another --out")
     config.classes = None if own == SCANNET20 else asdict(own)
     config.side = config.side or scenes.train.longest_side()

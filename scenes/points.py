@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 
 IGNORE = -1
 VERSION = 1  # of what `complete` computes: raise it whenever the same scan gets other numbers
+MARGIN = 1.0  # metres around a tile that the network sees as well
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
 
 
@@ -145,6 +146,26 @@ def complete(scene):
     return scene | {"normal": normal, "superpoint": superpoint}, notes
 
 
+def tiles(coord, voxel_size, limit, side=np.inf):
+    """Cut a scan across its longer horizontal side until no tile holds more than limit voxels or is longer than side.
+
+    Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
+    """
+    def cut(rows):
+        extent = np.ptp(coord[rows, :2], axis=0)
+        if extent.max() <= side and (len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit):
+            return [rows]
+        axis = extent.argmax()
+        left = coord[rows, axis] < np.median(coord[rows, axis])
+        if not left.any():
+            raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
+        return cut(rows[left]) + cut(rows[~left])
+
+    cores, place = cut(np.arange(len(coord))), coord[:, :2]
+    around = ((place >= place[core].min(0) - MARGIN) & (place <= place[core].max(0) + MARGIN) for core in cores)
+    return [(core, np.flatnonzero(near.all(1))) for core, near in zip(cores, around)]
+
+
 def apart_by_class(segment, own):
     """Instances (N,) 0..G-1 or IGNORE -> the same, told apart where an id is unique within a class alone, as in KITTI:
     where two classes or more hold 100 of its points and a tenth of them each. segment (N,) class or IGNORE."""
@@ -162,8 +183,8 @@ def apart_by_class(segment, own):
 def instance_targets(segment, instance, superpoint, things):
     """What the query decoder is trained and judged by.
 
-    An instance has the class of most of its labelled points (`apart_by_class` comes first); those of no class and of none of things are left out. A
-    superpoint belongs to the instance that holds over half of its points.
+    An instance has the class of most of its labelled points (`apart_by_class` comes first); those of no class and of
+    none of things are left out. A superpoint belongs to the instance that holds over half of its points.
 
     Args:
         segment: (N,) class or IGNORE.  instance: (N,) any id, below 0 = none; or None.  superpoint: (N,) 0..S-1.

@@ -170,7 +170,7 @@ def read_scan(folder, labelled, classes_200=None):
     scene["segment20"] = class_of[np.where((label >= 0) & (label <= 40), label, 0)]  # 50 and 149 occur
     owner, categories = _groups(f"{stem}.aggregation.json", segment_ids)
     group = owner[superpoint] + 1  # (N,) 0 = in no group
-    votes = np.zeros((len(categories) + 1, len(NYU40_IDS) + 1), int)  # vertices of each class, IGNORE first, in each group
+    votes = np.zeros((len(categories) + 1, len(NYU40_IDS) + 1), int)  # vertices of each class, IGNORE first, by group
     np.add.at(votes, (group, scene["segment20"] + 1), 1)
     is_thing = votes.any(1) & ~np.isin(votes.argmax(1) - 1, STUFF)
     is_thing[0] = False

@@ -5,8 +5,8 @@
 Writes <out>/semantic.zip, and <out>/instance.zip if the model finds any instance. The data set is one that
 scenes.scannet prepared: points in the order of the mesh's vertices.
 
-Format: kaldir.vc.in.tum.de/scannet_benchmark/documentation. Semantic: <scene>.txt, the id of its class (NYU40 id) a vertex. Instance:
-<scene>.txt with lines 'mask file, NYU40 id, confidence', masks with 0 or 1 a vertex.
+Format: kaldir.vc.in.tum.de/scannet_benchmark/documentation. Semantic: <scene>.txt, the id of its class (NYU40 id) a
+vertex. Instance: <scene>.txt with lines 'mask file, NYU40 id, confidence', masks with 0 or 1 a vertex.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def submit(checkpoint, data, split, out, device="cpu"):
             if len(labels) != count:
                 raise fault(f"prediction of {name}", f"{count} labels, one a vertex", len(labels))
             semantic.writestr(f"{name}.txt", "".join(f"{classes.ids[label]}\n" for label in labels))
-            things, lines = np.flatnonzero(~np.isin(prediction["classes"], classes.stuff)), []  # walls and floors are none
+            things, lines = np.flatnonzero(~np.isin(prediction["classes"], classes.stuff)), []
             for i, row in enumerate(things):
                 path = f"predicted_masks/{name}_{i:03d}.txt"
                 mask = np.tile(np.frombuffer(b"0\n", np.uint8), (count, 1))

@@ -121,7 +121,7 @@ def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(r
 
 def test_injected_faults_are_recorded_and_skipped_or_clipped(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
-    log, _ = run("kept+faults")  # of its 8 steps two get NaN, two inf, one a burst, one ignored labels: never two at once
+    log, _ = run("kept+faults")  # of its 8 steps two get NaN, two inf, one a burst, one ignored labels: each its own
     injected, skipped = ([json.loads(line) for line in (tmp_path / "kept+faults" / name).read_text().splitlines()]
                          for name in ("faults.jsonl", "skipped.jsonl"))
     assert Counter(line["fault"] for line in injected) == {"nan": 2, "inf": 2, "burst": 1, "ignored": 1}
@@ -242,8 +242,8 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
     with ablate.patched("warm_2", ""):
         assert train.WARM_UP == 0.02
     assert train.WARM_UP == 0.1
-    optimizer, row = torch.optim.SGD([{"name": name, "params": [p]} for name, p in tensors.items()], 1.0), curriculum()[0]
-    rates = []
+    optimizer = torch.optim.SGD([{"name": name, "params": [p]} for name, p in tensors.items()], 1.0)
+    row, rates = curriculum()[0], []
     for which in ("", "less_joining_warm_up"):
         with ablate.patched(which, ""):
             for step in range(2):

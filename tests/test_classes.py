@@ -31,8 +31,8 @@ def own_rooms(tiny_rooms, tmp_path):
 
 
 def flags(root, out, *more):
-    return ["--data", str(root), "--out", str(out), "--compress", "43", "--workers", "0", "--cache", str(root / "cache"),
-            *more]
+    return ["--data", str(root), "--out", str(out), "--compress", "43", "--workers", "0",
+            "--cache", str(root / "cache"), *more]
 
 
 def test_own_classes_train_judge_predict_and_travel_in_the_checkpoint(own_rooms, tmp_path, monkeypatch, capsys):
@@ -75,7 +75,8 @@ def test_without_classes_json_the_classes_are_scannets_and_files_are_found_by_th
     ("[1]", "object"), ('{"names": ["a"]}', "two names"), ('{"names": ["a", "a"]}', "two names"), ("{}", "names"),
     ('{"names": ["a", "b"], "stuff": ["c"]}', "'c' is not in list"), ('{"names": ["a", "b"], "ids": [1]}', "ids"),
     ('{"names": ["a", "b"], "ids": [1, 70000]}', "ids"), ('{"names": ["a", "b"], "colors": [[1, 2, 3]]}', "colors"),
-    ('{"names": ["a", "b"], "colors": [[1, 2, 3], [1, 2, 300]]}', "colors"), ('{"names": ["a", "b"], "hue": 1}', "hue")])
+    ('{"names": ["a", "b"], "colors": [[1, 2, 3], [1, 2, 300]]}', "colors"),
+    ('{"names": ["a", "b"], "hue": 1}', "hue")])
 def test_a_classes_json_of_another_form_is_refused_by_what_is_wrong(tmp_path, content, said):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=rf"classes\.json: expected an object as .*{said}"):

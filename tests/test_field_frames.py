@@ -16,9 +16,10 @@ from test_predict import run as predict_main
 from test_report import make_log, verdict
 
 import predict
-from data import Scenes, SceneDataset, doubt_cameras
+from data import SceneDataset
 from scenes import submit
-from scenes.folder import UNITS, UP, load_frames, load_scene, looks_like, read_scan, usable_frames
+from scenes.folder import SCANNET20, UNITS, UP, load_frames, load_scene, looks_like, read_scan, usable_frames
+from scenes.frames import doubt_cameras, warn
 from scenes.scannet import FRAME_PARTS
 
 FAR = np.array([431_000.25, 5_290_000.5, 320.0])
@@ -207,11 +208,11 @@ def test_the_cameras_are_doubted_by_predict_and_before_training_and_the_flag_men
     assert "frames see" not in capsys.readouterr().out
     np.testing.assert_array_equal(written(mended, "odd")[1], written(mended, room.name)[1])
     for root, warned in ((tmp_path / "rooms", True), (tiny_rooms, False)):
-        scenes = Scenes(root, 0.25, SIZE, 2, 0, 0, torch.device("cpu"), tmp_path, 0)
-        scenes.warn(images=True)
+        folders = sorted((root / "train").iterdir())[:3]
+        warn(folders, SCANNET20, SIZE, images=True)
         out = capsys.readouterr().out
         assert (out.startswith(f"warning: {root}/train/odd: frames see") and "opengl" in out) if warned else out == ""
-        scenes.warn(images=False)
+        warn(folders, SCANNET20, SIZE, images=False)
         assert capsys.readouterr().out == ""
 
 

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).resolve().parent.parent
 FLOORS = (
     "fusion losses stages metrics guard runs tower scenes.folder scenes.points scenes.augment",  # import no sibling
-    "model data scenes.rooms scenes.scannet scenes.picture",
+    "model data scenes.frames scenes.rooms scenes.scannet scenes.picture",
     "train",
     "predict",
     "scenes.submit",  # and all of experiments/, which alone may import each other

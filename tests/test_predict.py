@@ -16,7 +16,7 @@ from test_folder import write_ply as write_mesh
 import predict
 from data import collate, scene_item
 from metrics import instance_ap
-from scenes import picture
+from scenes import picture, points
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, SCANNET20, load_frames, load_scene
 from scenes.points import voxelise
 from stages import curriculum
@@ -210,16 +210,16 @@ def test_a_room_s_true_masks_as_prediction_give_ap_one(room):
 
 def test_a_large_scan_is_cut_into_tiles_that_cover_each_point_once():
     coord = np.random.default_rng(0).uniform(0, (9, 2, 1), (6000, 3)).astype(np.float32)
-    ((core, rows),) = predict.tiles(coord, 0.1, limit=10**6)
+    ((core, rows),) = points.tiles(coord, 0.1, limit=10**6)
     assert np.array_equal(core, np.arange(6000)) and np.array_equal(rows, core)
-    cut = predict.tiles(coord, 0.1, limit=900)
+    cut = points.tiles(coord, 0.1, limit=900)
     assert len(cut) >= 4 and np.array_equal(np.sort(np.concatenate([core for core, _ in cut])), np.arange(len(coord)))
     for core, rows in cut:
         assert len(voxelise(coord[core], 0.1)[0]) <= 900 and np.isin(core, rows).all()
         off = np.maximum(coord[core].min(0) - coord, coord - coord[core].max(0))[:, :2].max(1)  # metres to the tile
-        assert np.array_equal(rows, np.flatnonzero(off <= predict.MARGIN))
+        assert np.array_equal(rows, np.flatnonzero(off <= points.MARGIN))
     with pytest.raises(ValueError, match="6000 points lie above one another, too many for a tile"):
-        predict.tiles(coord * [0, 0, 1], 1e-4, limit=900)
+        points.tiles(coord * [0, 0, 1], 1e-4, limit=900)
 
 
 def test_a_scan_in_tiles_gets_the_labels_of_the_whole(checkpoints, room, monkeypatch):
@@ -263,7 +263,8 @@ def test_the_views_of_a_tile_are_those_that_see_most_of_what_few_see():
     assert [predict.best_views(seen, count) for count in (0, 1, 2, 3, 9)] == [[], [0], [0, 2], [0, 1, 2], [0, 1, 2]]
 
 
-def test_a_floor_of_rooms_has_frames_for_every_room_and_is_cut_as_large_as_the_train_scenes(checkpoints, room, tmp_path):
+def test_a_floor_of_rooms_has_frames_for_every_room_and_is_cut_as_large_as_the_train_scenes(
+        checkpoints, room, tmp_path):
     model, config = predict.open_checkpoint(checkpoints["bifusion"])
     floor, (coord, frames) = tmp_path / "floor", (np.load(room / "coord.npy"), sorted((room / "pose").glob("*.txt")))
     copies, apart = 4, np.ptp(coord[:, 0]) + 0.5
