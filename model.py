@@ -154,8 +154,8 @@ def mlp(in_channels, hidden, out_channels):
 
 class Attention(nn.Module):
     """Multi-head attention of queries (Q, C) on keys (S, C), where allowed (Q, S) bool is True, residual, LayerNorm.
-    Queries and keys are normalised in each head (Dehghani et al. 2023, arXiv 2302.05442), so that no learning rate makes
-    its logits grow without bound."""
+    Queries and keys are normalised in each head (Dehghani et al. 2023, arXiv 2302.05442), so that no learning rate
+    makes its logits grow without bound."""
 
     def __init__(self, dim, heads):
         super().__init__()

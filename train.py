@@ -300,8 +300,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     classes, own = classes_of(config), scenes.val.classes
     if goes_on and own != classes:
         raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, "
-                         f"{', '.join(classes.names[:3])} ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; mend its classes.json, or "
-                         "start a new run with another --out")
+                         f"{', '.join(classes.names[:3])} ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; "
+                         "mend its classes.json, or start a new run with another --out")
     config.classes = None if own == SCANNET20 else asdict(own)
     config.side = config.side or scenes.train.longest_side()
 

@@ -339,8 +339,8 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
 
     Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
     instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64,
-    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of str.
-    Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another shape,
+    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of
+    str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another shape,
     lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)

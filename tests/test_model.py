@@ -290,7 +290,8 @@ def test_attention_is_the_softmax_over_the_allowed_keys(share):
     allowed = (torch.rand(5, 9) < share) | (torch.arange(9) == 0)
     q, (k, v) = attention.to_query(query), attention.to_key_value(keys).chunk(2, 1)
     heads = [(F.layer_norm(q[:, part], (4,)) @ F.layer_norm(k[:, part], (4,)).T / 2)
-             .masked_fill(~allowed, -torch.inf).softmax(1) @ v[:, part] for part in (slice(4 * h, 4 * h + 4) for h in range(4))]
+             .masked_fill(~allowed, -torch.inf).softmax(1) @ v[:, part]
+             for part in (slice(4 * h, 4 * h + 4) for h in range(4))]
     expected = attention.norm(query + attention.out(torch.cat(heads, 1)))
     assert torch.allclose(attention(query, keys, allowed if share < 1 else None), expected, atol=1e-5)
 
