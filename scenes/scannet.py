@@ -306,6 +306,13 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
         for split, path in lists.items():
             (out / split).mkdir(parents=True, exist_ok=True)
             (out / f"scannetv2_{split}.txt").write_bytes(path.read_bytes())
+    record, there = out / "scannet.json", sum((scene / "pose").is_dir() for scene in scenes)
+    before = json.loads(record.read_text())["frames"] if there and record.is_file() else every
+    if not there:
+        record.write_text(json.dumps({"frames": every}))
+    elif before != every:
+        print(f"{out}: {there} scenes keep one frame in {before}, new ones get one in {every}; for one rate give "
+              f"--frames {before}, or delete these scenes (with --frames-only their {'/ '.join(FRAME_PARTS)}/)")
     open_scenes = [scene for scene in scenes if not (scene / "pose" if frames_only else scene).is_dir()]
     jobs = [scene for scene in open_scenes if scene.name in folders]
     (out / ".unfinished").mkdir(parents=True, exist_ok=True)
