@@ -4,7 +4,8 @@
 
 A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
 scene folder, or a folder with one such file and frames (color/ depth/ pose/ intrinsic/). Metres, z up, colours 0..255.
-Whatever is missing is computed or done without, and said in one line. Writes for each scan into <out>/
+Whatever is missing is computed or done without, and said in one line. A scan that fails is named at the end, the others
+are done. Writes for each scan into <out>/
     <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
     <scan>_instances.txt  the list: class, score, points, box
@@ -21,16 +22,12 @@ if "OMP_WAIT_POLICY" not in os.environ:  # as in train.py: threads that wait lea
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
-import torch
 from plyfile import PlyData, PlyElement
 
-from data import collate, evenly_spread, scene_item
 from metrics import semantic_iou
-from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, SCENE, THINGS, load_frames, read_scan
+from scenes.folder import CLASS_NAMES, IGNORE, NYU40_IDS, SCENE, THINGS, load_frames, message, read_scan
 from scenes.picture import class_colors, draw, instance_colors
-from scenes.points import complete, instance_targets, voxelise
-from tower import VIEW_CHUNK
-from train import RECIPES, instances_of_scene, load_model, to_device
+from scenes.points import complete, instance_targets, voxelise  # torch and the networks only once a scan is read
 
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 MARGIN = 1.0  # metres around a tile that the network sees as well
@@ -38,9 +35,14 @@ MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
 def open_checkpoint(path, device="cpu"):
-    """-> model, Config of train.load_model; every fault of file or device as one FileNotFoundError or ValueError."""
+    """-> model, Config of train.load_model; every fault of file or device (None: a GPU where there is one) as one
+    FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found; a checkpoint is made by: python train.py")
+    import torch
+    from train import load_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
         return load_model(path, device)[:2]
@@ -71,24 +73,31 @@ def tiles(coord, voxel_size, limit):
 
 def encode_frames(tower, frames, device):
     """The frames with the tower's maps instead of their images, so that it runs once for all tiles."""
+    import torch
+    from tower import VIEW_CHUNK
+
     chunks = [[torch.from_numpy(frames[key][i : i + VIEW_CHUNK]).to(device) for key in ("image", "depth")]
               for i in range(0, len(frames["depth"]), VIEW_CHUNK)]
     levels = [np.concatenate(level) for level in zip(*([x.cpu().numpy() for x in tower.encode(*c)] for c in chunks))]
     return frames | {"image": frames["image"][:, :, :0, :0]} | {f"level_{k}": v for k, v in enumerate(levels)}
 
 
-@torch.no_grad()
-def predict_scene(model, config, path, device="cpu"):
+def predict_scene(model, config, path, device="cpu", scan=None):
     """Label every point of a scan with the model and Config of `open_checkpoint`. Raises as `read_scan`.
 
-    Frames are used where there are some and the model has an image branch. Returns:
+    Frames are used where there are some and the model has an image branch; scan, what `read_scan` returned before.
+    Returns:
         scene:      dict of `read_scan`; its segment is None where every label is IGNORE.
         prediction: dict with labels (N,) int64 class index of each point; of the P instances, best first, members, list
                     of P int64 arrays of point indices, classes (P,) int64, scores (P,) float, P = 0 for a model
                     without a trained decoder; voxels, their number; seen, the share of the voxels that a frame sees, 0
                     without frames, None for a model without image branch; notes, list of str of `read_scan`.
     """
-    scene, notes = read_scan(path)
+    import torch
+    from data import collate, evenly_spread, scene_item
+    from train import RECIPES, instances_of_scene, to_device
+
+    scene, notes = scan or read_scan(path)
     scene, computed = complete(scene)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
         scene["segment"] = None  # no ground truth to show or to count
@@ -98,13 +107,15 @@ def predict_scene(model, config, path, device="cpu"):
     frames["world_to_camera"][:, :3, 3] += frames["world_to_camera"][:, :3, :3] @ scene["origin"]  # points are shifted
     n, cut = len(scene["coord"]), tiles(scene["coord"], config.voxel_size, TILE_VOXELS)
     if use_images and len(cut) > 1:
-        frames = encode_frames(model.tower, frames, device)
+        with torch.no_grad():
+            frames = encode_frames(model.tower, frames, device)
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
         batch = to_device(collate([scene_item(part, frames, config.voxel_size)]), device)
-        out = model(batch)
+        with torch.no_grad():
+            out = model(batch)
         inside = np.isin(rows, core)  # not in the margin
         labels[core] = out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy()[inside]
         voxels += len(batch["grid_coord"])
@@ -177,18 +188,29 @@ def main(argv=None):
     parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    out, paths = Path(args.out), [Path(scene).resolve() for scene in args.scenes]
-    try:
-        if len({path.stem for path in paths}) < len(paths):
-            raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
-        model, config = open_checkpoint(args.checkpoint, args.device)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            write(out, config.model, *predict_scene(model, config, path, args.device), args.min_score)
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
+    paths = [*dict.fromkeys(Path(scene).resolve() for scene in args.scenes)]
+    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    out, network, failed, root = Path(args.out), None, [], os.path.commonpath([path.parent for path in paths])
+    for path, stem in zip(paths, stems):
+        name, scan = stem if stems.count(stem) == 1 else "_".join(path.relative_to(root).parts), None
+        try:
+            scan = read_scan(path)
+            scan[0]["name"] = name
+            network = network or open_checkpoint(args.checkpoint, args.device)
+            out.mkdir(parents=True, exist_ok=True)
+            device = network[0].semantic_head.weight.device
+            write(out, network[1].model, *predict_scene(*network, path, device, scan), args.min_score)
+        except Exception as error:  # the others go on
+            said = message(error)
+            if scan and not network:
+                sys.exit(f"error: {said}")
+            if said.startswith("out of memory"):
+                said += f"; lower TILE_VOXELS, {TILE_VOXELS} voxels a tile, in predict.py, or give --device cpu"
+            failed.append(f"error: {said}" if str(path) in said else f"error: {path}: {said}")
+    if failed:
+        sys.exit("\n".join(failed + [f"{len(failed)} of {len(paths)} scans failed"] * (len(paths) > 1)))
 
 
 if __name__ == "__main__":

@@ -79,5 +79,5 @@ def draw(path, scene, labels, instance, true_instance, title):
     colors |= {"no label": NO_LABEL} if IGNORE in shown else {}
     figure.legend(handles=[Patch(facecolor=color / 255, label=name) for name, color in colors.items()],
                   loc="outside lower center", ncols=min(10, len(colors)), frameon=False)
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(title, fontsize=14, parse_math=False)  # a $ in it is one
     figure.savefig(path)
