@@ -7,6 +7,7 @@ Axes: N points, M voxels, V views, S superpoints, G instances, L pieces (the poi
 share), K classes, H, W image size.
 """
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from scenes.points import VERSION, complete, instance_targets, voxel_majority, v
 from tower import MapCache, digest
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
+PATIENCE = 120  # seconds without a batch after which the loading processes are given up
 
 
 def evenly_spread(values, count):
@@ -85,10 +87,10 @@ class SceneDataset(torch.utils.data.Dataset):
     def __init__(self, root, split, *, voxel_size, image_size, views=0, augment=False, maps=None, vary_images=True,
                  blank=0.0, seed=0, keep_bytes=KEPT_BYTES, computed=None):
         folder = Path(root, split)
-        self.folders = sorted(p.parent for p in folder.glob("*/coord.npy"))
+        self.folders = sorted(p.parent for p in folder.glob("[!.]*/coord.npy"))
         if not self.folders:
             raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
-                                    "or give --data a folder with train/ and val/ scene folders")
+                                    "or give --data a folder with train/ and val/ scene folders, its place if moved")
         self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
         self.classes = read_classes(root)
         self.augment, self.maps, self.vary_images, self.blank = augment, maps, vary_images, blank
@@ -251,7 +253,7 @@ class Scenes:
         batch_size: scenes a step, of all processes together.  workers: processes that load, for train and val each.
         cache, cache_gb: folder of the maps and its largest size; 0 = the tower runs in every step.
 
-    Attributes: steps, of an epoch; train and val, SceneDataset; val_batches, DataLoader.
+    Attributes: steps, of an epoch; sizes, {split/scene: bytes}; train and val, SceneDataset; val_batches, DataLoader.
     """
 
     def __init__(self, root, voxel_size, image_size, batch_size, workers, seed, device, cache, cache_gb):
@@ -262,6 +264,8 @@ class Scenes:
         self.cache, self.cache_gb, self.now = cache, cache_gb, None
         self.make(0)
         self.steps = -(-len(self.train) // batch_size)
+        self.sizes = {f"{split}/{folder.name}": (folder / "coord.npy").stat().st_size
+                      for split, scenes in (("train", self.train), ("val", self.val)) for folder in scenes.folders}
 
     def __str__(self):
         bare = sum(not (folder / "instance.npy").is_file() for folder in self.train.folders)
@@ -292,11 +296,19 @@ class Scenes:
                                until, share)
             maps = maps if all(runs.gather(filled)) else None  # the same in all processes
         self.make(views, blank, maps, not frozen)
+        pixels = self.val.views * np.prod(self.val.image_size)
+        need = (2 * self.workers + 1) * self.batch_size * (12 * max(self.sizes.values()) + 10 * pixels)  # bytes at most
+        free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        if self.workers and free < need:  # a batch that finds no room there would never come
+            print(f"/dev/shm has {free >> 20} MB free, {self.workers} loading processes may need {need >> 20}: "
+                  "training does without them, slower; enlarge it (docker run --shm-size=8g)")
+            self.workers = 0
         self.train_batches, self.val_batches = (
             torch.utils.data.DataLoader(  # its own generator: the training draws the same numbers whoever loads
                 scenes, batch_sampler=EpochBatches(len(scenes), self.batch_size, shuffle, self.common["seed"], share),
                 num_workers=self.workers, collate_fn=collate, persistent_workers=self.workers > 0,
-                worker_init_fn=start_worker, pin_memory=self.device.type == "cuda", generator=torch.Generator())
+                worker_init_fn=start_worker, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+                timeout=PATIENCE if self.workers else 0)
             for scenes, shuffle in ((self.train, True), (self.val, False)))
 
     def batches(self, epoch, first=0):

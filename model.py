@@ -12,6 +12,8 @@ MinkowskiNet (Choy et al. 2019); decoder after SPFormer (Sun et al. 2023) and On
 matrix NMS of SOLOv2 (Wang et al. 2020).
 """
 
+import functools
+import importlib.util
 import logging
 
 import numpy as np
@@ -44,12 +46,16 @@ PRESETS = {
 }
 
 
+@functools.cache
 def import_spconv():
-    """spconv.pytorch without the warning that torch.fx logs when spconv is first imported."""
+    """spconv.pytorch without the warning that torch.fx logs at its first import; or spconv_triton.pytorch, of the same
+    classes and weights, where it is installed and there is a GPU or no spconv."""
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    import spconv.pytorch as spconv
-
-    return spconv
+    triton = importlib.util.find_spec("spconv_triton")
+    if triton and (torch.cuda.is_available() or not importlib.util.find_spec("spconv")):
+        print("sparse convolutions by spconv-triton, because it is installed")
+        return importlib.import_module("spconv_triton.pytorch")
+    return importlib.import_module("spconv.pytorch")
 
 
 class VoxelBatchNorm(nn.BatchNorm1d):
@@ -122,6 +128,8 @@ class SparseUNet(nn.Module):
     def forward(self, feat, grid_coord, batch_index, num_scenes):
         """(M, in_channels), (M, 3) int >= 0, (M,) int, B -> (M, out_channels)."""
         spconv = import_spconv()
+        if not feat.is_cuda and "triton" in spconv.__name__:
+            raise ValueError("spconv-triton computes on a GPU alone: give --device cuda, or uninstall it")
         for conv, default in self.convs:
             conv.algo = default if feat.is_cuda else spconv.ConvAlgo.Native  # spconv has one algorithm on CPU
         step = 2**self.levels  # a strided convolution drops what lies beyond the last whole cell

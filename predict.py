@@ -5,7 +5,8 @@
 A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
 scene folder, or a folder with one such file and frames (color/ depth/ pose/ intrinsic/). Metres, z up, colours 0..255.
 Whatever is missing is computed or done without, and said in one line, as is what looks like other units, another axis
-or other cameras, with the flag that mends it. Writes for each scan into <out>/
+or other cameras, with the flag that mends it. A scan that fails is named at the end, the others are done. Writes for
+each scan into <out>/
     <scan>_semantic.ply   points in class colours; property `label` is the NYU40 id, as in ScanNet's own label files, or
                           of own classes the id that classes.json gives, the index where it gives none
     <scan>_instances.ply  a colour an instance; `label` as above, `instance` its number in the list, 0 = none
@@ -23,16 +24,12 @@ if "OMP_WAIT_POLICY" not in os.environ:  # as in train.py: threads that wait lea
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
-import torch
 from plyfile import PlyData, PlyElement
 
-from data import collate, evenly_spread, scene_item
 from metrics import semantic_iou
-from scenes.folder import CAMERAS, IGNORE, SCENE, UP, load_frames, read_scan
-from scenes.frames import best_views, doubt_cameras, sights
+from scenes.folder import CAMERAS, IGNORE, SCENE, UP, load_frames, message, read_scan
 from scenes.picture import class_colors, draw, instance_colors
-from scenes.points import complete, instance_targets, tiles
-from train import RECIPES, classes_of, instances_of_scene, load_model, to_device
+from scenes.points import complete, instance_targets, tiles  # torch and the networks only once a scan is read
 
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 TILE_SIDE = 1.5  # times the longest side of a train scene: beyond it a network finds neither classes nor instances
@@ -41,9 +38,14 @@ MIN_SCORE = 0.3  # instances below it stay out of list, .ply and picture
 
 
 def open_checkpoint(path, device="cpu"):
-    """-> model, Config of train.load_model; every fault of file or device as one FileNotFoundError or ValueError."""
+    """-> model, Config of train.load_model; every fault of file or device (None: a GPU where there is one) as one
+    FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found; a checkpoint is made by: python train.py")
+    import torch
+    from train import load_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
         return load_model(path, device)[:2]
@@ -53,7 +55,6 @@ def open_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} is no checkpoint of this version of train.py: {error}") from error
 
 
-@torch.no_grad()
 def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras="opencv", depth_scale=None):
     """Label every point of a scan with the model and Config of `open_checkpoint`; scale, up as `read_scan`, which also
     raises, cameras, depth_scale as `load_frames`.
@@ -65,6 +66,11 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
                     without a trained decoder; voxels, their number; seen, the share of the voxels that a frame sees, 0
                     without frames, None for a model without image branch; notes, list of str of `read_scan`.
     """
+    import torch
+    from data import collate, evenly_spread, scene_item
+    from scenes.frames import best_views, doubt_cameras, sights
+    from train import RECIPES, classes_of, instances_of_scene, to_device
+
     scene, notes = read_scan(path, classes_of(config), scale, up)
     scene, computed = complete(scene)
     if scene["segment"] is not None and (scene["segment"] == IGNORE).all():
@@ -83,7 +89,8 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()
         batch = to_device(collate([scene_item(part, frames, config.voxel_size)]), device)
-        out = model(batch)
+        with torch.no_grad():
+            out = model(batch)
         inside = np.isin(rows, core)  # not in the margin
         labels[core] = out["logits"].argmax(1)[batch["point_to_voxel"]].cpu().numpy()[inside]
         voxels += len(batch["grid_coord"])
@@ -163,19 +170,30 @@ def main(argv=None):
     parser.add_argument("--up", choices=UP, default="z", help="the axis that points up; --up=-y if it starts with -")
     parser.add_argument("--cameras", choices=CAMERAS, default="opencv", help="x right, y down; y up; world_to_camera")
     parser.add_argument("--depth-scale", type=float, help="metres of a unit of depth (default 0.001, of floats 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    out, paths = Path(args.out), [Path(scene).resolve() for scene in args.scenes]
-    try:
-        if len({path.stem for path in paths}) < len(paths):
-            raise ValueError("two scenes of one name would overwrite each other; predict them into different --out")
-        model, config = open_checkpoint(args.checkpoint, args.device)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            how = args.device, args.scale, args.up, args.cameras, args.depth_scale
-            write(out, config.model, *predict_scene(model, config, path, *how), args.min_score)
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + str(error).partition("\n")[0])  # torch's messages go on for a screen
+    paths = [*dict.fromkeys(Path(scene).resolve() for scene in args.scenes)]
+    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    out, network, failed, root = Path(args.out), None, [], os.path.commonpath([path.parent for path in paths])
+    for path, stem in zip(paths, stems):
+        name, readable = stem if stems.count(stem) == 1 else "_".join(path.relative_to(root).parts), False
+        try:
+            if not network:
+                readable = bool(read_scan(path, scale=args.scale, up=args.up))  # a broken one is told in a second
+                network = open_checkpoint(args.checkpoint, args.device)
+            out.mkdir(parents=True, exist_ok=True)
+            how = network[0].semantic_head.weight.device, args.scale, args.up, args.cameras, args.depth_scale
+            scene, prediction = predict_scene(*network, path, *how)
+            write(out, network[1].model, scene | {"name": name}, prediction, args.min_score)
+        except Exception as error:  # the others go on
+            said = message(error)
+            if readable and not network:
+                sys.exit(f"error: {said}")
+            if said.startswith("out of memory"):
+                said += f"; lower TILE_VOXELS, {TILE_VOXELS} voxels a tile, in predict.py, or give --device cpu"
+            failed.append(f"error: {said}" if str(path) in said else f"error: {path}: {said}")
+    if failed:
+        sys.exit("\n".join(failed + [f"{len(failed)} of {len(paths)} scans failed"] * (len(paths) > 1)))
 
 
 if __name__ == "__main__":

@@ -111,9 +111,10 @@ class Run:
 
     def finish(self, line, stage_ends, bar):
         """End an epoch: copies of last.pt as best.pt and stage{1,2,3}.pt where it is, the line (dict) for the log, and
-        on the screen (tqdm's bar) what a stage came to."""
+        on the screen (tqdm's bar) what a stage came to. As long as no epoch has a val mIoU the last is the best."""
         *before, now = (-1.0 if each["val_miou"] is None else each["val_miou"] for each in [*self.log, line])
-        names = ["best.pt"] * (now > max(before, default=-1.0)) + [f"stage{line['stage']}.pt"] * stage_ends
+        best = max(before, default=-1.0)
+        names = ["best.pt"] * (now > best or best < 0) + [f"stage{line['stage']}.pt"] * stage_ends
         for name in names if rank() == 0 else ():
             with open(self.folder / "last.pt", "rb") as last, whole_file(self.folder / name) as file:
                 shutil.copyfileobj(last, file)

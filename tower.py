@@ -12,10 +12,13 @@ Axes: V views, C channels, H, W image size, h, w map size.
 Sources: CLIP (Radford et al. 2021) as open_clip builds it; a plain ViT's map doubled as in ViTDet (Li et al. 2022).
 """
 
+import argparse
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +35,14 @@ SCRATCH = "scratch"  # instead of weights: a tower of random numbers, which trai
 MAX_DEPTH = 10.0  # metres that become 1 in the depth channel
 VIEW_CHUNK = 32  # images that go through the tower at a time
 COARSEST = 16  # pixels: levels of a pyramid beyond this stride are cut away
+HUGGING_FACE = {  # parts of the names in transformers' CLIP -> in open_clip's
+    "vision_model.": "", "embeddings.": "", "patch_embedding": "conv1", "position_embedding.weight":
+    "positional_embedding", "encoder.layers": "transformer.resblocks", "self_attn": "attn", "q_proj.": "in_proj_",
+    "layer_norm": "ln_", "fc1": "c_fc", "fc2": "c_proj", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}
+HARMLESS = [np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDG"}]
+for core in ("core", "_core"):  # and NumPy's numbers, by their names before and since NumPy 2: what weights may hold
+    HARMLESS.append(functools.wraps(np.float32(0).__reduce__()[0])(lambda kind, data: np.ndarray((), kind, data)[()]))
+    HARMLESS[-1].__module__ = f"numpy.{core}.multiarray"
 FORMAT = 5  # of the maps on disk: raise it whenever the same tower gives other numbers or a file another meaning
 
 
@@ -86,7 +97,8 @@ def open_clip_visual(name, weights, tags, load):
         quick_gelu=(known if weights in tags else config).get("quick_gelu", False))
     if load:
         path = open_clip.pretrained.download_pretrained(known) if weights in tags else weights
-        visual.load_state_dict(read_weights(path))
+        unread = {"proj": visual.proj} if hasattr(visual, "proj") else {}  # is cut away, and CLIPVisionModel has none
+        visual.load_state_dict(unread | read_weights(path))
     return visual, known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
@@ -113,19 +125,30 @@ def read_weights(path):
     from safetensors.torch import load_file
 
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, zip and safetensors raise all kinds
-        raise ValueError(f"{path}: {brief(error)}") from error
+        with torch.serialization.safe_globals(HARMLESS):
+            state = load_file(path) if Path(path).suffix == ".safetensors" else \
+                torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors raise all kinds; torch buries the cause in advice
+        raise ValueError(f"{path}: {brief(error.__context__ or error)}") from error
     state = state.get("state_dict", state.get("model", state))
-    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", key): value  # of DistributedDataParallel, torch.compile
+             for key, value in state.items() if torch.is_tensor(value)}
     if not state:
         raise ValueError("it holds no tensors")
+    own = re.compile(r"(vision_model\.)?(embeddings|encoder|pre_|post_)((?!position_ids|k_proj|v_proj).)+$")
+    if any(own.match(key) and "class_embedding" in key for key in state):  # of transformers; open_clip has qkv in one
+        found = {"proj": state["visual_projection.weight"].T} if "visual_projection.weight" in state else {}
+        for key in filter(own.match, state):
+            parts = [state[key.replace("q_proj", f"{part}_proj")] for part in ("qkv" if "q_proj" in key else "-")]
+            found[functools.reduce(lambda name, two: name.replace(*two), HUGGING_FACE.items(), key)] = torch.cat(parts)
+        return found
     return {key[len("visual."):]: state[key] for key in state if key.startswith("visual.")} or state
 
 
 def brief(error):
-    """The message of an error, its first 200 characters without line breaks."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The message of an error in one line, at most 1000 characters, lists of names without their middle."""
+    said = re.sub(r'("[^"]+", )("[^"]+", )+', r"\1..., ", " ".join(str(error).split()))
+    return said[:1000] if " " in said else repr(error)
 
 
 def autocast(like, precision):

@@ -33,7 +33,7 @@ from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, sema
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
 from scenes import rooms
-from scenes.folder import SCANNET20, Classes
+from scenes.folder import SCANNET20, Classes, message
 from scenes.frames import warn
 from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
                     set_rates, stage_epochs, update_rms)
@@ -90,7 +90,7 @@ class Config:
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),
           "weight_decay": (0, 10), "tower_rate": (0, 1), "workers": (0, 1e3), "cache_gb": (0, 1e6)}
 OF_THE_CALL = {"stage", "resume", "device", "workers", "out"}  # never taken from the run that goes on
-HOW_NOT_WHAT = {"cache", "cache_gb"}  # taken from it, but may be given anew
+MAY_CHANGE = {"data", "cache", "cache_gb", "batch_size", "views"}  # taken from it unless given: moved, or lacks memory
 
 
 def parse_config(argv=None):
@@ -118,7 +118,9 @@ def parse_config(argv=None):
         for name in fields.keys() & known.keys() - OF_THE_CALL:
             if name not in given:
                 setattr(config, name, known[name])
-            elif given[name] != known[name] and name not in HOW_NOT_WHAT:
+            elif given[name] != known[name] and name in MAY_CHANGE:
+                print(f"--{name.replace('_', '-')} is {given[name]} from here on, {known[name]} before")
+            elif given[name] != known[name]:
                 sys.exit(f"--{name.replace('_', '-')} {given[name]} differs from {known[name]} of the run in "
                          f"{config.out}; leave the flag out, or start a new run with another --out")
     elif any(Path(config.out, name).exists() for name in ("log.jsonl", "last.pt")):
@@ -253,9 +255,9 @@ def evaluate(model, scenes, device, things=tuple(SCANNET20.things)):
         average_precision.result() if average_precision.num_scenes else {})
 
 
-def go_on(config, run, model, optimizer, guard, first, device):
+def go_on(config, run, model, optimizer, guard, scenes, first, device):
     """Fill model, optimiser and guard from last.pt, or from the end of the stage before the one that begins at epoch
-    `first`. Returns the next (epoch, step) and the running sums of that epoch."""
+    `first`. Returns the next (epoch, step) and the running sums of that epoch. Other scenes than its are refused."""
     name = "last.pt" if config.resume else f"stage{config.stage - 1}.pt"
     if not (run.folder / name).exists():
         sys.exit(f"{run.folder / name} not found. It is made by: python train.py --stage {max(1, config.stage - 1)} "
@@ -264,13 +266,20 @@ def go_on(config, run, model, optimizer, guard, first, device):
     if not config.resume and held >= first:
         sys.exit(f"{run.folder} already holds epoch {held}, stage {config.stage} starts at {first}. Go on with it: "
                  f"python train.py --resume --out {config.out}; or copy {name} and config.json to a new folder")
-    state = runs.read_checkpoint(run.folder / name, device)
+    state, now = runs.read_checkpoint(run.folder / name, device), scenes.sizes
+    before = state.get("scenes", now)  # a checkpoint of before has none
+    if before != now:
+        other = sorted({key for key, _ in before.items() ^ now.items()})
+        sys.exit(f"{config.data} holds {len(now)} scenes, the run had {len(before)}; {len(other)} are gone, new or of "
+                 f"another size, as {', '.join(other[:3])}; epochs on other scenes cannot be compared. Give the folder "
+                 "of the run's own scenes by --data, or start a new run with another --out")
     load_weights(model, state, run.folder / name)
     optimizer.load_state_dict(state["optimizer"])
     runs.set_random_state(state, device)
     guard.skipped_in_a_row, guard.recent = state["skipped_in_a_row"], state.get("recent", [])
     (epoch, step), logged = state["next"], {line["epoch"] for line in run.log}
     evaluated = step == state["steps"] and (epoch in logged or not config.resume)
+    step = step * scenes.steps // state["steps"]  # another --batch-size has others
     return (epoch + 1, 0, runs.Sums()) if evaluated else (epoch, step, runs.Sums(state["sums"]))
 
 
@@ -292,10 +301,6 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         runs.from_first(lambda: rooms.complete(ROOMS))
     scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
                     config.workers, config.seed, device, config.cache, config.cache_gb)
-    if runs.rank() == 0:
-        warn(scenes.train.folders[:3], scenes.train.classes, scenes.train.image_size,
-             images=config.model == "bifusion" and config.plan != "A")
-
     goes_on = config.stage > 1 or (config.resume and run.reached() >= 0)
     classes, own = classes_of(config), scenes.val.classes
     if goes_on and own != classes:
@@ -319,7 +324,11 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     # ---- where to begin: one position, the next (epoch, step)
     stages, epochs, steps = stage_epochs(rows), rows[-1].last_epoch + 1, scenes.steps
     first, end = stages.get(config.stage, (0, epochs - 1))
-    epoch, step, sums = go_on(config, run, model, optimizer, guard, first, device) if goes_on else (0, 0, runs.Sums())
+    epoch, step, sums = go_on(config, run, model, optimizer, guard, scenes, first, device) if goes_on else \
+        (0, 0, runs.Sums())
+    if runs.rank() == 0:
+        warn(scenes.train.folders[:3], scenes.train.classes, scenes.train.image_size,
+             images=config.model == "bifusion" and config.plan != "A")
     run.start(asdict(config) | {"epochs": epochs, "commit": runs.commit()})
     size, words = sum(p.numel() for p in model.parameters()), f", tower {config.tower}, weights {config.tower_weights}"
     print(f"{config.model} ({config.preset}, {size / 1e6:.2f} M parameters{words if tower else ''}) on "
@@ -374,7 +383,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "next": [epoch, step],
                   "steps": steps, "sums": sums | {"seconds": [time.time() - began, 1]}, "row": asdict(row),
                   "ramp": model.ramp, "skipped_in_a_row": guard.skipped_in_a_row, "recent": guard.recent,
-                  "config": asdict(config)}, device)
+                  "scenes": scenes.sizes, "config": asdict(config)}, device)
         wanted = not stop.agreed() and (evaluated is None or epoch in evaluated)
         result = evaluate(model, stop.until(scenes.val_batches), device, scenes.val.classes.things) if wanted else {}
         if stop.agreed():  # the checkpoint goes on with the next step, or with the evaluation
@@ -396,18 +405,25 @@ def main(argv=None):
     try:
         train(config, stop=stop)
     except (FileNotFoundError, ValueError) as error:  # bad input; of a worker's traceback the last line
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}")
     except OSError as error:
         sys.exit(f"error: {error}. What was saved before in {config.out} is whole. Mend it, then {again}")
     except Diverged as error:
         sys.exit(f"{error}; see {config.out}/skipped.jsonl. Start anew with another --out and --plan B, or lower --lr")
+    except (MemoryError, RuntimeError) as error:  # torch's are known by their words alone
+        if not (said := message(error)).startswith(("out of memory", "DataLoader timed out", "DataLoader worker")):
+            raise
+        sys.exit(f"error: {said}. Lower --batch-size ({config.batch_size} now), --views ({config.views}) or --workers; "
+                 "a new run may take a larger --voxel-size, a container a larger /dev/shm (docker run --shm-size=8g). "
+                 f"What was saved before in {config.out} is whole; {again}")
     except runs.Stopped as where:
         print(f"{where}; all of it is in {config.out}/last.pt; {again}", file=sys.stderr)
         sys.exit(128 + stop.asked)
     finally:
         stop.release()
-    print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2)
-          else f"next: python predict.py {config.out}/best.pt {config.data}/val/<scene>")
+    print(f"next: python train.py --stage {config.stage + 1} --out {config.out}" if config.stage in (1, 2) else
+          f"next: python predict.py {config.out}/best.pt "
+          f"{min(Path(config.data, 'val').glob('[!.]*/coord.npy')).parent}")
 
 
 if __name__ == "__main__":

@@ -82,13 +82,22 @@ def fault(path, expected, found):
     return ValueError(f"{path}: expected {expected}, found {str(found)[:200]}")
 
 
+def message(error):
+    """What an error says, in one line; of memory what was asked for; where it says nothing, its type."""
+    said = " ".join(str(error).split())
+    asked = re.search(r"(?i)(tried|unable) to allocate [\d.,]+ ?\w+", said)
+    if asked or isinstance(error, MemoryError) or re.search("(?i)(out of|allocate|enough) memory|alloc_failed", said):
+        return f"out of memory ({asked[0]})" if asked else "out of memory"
+    return said[:500] if " " in said else repr(error)  # torch's go on for a screen
+
+
 @contextmanager
 def reading(path, expected):
     """Turn whatever a library raises on the bytes of a damaged file, MemoryError too, into a fault."""
     try:
         yield
     except Exception as error:
-        raise fault(path, expected, f"a file that cannot be read: {error}") from error
+        raise fault(path, expected, f"a file that cannot be read: {message(error)}") from error
 
 
 def read_classes(root):
@@ -274,7 +283,8 @@ def read_scan(path, classes=SCANNET20, scale=None, up="z"):
         scene = load_scene(path, classes, scale, up, to_predict=True)
     else:
         files = path.iterdir() if path.is_dir() else [path]
-        files = [file for file in files if file.suffix.lower() in readers and file.is_file()]
+        files = [file for file in files if file.suffix.lower() in readers and file.is_file()
+                 and not (path.is_dir() and file.name.startswith("."))]
         if len(files) != 1:
             raise FileNotFoundError(f"{path}: expected a scene folder with coord.npy, a .ply, .npy or .npz of points, "
                                     f"or a folder with one such file and frames, found {len(files)} such files")

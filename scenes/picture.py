@@ -81,5 +81,5 @@ def draw(path, scene, labels, instance, true_instance, title):
     colors = dict(zip([[*classes.names, "no label"][k] for k in shown], class_colors(shown, classes)))
     figure.legend(handles=[Patch(facecolor=color / 255, label=name) for name, color in colors.items()],
                   loc="outside lower center", ncols=min(10, len(colors)), frameon=False)
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(title, fontsize=14, parse_math=False)  # a $ in it is one
     figure.savefig(path)

@@ -398,7 +398,7 @@ def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)
     if found and found != asked:
         raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "
                          f"choose another folder with --out or delete {root}")
-    if not found and any(any(root.glob(f"{split}/*")) for split in SPLITS):
+    if not found and any(any(root.glob(f"{split}/[!.]*")) for split in SPLITS):
         raise ValueError(f"{root} holds scenes but no rooms.json, so they are not generated rooms; "
                          "choose another folder with --out")
     for name in (*SPLITS, ".unfinished"):

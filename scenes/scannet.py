@@ -309,6 +309,13 @@ def prepare(scans, out, every=20, splits=None, workers=None, frames_only=False):
             names = [first.get(k, f"id {number}") for k, number in enumerate(IDS_200)]
             (out / "classes200.json").write_text(json.dumps({
                 "names": names, "ids": [*map(int, IDS_200)], "stuff": [n for n in names if n in ("wall", "floor")]}))
+    record, there = out / "scannet.json", sum((scene / "pose").is_dir() for scene in scenes)
+    before = json.loads(record.read_text())["frames"] if there and record.is_file() else every
+    if not there:
+        record.write_text(json.dumps({"frames": every}))
+    elif before != every:
+        print(f"{out}: {there} scenes keep one frame in {before}, new ones get one in {every}; for one rate give "
+              f"--frames {before}, or delete these scenes (with --frames-only their {'/ '.join(FRAME_PARTS)}/)")
     open_scenes = [scene for scene in scenes if not (scene / "pose" if frames_only else scene).is_dir()]
     jobs = [scene for scene in open_scenes if scene.name in folders]
     (out / ".unfinished").mkdir(parents=True, exist_ok=True)

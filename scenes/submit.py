@@ -29,8 +29,8 @@ def submit(checkpoint, data, split, out, device="cpu"):
     Raises FileNotFoundError, ValueError: a scene of the split is missing, or a prediction has not a label a vertex.
     """
     data, out = Path(data), Path(out)
-    listed = data / f"scannetv2_{split}.txt"
-    names = read_split(listed) if listed.is_file() else sorted(p.parent.name for p in data.glob(f"{split}/*/coord.npy"))
+    file = data / f"scannetv2_{split}.txt"
+    names = read_split(file) if file.is_file() else sorted(p.parent.name for p in data.glob(f"{split}/[!.]*/coord.npy"))
     missing = [name for name in names if not (data / split / name / "coord.npy").is_file()]
     if missing or not names:
         raise FileNotFoundError(f"{len(missing)} of {len(names)} scenes of the split are not in {data / split}, first "

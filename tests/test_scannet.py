@@ -79,8 +79,8 @@ def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path,
     test = load_scene(out / "test" / "scene0707_00")
     assert test["segment"] is None and test["instance"] is None
     np.testing.assert_array_equal(test["coord"], SHEET[0])  # no axisAlignment
-    assert sorted(p.name for p in out.iterdir()) == ["scannetv2_test.txt", "scannetv2_train.txt", "scannetv2_val.txt",
-                                                     "test", "train", "val"]
+    assert sorted(p.name for p in out.iterdir()) == ["scannet.json", "scannetv2_test.txt", "scannetv2_train.txt",
+                                                     "scannetv2_val.txt", "test", "train", "val"]
 
 
 def test_poses_follow_the_points_and_images_stay_byte_for_byte(tmp_path, run):
@@ -274,6 +274,24 @@ def test_frames_only_adds_frames_in_the_frame_of_the_points_and_touches_no_array
     np.testing.assert_allclose(np.loadtxt(scene / "pose" / "2.txt"), matrix @ sheet_frames()[2][1], atol=1e-7)
     assert load_scene(scene)["frame_ids"] == [0, 2, 4]
     assert "0 scenes made, 1 were there" in run("--frames", "2", "--frames-only")
+
+
+@pytest.mark.parametrize("only", [(), ("--frames-only",)], ids=str)
+def test_other_frames_than_the_first_time_are_said_and_scenes_that_are_there_keep_theirs(tmp_path, run, prepared, only):
+    if only:
+        prepared()
+    assert "keep one" not in run("--frames", "2", *only) + run("--frames", "2", *only)
+    scene = tmp_path / "out" / "train" / "scene0000_00"
+    said = run("--frames", "1", *only).splitlines()[0]
+    count = 1 if only else 3
+    assert said == (f"{tmp_path / 'out'}: {count} scenes keep one frame in 2, new ones get one in 1; for one rate give "
+                    "--frames 2, or delete these scenes (with --frames-only their color/ depth/ intrinsic/ pose/)")
+    assert load_scene(scene)["frame_ids"] == [0, 2, 4]
+    for path in (tmp_path / "out").glob("*/scene*"):
+        for part in [path / name for name in scannet.FRAME_PARTS] if only else [path]:
+            shutil.rmtree(part)
+    assert "keep one" not in run("--frames", "1", *only) + run("--frames", "1", *only)  # of all anew
+    assert load_scene(scene)["frame_ids"] == [0, 1, 2, 4]  # the pose of 3 is lost
 
 
 @pytest.mark.parametrize(("change", "reason"), [
