@@ -277,14 +277,15 @@ class ClipTower(nn.Module):
         down, right = (-size % self.multiple for size in depth.shape[1:])
         rgbd = F.pad(rgbd, (0, right, 0, down))  # with the mean colour and no depth
         with autocast(rgbd, self.precision):
-            if not self.visual.training:
-                return [level.float() for level in self.visual(rgbd)]
             pixels, found = image.flatten(1), []
+            if not self.visual.training or not len(pixels):
+                return [level.float() for level in self.visual(rgbd)]
             empty = pixels.amax(1) == pixels.amin(1)  # (V,) of one colour, as data.py blanks it
+            modules = [module for module in self.visual.modules() if module.training]
             for rows, training in ((empty, False), (~empty, True)):
-                self.visual.train(training)
+                for module in modules:
+                    module.training = training
                 found += [self.visual(rgbd[rows])] if rows.any() else []
-        self.visual.train()
         places = torch.cat([empty.nonzero(), (~empty).nonzero()])[:, 0].argsort()
         return [torch.cat(level)[places].float() for level in zip(*found)]
 
