@@ -159,9 +159,9 @@ class SceneDataset(torch.utils.data.Dataset):
             self.kept[key], self.room = value, self.room - size
         return self.kept[key]
 
-    def longest_side(self, count=32):
-        """The longest horizontal side, metres, of the scenes, or of so many of them: float."""
-        places = (np.load(folder / "coord.npy", mmap_mode="r")[:, :2] for folder in evenly_spread(self.folders, count))
+    def longest_side(self, count=8):
+        """The longest horizontal side, metres, of so many of the scenes: float."""
+        places = (load_scene(folder, self.classes)["coord"][:, :2] for folder in evenly_spread(self.folders, count))
         return round(float(max(np.ptp(place, axis=0).max() for place in places)), 2)
 
     def view_files(self):

@@ -84,7 +84,7 @@ class Config:
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")
     # without a flag:
     classes: dict = field(default=None)  # those of classes.json in the data folder; None = ScanNet's 20
-    side: float = field(default=None)  # metres, the longest horizontal side of a train scene (of 32 of them)
+    side: float = field(default=None)  # metres, the longest horizontal side of a train scene (of 8 of them)
 
 
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),

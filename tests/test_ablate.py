@@ -95,7 +95,7 @@ def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed
     ("only_2d", lambda line, state: line["fusion_2d_ratio"] == 1 and line["grad_norm"]["3d"] > 0),
     ("concat", lambda line, state: not state["gates.concat.weight"].equal(0.5 * torch.eye(64).repeat(1, 2))),
     ("less_branch_clip", lambda line, state: set(line["grad_norm"]) == {"all"}),
-    ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 0.1)])  # nothing standardises it
+    ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 1e-3)])  # nothing standardises it
 def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, capsys, variant, check):
     log, result = run(variant)
     path = tmp_path / variant / "last.pt"
@@ -185,17 +185,15 @@ def test_the_image_side_alone_reads_no_point_and_concatenation_starts_as_the_mea
     assert ablate.no_zero_start(config).film.mlp[-1].weight.any()
 
 
-@pytest.mark.parametrize("stress, check", [
-    ("poses", lambda line, before: line["losses"] != before["losses"] and line["steps"] == before["steps"]),
-    ("one_frame", lambda line, before: 0 < line["seen_share"] < before["seen_share"]),
-    ("few_rooms", lambda line, before: line["steps"] == before["steps"] and line["losses"] != before["losses"]),
-    ("faults", lambda line, before: line["losses"] != before["losses"])])
-def test_any_variant_runs_under_a_stress_and_none_of_it_stays(run, tmp_path, monkeypatch, stress, check):
+def test_any_variant_runs_under_a_stress_and_none_of_it_stays(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
-    recipes, calm, (log, result) = train.RECIPES, run("naive")[0], run(f"naive+{stress}")
-    assert check(log[-1], calm[-1]) and result["variant"] == f"naive+{stress}"
-    assert (tmp_path / f"naive+{stress}" / "faults.jsonl").exists() == (stress == "faults")
-    assert train.RECIPES is recipes
+    recipes, calm = train.RECIPES, run("tower_frozen")[0][-1]
+    for stress in ablate.STRESS:
+        name = f"tower_frozen+{stress}"
+        (*_, line), result = run(name)
+        assert line["losses"] != calm["losses"] and line["steps"] == calm["steps"] and result["variant"] == name
+        assert stress != "one_frame" or line["seen_share"] < calm["seen_share"]
+        assert (tmp_path / name / "faults.jsonl").exists() == (stress == "faults") and train.RECIPES is recipes
     with pytest.raises(SystemExit, match="few_rooms"):
         ablate.main(["naive+rain", "0"])
 

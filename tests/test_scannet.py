@@ -16,7 +16,7 @@ from test_folder import DAMAGE, QUICK, damage, peak_memory, scene_or_clear_error
 from data import scene_item
 from fusion import link_views
 from scenes import rooms, scannet
-from scenes.folder import load_frames, load_scene
+from scenes.folder import load_frames, load_scene, read_classes
 from scenes.points import complete
 
 ENDINGS = ("_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json", ".txt",
@@ -79,8 +79,13 @@ def test_a_download_becomes_scene_folders_that_data_py_reads(download, tmp_path,
     test = load_scene(out / "test" / "scene0707_00")
     assert test["segment"] is None and test["instance"] is None
     np.testing.assert_array_equal(test["coord"], SHEET[0])  # no axisAlignment
-    assert sorted(p.name for p in out.iterdir()) == ["scannet.json", "scannetv2_test.txt", "scannetv2_train.txt",
-                                                     "scannetv2_val.txt", "test", "train", "val"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "classes200.json", "scannet.json", "scannetv2_test.txt", "scannetv2_train.txt", "scannetv2_val.txt", "test",
+        "train", "val"]
+    shutil.copy(out / "classes200.json", out / "classes.json")
+    classes = read_classes(out)
+    assert np.array_equal(load_scene(out / "train" / "scene0000_00", classes)["segment"], segment200)
+    assert (len(classes.names), classes.names[:3], classes.stuff) == (200, ["wall", "chair", "floor"], [0, 2])
 
 
 def test_poses_follow_the_points_and_images_stay_byte_for_byte(tmp_path, run):
