@@ -409,9 +409,10 @@ class BiFusion(Baseline3D):
         return parts | {"gate": list(self.gates.parameters()), "film": list(self.film.parameters())}
 
     def train(self, mode=True):
-        """As nn.Module.train, but the batch norm of a protected tower keeps its pretrained statistics."""
+        """As nn.Module.train, but the batch norms of a pretrained tower keep its statistics, also where it trains: those
+        of a batch of two rooms would make a jump of every change of row, and of many an epoch."""
         super().train(mode)
-        if "tower" not in self.row.trains:
+        if self.tower.pretrained:
             self.tower.visual.eval()
         return self
 

@@ -84,7 +84,7 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:
         chosen = evenly_spread(scene["frame_ids"], count) if sight is None else [
-            scene["frame_ids"][view] for view in best_views(sight[:, np.unique(cell[core])], TILE_FRAMES * count)]
+            scene["frame_ids"][view] for view in best_views(sight[:, np.unique(cell[rows])], TILE_FRAMES * count)]
         frames = load_frames(path, chosen, size, **placed)
         part = scene | {key: scene[key][rows] for key in SCENE if scene[key] is not None}
         part["superpoint"] = np.unique(part["superpoint"], return_inverse=True)[1].ravel()

@@ -148,8 +148,7 @@ def test_no_change_of_row_moves_the_logits(make_model, make_batch, train_steps, 
         for training in (False, True):
             old = logits_at(model, before, batch, training, after.first_epoch - BEFORE)
             new = logits_at(model, after, batch, training, after.first_epoch)
-            stays = not (training and pretrained and after.stage == 3)  # there the tower's batch norms start to train
-            assert ((old - new).abs().max() <= 1e-5) == stays
+            assert (old - new).abs().max() <= 1e-5
     # the test can fail: once gate and FiLM are trained, going back to what they replaced is a jolt
     train_steps(model, after, batch, steps=8, optimizer=optimizer)
     new = logits_at(model, after, batch)
@@ -182,8 +181,9 @@ def test_a_pretrained_tower_is_frozen_and_trains_whole_in_stage_three(make_model
     before = copy.deepcopy(model.tower.visual.state_dict())
     train_steps(model, row(epoch, pretrained=True), batch)
     assert all((p.grad is not None) == (epoch == 70) for p in model.tower.visual.parameters())
-    for name, value in model.tower.visual.state_dict().items():  # and the batch norms' statistics and counters
-        assert torch.equal(before[name], value) == (epoch != 70), name
+    weights = dict(model.tower.visual.named_parameters())
+    for name, value in model.tower.visual.state_dict().items():  # the batch norms' statistics stay throughout
+        assert torch.equal(before[name], value) == (epoch != 70 or name not in weights), name
 
 
 def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, row, train_steps):

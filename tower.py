@@ -268,26 +268,13 @@ class ClipTower(nn.Module):
                                     self.encode(image[rows], depth[rows])) for rows in chunks])
 
     def encode(self, image, depth):
-        """(V, 3, H, W) uint8, (V, H, W) metres -> list of levels (V, C, h, w) float32, what a frozen tower repeats.
-
-        In training, views of one colour are normalised by the running statistics: they show nothing, and in those of
-        the batch they would shift what the other views mean."""
+        """(V, 3, H, W) uint8, (V, H, W) metres -> list of levels (V, C, h, w) float32, what a frozen tower repeats."""
         rgb = (image.float() / 255 - self.mean) / self.std  # (V, 3, H, W) as the tower was trained
         rgbd = torch.cat([rgb, (depth / MAX_DEPTH).clamp(0, 1).unsqueeze(1)], 1)  # depth in 0..1, 0 = no reading
         down, right = (-size % self.multiple for size in depth.shape[1:])
         rgbd = F.pad(rgbd, (0, right, 0, down))  # with the mean colour and no depth
         with autocast(rgbd, self.precision):
-            pixels, found = image.flatten(1), []
-            if not self.visual.training or not len(pixels):
-                return [level.float() for level in self.visual(rgbd)]
-            empty = pixels.amax(1) == pixels.amin(1)  # (V,) of one colour, as data.py blanks it
-            modules = [module for module in self.visual.modules() if module.training]
-            for rows, training in ((empty, False), (~empty, True)):
-                for module in modules:
-                    module.training = training
-                found += [self.visual(rgbd[rows])] if rows.any() else []
-        places = torch.cat([empty.nonzero(), (~empty).nonzero()])[:, 0].argsort()
-        return [torch.cat(level)[places].float() for level in zip(*found)]
+            return [level.float() for level in self.visual(rgbd)]
 
     def join(self, levels):
         """The neck: list of levels (V, C, h, w) -> (V, out_channels, h, w) float32."""

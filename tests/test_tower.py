@@ -248,27 +248,6 @@ def test_views_go_through_in_chunks_that_change_nothing(make_tower, name, monkey
         assert sizes == [2, 2, 1]  # the levels stand in for the image
 
 
-def test_in_training_a_blanked_view_neither_shifts_the_others_nor_enters_the_batch_norms(make_tower):
-    start, (image, depth) = make_tower(LITE0[0]), views((64, 48), 3)
-    image[1] = 90
-
-    def encoded(rows, training=True):
-        tower = copy.deepcopy(start).train(training)
-        with torch.no_grad():
-            levels = tower.encode(image[rows], depth[rows])
-        assert tower.visual.training == training
-        return levels, dict(tower.named_buffers())
-
-    (together, after), (others, wanted), (evaluated, before), (alone, untouched) = (
-        encoded(slice(None)), encoded([0, 2]), encoded(slice(None), training=False), encoded([1]))
-    assert all(torch.equal(a[[0, 2]], b) for a, b in zip(together, others))
-    assert all(torch.allclose(a[1], b[1], atol=1e-4) for a, b in zip(together, evaluated))
-    assert all(torch.allclose(a[1], b[0], atol=1e-4) for a, b in zip(together, alone))
-    assert all(torch.equal(after[key], wanted[key]) for key in after)
-    assert all(torch.equal(untouched[key], before[key]) for key in before)
-    assert any(not torch.equal(after[key], before[key]) for key in before)
-
-
 @pytest.fixture(scope="module")
 def tiny_clip(visuals):
     """State of a whole tiny_vit, image and text tower, of random weights."""
@@ -533,7 +512,9 @@ def test_nothing_of_a_pretrained_tower_moves_before_stage_three_and_all_of_it_tr
     before, neck = (copy.deepcopy(part.state_dict()) for part in (model.tower.visual, model.tower.neck))
     optimizer = train_steps(model, held, make_batch(), steps=3)
     assert all((p.grad is not None) == trains for p in model.tower.visual.parameters())
-    assert all(torch.equal(before[key], value) != trains for key, value in model.tower.visual.state_dict().items())
+    weights = dict(model.tower.visual.named_parameters())  # the statistics of its batch norms stay
+    assert all(torch.equal(before[key], value) != (trains and key in weights)
+               for key, value in model.tower.visual.state_dict().items())
     assert all(torch.equal(neck[key], value) for key, value in model.tower.neck.state_dict().items()) == (epoch == 10)
     set_rates(optimizer, held, 1.0)
     assert {group["lr"] for group in optimizer.param_groups if group["name"] == "tower"} == {0.5 * trains}
