@@ -255,6 +255,22 @@ def evaluate(model, scenes, device, things=tuple(SCANNET20.things)):
         average_precision.result() if average_precision.num_scenes else {})
 
 
+def open_scenes(config, goes_on, device):
+    """The Scenes of a Config, which learns their classes and size. ValueError: a run that goes on had other classes."""
+    if config.data == ROOMS:
+        runs.from_first(lambda: rooms.complete(ROOMS))
+    scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
+                    config.workers, config.seed, device, config.cache, config.cache_gb)
+    classes, own = classes_of(config), scenes.val.classes
+    if goes_on and own != classes:
+        raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, "
+                         f"{', '.join(classes.names[:3])} ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; "
+                         "mend its classes.json, or start a new run with another --out")
+    config.classes = None if own == SCANNET20 else asdict(own)
+    config.side = config.side or scenes.train.longest_side()
+    return scenes
+
+
 def go_on(config, run, model, optimizer, guard, scenes, first, device):
     """Fill model, optimiser and guard from last.pt, or from the end of the stage before the one that begins at epoch
     `first`. Returns the next (epoch, step) and the running sums of that epoch. Other scenes than its are refused."""
@@ -297,18 +313,8 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
     # ---- seed, device, data
     torch.manual_seed(config.seed)
     device, run, stop = runs.use(config.device), runs.Run(config.out), stop or runs.Stop()
-    if config.data == ROOMS:
-        runs.from_first(lambda: rooms.complete(ROOMS))
-    scenes = Scenes(config.data, config.voxel_size, RECIPES[config.preset]["image_size"], config.batch_size,
-                    config.workers, config.seed, device, config.cache, config.cache_gb)
     goes_on = config.stage > 1 or (config.resume and run.reached() >= 0)
-    classes, own = classes_of(config), scenes.val.classes
-    if goes_on and own != classes:
-        raise ValueError(f"{config.data}: expected the run's {len(classes.names)} classes, "
-                         f"{', '.join(classes.names[:3])} ..., found {len(own.names)}, {', '.join(own.names[:3])} ...; "
-                         "mend its classes.json, or start a new run with another --out")
-    config.classes = None if own == SCANNET20 else asdict(own)
-    config.side = config.side or scenes.train.longest_side()
+    scenes = open_scenes(config, goes_on, device)
 
     # ---- model, optimiser
     model = build(config, load=not goes_on).to(device)  # the checkpoint of a run that goes on holds the tower's weights

@@ -29,7 +29,7 @@ from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE, load_frames
-from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates, update_rms
+from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates
 from tower import SCRATCH, RGBDConv
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -151,20 +151,6 @@ def independent_decay(config, load=True):
     return train.new_model(config, load)
 
 
-class StableAdamW(torch.optim.AdamW):
-    """AdamW whose step of a tensor of the image tower is divided by max(1, stages.update_rms): Wortsman et al. 2023,
-    arXiv 2304.13013."""
-
-    def step(self, closure=None):
-        own = [p for group in self.param_groups if group["name"] == "tower" for p in group["params"]
-               if p.grad is not None]
-        before = [p.detach().clone() for p in own]
-        super().step(closure)
-        with torch.no_grad():
-            for p, old in zip(own, before):
-                p.lerp_(old, 1 - 1 / max(1.0, update_rms(self, p)))
-
-
 def poses_off(folder, frames, *args, **kwargs):
     """load_frames, where the camera of every second frame of a train room, by its name, stands 0.5 m away."""
     found = load_frames(folder, frames, *args, **kwargs)
@@ -252,7 +238,6 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "beta2_95": (fused(), train.new_model),
     "beta2_99": (fused(), train.new_model),
     "independent_decay": (fused(), independent_decay),
-    "stable_adamw": (fused(), train.new_model),
 }
 PATCHES = {  # variant: {name: other value}
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
@@ -261,7 +246,6 @@ PATCHES = {  # variant: {name: other value}
     "warm_20": {"train.WARM_UP": 0.2},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
-    "stable_adamw": {"torch.optim.AdamW": StableAdamW},
 }
 STRESS = {  # any variant + one of these: {name: other value}
     "poses": {"data.load_frames": poses_off},

@@ -223,24 +223,11 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
         found.append(attention(*feat).allclose(before, atol=1e-3))
     assert found == [True, False]  # with the norm the size of the queries says nothing
 
-    tensors = {name: torch.nn.Parameter(torch.ones(3)) for name in ("tower", "3d")}
-    optimizer = ablate.StableAdamW([{"name": name, "params": [p]} for name, p in tensors.items()], 0.1,
-                                   weight_decay=0.0)
-    moves = []
-    for gradient in (1.0, 100.0):
-        before = {name: p.detach().clone() for name, p in tensors.items()}
-        for p in tensors.values():
-            p.grad = torch.full_like(p, gradient)
-        optimizer.step()
-        moves.append({name: (before[name] - p.detach())[0].item() for name, p in tensors.items()})
-    assert moves[0]["tower"] == pytest.approx(moves[0]["3d"]) == pytest.approx(0.1)  # RMS 1: as AdamW
-    rms = 100 / math.sqrt((0.999 * 0.001 + 0.001 * 100**2) / (1 - 0.999**2))
-    assert moves[1]["tower"] == pytest.approx(moves[1]["3d"] / rms, rel=1e-4)
     assert train.torch.optim.AdamW is torch.optim.AdamW
     with ablate.patched("warm_2", ""):
         assert train.WARM_UP == 0.02
     assert train.WARM_UP == 0.1
-    optimizer = torch.optim.SGD([{"name": name, "params": [p]} for name, p in tensors.items()], 1.0)
+    optimizer = torch.optim.SGD([{"name": name, "params": [torch.ones(3)]} for name in ("tower", "3d")], 1.0)
     row, rates = curriculum()[0], []
     for which in ("", "less_joining_warm_up"):
         with ablate.patched(which, ""):
