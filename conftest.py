@@ -1,5 +1,6 @@
 """What the tests share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,28 @@ def tiny_run(run_train, tmp_path_factory):
     """The whole curriculum in 24 epochs: (run folder, lines of the log)."""
     out = tmp_path_factory.mktemp("runs") / "bifusion"
     return out, run_train(out, "--compress", 129 / 24)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Untrained checkpoints of preset small in the last row of the curriculum: {model: path}."""
+    from stages import curriculum
+    from tower import LITE0
+    from train import Config, new_model
+
+    folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
+    for name in ("baseline", "bifusion"):
+        torch.manual_seed(1)
+        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, tower=LITE0[0], tower_weights="scratch")
+        model = new_model(config, load=False)
+        torch.nn.init.normal_(model.semantic_head.weight)  # so that an untrained network finds several classes
+        paths[name] = folder / f"{name}.pt"
+        torch.save({"model": model.state_dict(), "optimizer": {}, "next": [129, 0], "ramp": 1.0,
+                    "row": asdict(curriculum(pretrained=False)[-1]), "config": asdict(config)}, paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def room(tiny_rooms):
+    """A scene folder of the tiny generated rooms."""
+    return sorted((tiny_rooms / "val").iterdir())[0]

@@ -9,7 +9,8 @@ that returns {part name: list of parameters}, see PARTS.
     set_rates(optimizer, row, lr)                    # and after backward clip_by_branch(model, row.clip)
 
 No change of row moves the network's output: the ramp starts at 0, FiLM and gate start as what they replace, and the
-batch norms of a pretrained tower keep its statistics. The 2D side gets its gradient through the fused feature alone, so it grows with the ramp, from 0.
+batch norms of a pretrained tower keep its statistics. The 2D side gets its gradient through the fused feature alone, so
+it grows with the ramp, from 0.
 """
 
 from dataclasses import dataclass, replace

@@ -59,6 +59,7 @@ SCANNET20 = Classes(list(CLASS_NAMES), list(STUFF), list(NYU40_IDS), CLASS_COLOR
 MAX_PIXELS = 2**26  # of an image, more than of most phones: a damaged header must not ask for gigabytes
 FRAME_FILES = {"color": (".jpg", ".jpeg", ".png"), "depth": (".png", ".npy", ".tif", ".tiff"), "pose": (".txt",)}
 FRAME_NUMBER, CAMERA_FILE = re.compile(r"(\d{1,18})\D*$"), "intrinsic/intrinsic_color.txt"
+IN_PLACE = np.eye(4)  # file_to_world of what is neither shifted, turned nor scaled
 CAMERAS = ("opencv", "opengl", "inverse")  # x right, y down, z ahead; y up, z back; opencv, but world_to_camera
 UNITS = {"mm": 0.001, "cm": 0.01, "inches": 0.0254, "dm": 0.1, "feet": 0.3048, "km": 1000}  # metres
 UP = {"x": (2, 3, 1), "y": (1, -3, 2), "z": (1, 2, 3), "-x": (3, 2, -1), "-y": (1, 3, -2), "-z": (1, -2, -3)}
@@ -350,8 +351,8 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
     Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
     instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64,
     which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of
-    str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another shape,
-    lengths that differ, labels or colours out of range, coordinates that are not finite.
+    str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another
+    shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{key}.npy" for key in SCENE}
@@ -432,7 +433,7 @@ def usable_frames(folder):
     return usable, notes
 
 
-def load_frames(folder, ids, image_size, colors=True, file_to_world=np.eye(4), cameras="opencv", depth_scale=None):
+def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, cameras="opencv", depth_scale=None):
     """Read frames (ids, list of int), resized to image_size (W, H), with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are

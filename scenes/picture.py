@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from scenes.folder import IGNORE
-
 NO_LABEL = np.array([90, 90, 90], np.uint8)
 NO_INSTANCE = np.array([225, 225, 225], np.uint8)
 

@@ -231,7 +231,7 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
     row, rates = curriculum()[0], []
     for which in ("", "less_joining_warm_up"):
         with ablate.patched(which, ""):
-            for step in range(2):
+            for _ in range(2):
                 train.set_rates(optimizer, row, 1.0, 4)
         rates.append([group["steps"] for group in optimizer.param_groups])
     assert rates == [[0, 2], [2, 4]]  # the tower, which joins in stage 3; the 3D part

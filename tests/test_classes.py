@@ -56,7 +56,7 @@ def test_own_classes_train_judge_predict_and_travel_in_the_checkpoint(own_rooms,
         assert {int(line) for line in packed.read(packed.namelist()[0]).split()} <= set(OWN["ids"])
 
     (own_rooms / "classes.json").write_text(json.dumps(OWN | {"names": ["thing", "ground", "other"], "stuff": []}))
-    with pytest.raises(SystemExit, match="expected the run's 3 classes, thing, floor, other .* found 3, thing, ground"):
+    with pytest.raises(SystemExit, match=r"expected the run's 3 classes, thing, floor, other .* found 3, thing"):
         train.main(flags(own_rooms, out, "--resume"))
 
 

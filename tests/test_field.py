@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from plyfile import PlyData, PlyElement
-from test_predict import checkpoints, room  # noqa: F401
 
 import predict
 from scenes.folder import load_frames, load_scene, read_scan
@@ -35,7 +34,7 @@ def change_matrices(folder, change):
 
 
 @pytest.fixture(scope="module")
-def cases(room, tmp_path_factory):  # noqa: F811
+def cases(room, tmp_path_factory):
     """Folder of the cases."""
     out = tmp_path_factory.mktemp("cases")
     c, rgb, n = (np.load(room / f"{key}.npy") for key in ("coord", "color", "normal"))
@@ -89,12 +88,13 @@ def cases(room, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def predicted(cases, checkpoints, room, tmp_path_factory):  # noqa: F811
+def predicted(cases, checkpoints, room, tmp_path_factory):
     """Function: a case and flags -> (labels, coordinates) of what is written, what is printed, the error or None."""
     out, known = tmp_path_factory.mktemp("out"), {}
 
     def run(name, *flags):
-        if (name, *flags) not in known:
+        key = (name, *flags)
+        if key not in known:
             with pytest.MonkeyPatch.context() as patch:
                 said, error = [], None
                 patch.setattr(predict, "draw", lambda path, *args: path.write_bytes(b""))
@@ -109,8 +109,8 @@ def predicted(cases, checkpoints, room, tmp_path_factory):  # noqa: F811
             if error is None:
                 vertex = PlyData.read(str(out / f"{stem}_semantic.ply"))["vertex"]
                 found = np.array(vertex["label"]), np.stack([vertex[a] for a in "xyz"], 1)
-            known[name, *flags] = found, "\n".join(said), error
-        return known[name, *flags]
+            known[key] = found, "\n".join(said), error
+        return known[key]
 
     return run
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_a_room_is_refused_in_one_line(predicted, name, said):
     assert re.search(said, error)
 
 
-def test_a_bad_scan_among_others_is_named_at_the_end(cases, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+def test_a_bad_scan_among_others_is_named_at_the_end(cases, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "draw", lambda path, *args: path.write_bytes(b""))
     names = ("good.ply", "truncated.ply", "price_$5_$6.ply")
     with pytest.raises(SystemExit, match=r"(?s)truncated\.ply: expected a whole .*1 of 3 scans failed"):
@@ -157,7 +157,7 @@ def test_a_bad_scan_among_others_is_named_at_the_end(cases, checkpoints, tmp_pat
     assert {path.name for path in tmp_path.glob("*.txt")} == {"good_instances.txt", "price_$5_$6_instances.txt"}
 
 
-def test_arrays_of_the_cases(cases, room):  # noqa: F811
+def test_arrays_of_the_cases(cases, room):
     good, _ = read_scan(cases / "good.ply")
     for name in ("color_float_over_1.ply", "colors_R_G_B.ply"):
         off = np.abs(read_scan(cases / name)[0]["color"].astype(int) - good["color"])

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from plyfile import PlyData
 from test_folder import camera_to_world, write_ply, write_scene
-from test_predict import checkpoints, failure, room  # noqa: F401
+from test_predict import failure
 from test_predict import run as predict_main
 from test_report import make_log, verdict
 

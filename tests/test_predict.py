@@ -4,7 +4,6 @@ import contextlib
 import io
 import shutil
 import warnings
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,29 +20,6 @@ from scenes import picture, points
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, SCANNET20, load_frames, load_scene
 from scenes.frames import best_views
 from scenes.points import voxelise
-from stages import curriculum
-from tower import LITE0
-from train import Config, new_model
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Untrained checkpoints of preset small in the last row of the curriculum: {model: path}."""
-    folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
-    for name in ("baseline", "bifusion"):
-        torch.manual_seed(1)
-        config = Config(model=name, device="cpu", voxel_size=0.25, views=2, tower=LITE0[0], tower_weights="scratch")
-        model = new_model(config, load=False)
-        torch.nn.init.normal_(model.semantic_head.weight)  # so that an untrained network finds several classes
-        paths[name] = folder / f"{name}.pt"
-        torch.save({"model": model.state_dict(), "optimizer": {}, "next": [129, 0], "ramp": 1.0,
-                    "row": asdict(curriculum(pretrained=False)[-1]), "config": asdict(config)}, paths[name])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def room(tiny_rooms):
-    return sorted((tiny_rooms / "val").iterdir())[0]
-
 
 @pytest.fixture(scope="module")
 def predicted(checkpoints, room, tmp_path_factory):
@@ -273,7 +249,7 @@ def test_a_floor_of_rooms_has_frames_for_every_room_and_is_cut_as_large_as_the_t
         (floor / name).mkdir(parents=True)
     shutil.copy(room / "intrinsic" / "intrinsic_color.txt", floor / "intrinsic")
     np.save(floor / "color.npy", np.tile(np.load(room / "color.npy"), (copies, 1)))
-    np.save(floor / "coord.npy", np.concatenate([coord + [i * apart, 0, 0] for i in range(copies)]))
+    np.save(floor / "coord.npy", np.concatenate([coord + np.array([i * apart, 0, 0]) for i in range(copies)]))
     for i in range(copies):
         for pose in frames:
             matrix, new = np.loadtxt(pose), 100 * i + int(pose.stem)
