@@ -98,7 +98,8 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
         if "instances" in out:
             _, masks, label, score = (x.cpu().numpy() for x in instances_of_scene(out["instances"][0][-1], batch, 0))
             found += [(s, k, rows[mask & inside]) for s, k, mask in zip(score, label, masks) if (mask & inside).any()]
-    notes += doubt_cameras(path, scene, size) if use_images and seen / voxels < 0.25 else []
+    if use_images and seen / voxels < 0.25 and (cameras, depth_scale) == (CAMERAS[0], None):  # no flag names them yet
+        notes += doubt_cameras(path, scene, size)
     scores, classes, members = zip(*sorted(found, key=lambda one: -one[0])) if found else ((), (), ())
     return scene, {"labels": labels, "voxels": voxels, "members": list(members), "classes": np.array(classes, np.int64),
                    "scores": np.array(scores, np.float32), "seen": seen / voxels if use_images else None,

@@ -161,6 +161,7 @@ def new_model(config, load=True):
 
 
 def classes_of(config):
+    """The label set of a Config: scenes.folder.Classes."""
     return Classes(**config.classes) if config.classes else SCANNET20
 
 

@@ -226,7 +226,11 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
         found.append(attention(*feat).allclose(before, atol=1e-3))
     assert found == [True, False]  # with the norm the size of the queries says nothing
 
-    assert train.torch.optim.AdamW is torch.optim.AdamW
+    betas = []
+    for which in ("beta2_95", "kept"):
+        with ablate.patched(which, ""):
+            betas.append(train.torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).defaults["betas"])
+    assert betas == [(0.9, 0.95), (0.9, 0.999)]
     with ablate.patched("warm_2", ""):
         assert train.WARM_UP == 0.02
     assert train.WARM_UP == 0.1
