@@ -59,11 +59,11 @@ CURRICULUM = (
         trains=("3d", "decoder", "2d", "film"),
         losses=("semantic", *INSTANCE, "alignment"),
         fusion="simple", ramp_epochs=5, film=True),
-    Row(2, "alignment, learned gate", 41, 60,
-        trains=("3d", "decoder", "2d", "film", "gate"),
+    Row(2, "alignment, learned gate", 41, 60,  # the tower trains
+        trains=("3d", "decoder", "2d", "film", "gate", "tower"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
-        fusion="learned", film=True),
-    Row(3, "enhancement", 61, 128,  # the tower trains; no branch is relied on
+        fusion="learned", film=True, tower_rate=1.0),
+    Row(3, "enhancement", 61, 128,  # no branch is relied on
         trains=("3d", "decoder", "2d", "film", "gate", "tower"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
         fusion="learned", film=True, tower_rate=1.0, blank=0.1),

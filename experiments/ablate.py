@@ -46,9 +46,10 @@ def fused(prior=True, **columns):
     return lambda rows: tuple(row if row.fusion == "identity" else change(row) for row in rows)
 
 
-def all_at_once(rows):
-    return tuple(replace(row, trains=tuple(PARTS), losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0,
-                         clip=math.inf, fusion="learned", ramp_epochs=0.0, film=True, blank=0.0) for row in rows)
+def joint(rows, losses=("semantic", *INSTANCE, "alignment", "gate"), **columns):
+    """All parts at once from epoch 0."""
+    return tuple(replace(row, trains=tuple(PARTS), losses=losses, tower_rate=1.0, fusion="learned", ramp_epochs=0.0,
+                         film=True, **columns) for row in rows)
 
 
 def tower_trains(rate, stages=(3,)):
@@ -78,6 +79,14 @@ def film_of_2d(config, load=True):
 def no_standardisation(config, load=True):
     model = train.new_model(config, load)
     model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    return model
+
+
+def unprotected(config, load=True):
+    """No standardisation, no query-key norm, and the batch norms of the tower take the batch's statistics."""
+    model = no_query_key_norm(config, load)
+    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    model.tower.pretrained = False
     return model
 
 
@@ -209,7 +218,9 @@ def with_faults(config, load=True, build=train.new_model):
 
 VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "baseline": (fused(), train.new_model),
-    "naive": (all_at_once, no_standardisation),  # plain gate, FiLM from geometry; bad steps are still skipped
+    # all at once with none of the measures: no clip, prior or blanked scenes; bad steps are still skipped
+    "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), clip=math.inf, blank=0.0), unprotected),
+    "joint": (joint, train.new_model),  # all at once with every measure but the stages
     "plain": (fused(prior=False, fusion="learned", film=False, blank=0.0), train.new_model),
     "fixed": (fused(prior=False, fusion="simple", film=False, blank=0.0), train.new_model),
     "film_2d": (fused(prior=False, fusion="learned", blank=0.0), film_of_2d),  # plain + FiLM from 2D onto 3D
@@ -240,6 +251,7 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "independent_decay": (fused(), independent_decay),
 }
 PATCHES = {  # variant: {name: other value}
+    "naive": {"train.WARM_UP": 0.02},
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
     "less_joining_warm_up": {"train.set_rates": warm_up_once},
     "warm_2": {"train.WARM_UP": 0.02},
