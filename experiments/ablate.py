@@ -1,8 +1,7 @@
 """One thing changed at a time: the gates, the naive recipe, injected faults, each a run of train.py.
 
-    python -m experiments.ablate plain 0 --compress 8             # variant, seed, flags of train.py, as --resume
+    python -m experiments.ablate concat 0 --compress 8            # variant, seed, flags of train.py, as --resume
     python -m experiments.ablate naive+poses 0 --compress 8       # under a stress of STRESS
-    python -m experiments.ablate --table runs/ablate              # mean and deviation over seeds, in markdown
     python -m experiments.ablate --blank runs/bifusion/stage3.pt  # checkpoints with images or points blanked
 
 A variant changes rows of the curriculum (stages.Row) or the model; data, seeds, epochs, rates are train.py's. A run is
@@ -30,7 +29,7 @@ from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE, load_frames
 from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates
-from tower import SCRATCH, RGBDConv
+from tower import SCRATCH
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
 
@@ -52,21 +51,10 @@ def joint(rows, losses=("semantic", *INSTANCE, "alignment", "gate"), **columns):
                          film=True, **columns) for row in rows)
 
 
-def tower_trains(rate, stages=(3,)):
-    """Function rows -> rows in which the image tower trains at this rate in these stages; at rate 0 it is frozen."""
-    def change(row):
-        others = (part for part in row.trains if part != "tower")
-        return replace(row, trains=(*others, *["tower"] * (rate > 0)), tower_rate=rate)
-    return lambda rows: tuple(change(row) if row.stage in stages else row for row in rows)
-
-
-def without_depth(config, load=True):
-    """The depth channel of the image tower stays at its weights of zero."""
-    model = train.new_model(config, load)
-    for module in model.tower.modules():
-        if isinstance(module, RGBDConv):
-            module.depth.weight.register_hook(torch.zeros_like)
-    return model
+def tower_at_once(rows):
+    """The image tower trains from the row on in which images join."""
+    return tuple(row if row.fusion == "identity" else replace(
+        row, trains=tuple(dict.fromkeys((*row.trains, "tower"))), tower_rate=rows[-1].tower_rate) for row in rows)
 
 
 def film_of_2d(config, load=True):
@@ -221,32 +209,24 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     # all at once with none of the measures: no clip, prior or blanked scenes; bad steps are still skipped
     "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), clip=math.inf, blank=0.0), unprotected),
     "joint": (joint, train.new_model),  # all at once with every measure but the stages
-    "plain": (fused(prior=False, fusion="learned", film=False, blank=0.0), train.new_model),
-    "fixed": (fused(prior=False, fusion="simple", film=False, blank=0.0), train.new_model),
-    "film_2d": (fused(prior=False, fusion="learned", blank=0.0), film_of_2d),  # plain + FiLM from 2D onto 3D
-    "kept": (fused(), train.new_model),  # the curriculum
-    "kept_whole": (fused(blank=0.0), train.new_model),
-    "kept_no_prior": (fused(prior=False), train.new_model),
-    "kept_no_fixed": (fused(fusion="learned"), train.new_model),  # learned under its prior from stage 2 on
-    "tower_frozen": (tower_trains(0.0), train.new_model),  # throughout
-    "tower_slow": (tower_trains(0.1), train.new_model),  # at a tenth of the rate in stage 3
-    "tower_at_once": (tower_trains(1.0, stages=(2, 3)), train.new_model),  # from its first epoch
-    "rgb": (fused(), without_depth),
-    "scratch": (fused(), train.new_model),  # a tower of random weights
     "only_2d": (lambda rows: fused(prior=False, fusion="simple", film=False, ramp_epochs=0.0, blank=0.0)(
         from_the_start(rows)), only_2d),
     "concat": (with_concat, concat),
+    "kept": (fused(), train.new_model),  # the curriculum
+    "scratch": (fused(), train.new_model),  # its tower of random weights
     "less_stage_1": (from_the_start, train.new_model),  # the curriculum less one part, from here on
+    "less_frozen_tower": (tower_at_once, train.new_model),
+    "less_fixed_gate": (fused(fusion="learned"), train.new_model),
     "less_standardisation": (fused(), no_standardisation),
     "less_branch_clip": (fused(), train.new_model),  # one clip for all
     "less_ramp": (fused(ramp_epochs=0.0), train.new_model),
     "less_zero_start": (fused(), no_zero_start),
-    "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead; prior, blanked scenes, tower: above
+    "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead
+    "less_gate_prior": (fused(prior=False), train.new_model),
+    "less_blanked_scenes": (fused(blank=0.0), train.new_model),
     "less_joining_warm_up": (fused(), train.new_model),
     "less_query_key_norm": (fused(), no_query_key_norm),
-    "warm_2": (fused(), train.new_model),  # what might widen the plateau, from here on
-    "warm_20": (fused(), train.new_model),
-    "beta2_95": (fused(), train.new_model),
+    "beta2_95": (fused(), train.new_model),  # what might widen the plateau, from here on
     "beta2_99": (fused(), train.new_model),
     "independent_decay": (fused(), independent_decay),
 }
@@ -254,8 +234,6 @@ PATCHES = {  # variant: {name: other value}
     "naive": {"train.WARM_UP": 0.02},
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
     "less_joining_warm_up": {"train.set_rates": warm_up_once},
-    "warm_2": {"train.WARM_UP": 0.02},
-    "warm_20": {"train.WARM_UP": 0.2},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
 }
@@ -332,34 +310,8 @@ def run(name, argv):
     print(result)
 
 
-def table(folder):
-    """Markdown rows of all finished runs below a folder: mean and standard deviation over the seeds."""
-    found = {name: [] for name in VARIANTS}  # in their order; a variant of an earlier commit comes last
-    for path in sorted(Path(folder).glob("*/blanked.json")):
-        result = json.loads(path.read_text()) | {"log": runs.read_log(path.parent / "log.jsonl")}
-        if "as they are" in result or "diverged" in result:
-            found.setdefault(result["variant"], []).append(result)
-    lines = ["| variant | seeds | val mIoU | fusion_2d_ratio | images black | points black | skipped in all |",
-             "|---" * 7 + "|"]
-    for name, results in found.items():
-        epochs = [line for result in results for line in result["log"]]
-        ratios = [line["fusion_2d_ratio"] for line in epochs
-                  if line["fusion_ramp"] == 1 and line["fusion_2d_ratio"] is not None]
-        cells = [name, ", ".join(f"{result['seed']}{' (diverged)' * ('diverged' in result)}" for result in results)]
-        for key in ("as they are", "images black", "points black"):
-            values = [result[key] for result in results if key in result]
-            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "-")
-        cells.insert(3, f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "-")
-        if results:
-            lines.append(f"| {' | '.join(cells)} | {sum(line['skipped_steps'] for line in epochs)} |")
-    return "\n".join(lines)
-
-
 def main(argv):
     match argv:
-        case ["--table", folder]:
-            print(table(folder))
         case ["--blank", *paths] if paths:
             for path in paths:
                 print(path, json.dumps(blanked(path)), flush=True)

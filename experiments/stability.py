@@ -29,8 +29,9 @@ import runs
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
-RECIPES = ("baseline", "naive", "only_2d", "concat", "kept")  # of experiments.ablate
-NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation"}
+RECIPES = ("baseline", "naive", "joint", "only_2d", "concat", "kept")  # of experiments.ablate
+NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation",
+         "joint": "joint, all measures but the stages"}
 
 
 def mean(log, key):
@@ -117,16 +118,19 @@ def judge(lines):
 
 
 def table(lines):
-    """Markdown: a row a recipe."""
-    rows = ["| recipe | runs | mIoU at the best rate | LR sensitivity, loss | mIoU | plateau, decades | diverged from "
-            "| skipped | spikes | clipped |", "|---" * 10 + "|"]
+    """Markdown: a row a recipe; the first figures are of its best rate."""
+    rows = ["| recipe | runs | best rate | mIoU | AP | ratio | images black | points black | LR sensitivity, loss "
+            "| mIoU | plateau, decades | diverged from | skipped | spikes | clipped |", "|---" * 15 + "|"]
     for recipe in dict.fromkeys(line["recipe"] for line in lines):
         own = [line for line in lines if line["recipe"] == recipe]
-        found, best = judge(own), by_rate(own, "miou", lambda line: 0.0)
-        values, deviation = best[found["best"]], best[found["best"]].std(ddof=1) if len(best[found["best"]]) > 1 else 0
+        found = judge(own)
+        cells = [NAMES.get(recipe, recipe), f"{len(own)}", f"{found['best']:g}"]
+        for key in ("miou", "ap", "ratio", "images_black", "points_black"):
+            values = [line[key] for line in own if line["rate"] == found["best"] and line[key] is not None]
+            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "-")
         clipped = ", ".join(f"{branch} {share:.2f}" for branch, share in (found["clipped"] or {}).items())
-        rows.append(f"| {NAMES.get(recipe, recipe)} | {len(own)} | {values.mean():.3f} ± {deviation:.3f} "
-                    f"at {found['best']:g} | {found['sensitivity_loss']:.3f} | {found['sensitivity_miou']:.3f} "
+        rows.append(f"| {' | '.join(cells)} | {found['sensitivity_loss']:.3f} | {found['sensitivity_miou']:.3f} "
                     f"| {found['plateau']:.1f} | {found['diverged'] or '-'} | {found['skipped']} "
                     f"| {found['spikes'] or 0:.4f} | {clipped} |")
     return "\n".join(rows)

@@ -11,7 +11,8 @@ from experiments import probe, report, stability
 
 def line(rate, miou, loss, seed=0, recipe="kept", **other):
     return {"recipe": recipe, "rate": rate, "seed": seed, "miou": miou, "loss": loss, "start": 3.0, "ratio": 0.4,
-            "diverged": miou is None, "skipped": 0, "spikes": 0.01, "clipped": {"3d": 0.5}} | other
+            "ap": 0.2 + seed / 10, "images_black": 0.1, "points_black": None, "diverged": miou is None, "skipped": 0,
+            "spikes": 0.01, "clipped": {"3d": 0.5}} | other
 
 
 def test_sensitivity_plateau_and_divergence_are_those_of_a_map_known_by_hand():
@@ -32,7 +33,8 @@ def test_the_table_of_committed_lines_has_a_row_a_recipe_and_is_drawn(tmp_path, 
         (tmp_path / f"{recipe}.jsonl").write_text("\n".join(lines) + "\n")
     stability.main(["--table", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "| curriculum | 4 | 0.300 ± 0.000 at 0.001 | 0.000 | 0.000 | 1.0 | - | 0 | 0.0100 | 3d 0.50 |" in said
+    assert ("| curriculum | 4 | 0.001 | 0.300 ± 0.000 | 0.250 ± 0.071 | 0.400 ± 0.000 | 0.100 ± 0.000 | - | 0.000 "
+            "| 0.000 | 1.0 | - | 0 | 0.0100 | 3d 0.50 |") in said
     assert "| naive | 4 |" in said and (tmp_path / "stability.png").stat().st_size > 10_000
 
 
