@@ -24,6 +24,7 @@ PARTS = {  # part of the model -> the branch whose gradient is clipped together 
     "tower": "2d",  # the image tower
     "gate": "fusion", "film": "fusion",
 }
+RATES = {"decoder": 0.1}  # learning rates over the base rate where not 1; attention bears less than sparse convolutions
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 
 
@@ -62,11 +63,11 @@ CURRICULUM = (
     Row(2, "alignment, learned gate", 41, 60,  # the tower trains
         trains=("3d", "decoder", "2d", "film", "gate", "tower"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
-        fusion="learned", film=True, tower_rate=1.0),
+        fusion="learned", film=True, tower_rate=0.1),
     Row(3, "enhancement", 61, 128,  # no branch is relied on
         trains=("3d", "decoder", "2d", "film", "gate", "tower"),
         losses=("semantic", *INSTANCE, "alignment", "gate"),
-        fusion="learned", film=True, tower_rate=1.0, blank=0.1),
+        fusion="learned", film=True, tower_rate=0.1, blank=0.1),
 )
 PLANS = {
     "full": "the curriculum as it stands",
@@ -142,14 +143,15 @@ def parameter_groups(model, lr, weight_decay):
 
 
 def set_rates(optimizer, row, lr, warm_up=1):
-    """Give every group of `parameter_groups` its rate: lr, and tower_rate * lr for the image tower.
+    """Give every group of `parameter_groups` its rate: lr, by RATES, and tower_rate * lr for the image tower.
 
     Over the first warm_up steps in which a part trains, whenever it joins, its rate rises to that: Adam does not know
     yet how large its gradients are, and steps of full length spoil what the others, and the pretraining, have learnt.
     """
     for group in optimizer.param_groups:
         group["steps"] = group.get("steps", 0) + (group["name"] in row.trains)  # kept by the optimiser's state_dict
-        group["lr"] = min(1.0, group["steps"] / warm_up) * lr * (row.tower_rate if group["name"] == "tower" else 1.0)
+        rate = row.tower_rate if group["name"] == "tower" else RATES.get(group["name"], 1.0)
+        group["lr"] = min(1.0, group["steps"] / warm_up) * lr * rate
 
 
 def clip_by_branch(model, clip):

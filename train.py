@@ -45,7 +45,7 @@ WARM_UP = 0.1  # share of the curriculum's steps over which the rate of a part r
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
     "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 1e-2,
-              "weight_decay": 0.05, "tower_rate": 1.0},
+              "weight_decay": 0.05, "tower_rate": 0.1},
     "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
              "weight_decay": 0.05, "tower_rate": 0.01},
 }
@@ -78,7 +78,7 @@ class Config:
     weight_decay: float = option(None, "of AdamW")
     tower: str = option(None, "image tower: a model of open_clip, as ViT-B-16, or timm:NAME of timm")
     tower_weights: str = option(None, f"a local file, a pretrained tag of the tower's library, or {SCRATCH!r}")
-    tower_rate: float = option(None, "learning rate of a pretrained tower in stage 3 over the base rate")
+    tower_rate: float = option(None, "learning rate of a pretrained tower over the base rate")
     precision: str = option("fp32", "of image tower and decoder; the rest stays fp32", ("fp32", "bf16"))
     cache: str = option("data/clip_cache", "folder for the maps of a frozen tower, normals and superpoints")
     cache_gb: float = option(50.0, "largest size of that folder, GB; 0 = no cache")

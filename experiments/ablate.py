@@ -47,8 +47,8 @@ def fused(prior=True, **columns):
 
 def joint(rows, losses=("semantic", *INSTANCE, "alignment", "gate"), **columns):
     """All parts at once from epoch 0."""
-    return tuple(replace(row, trains=tuple(PARTS), losses=losses, tower_rate=1.0, fusion="learned", ramp_epochs=0.0,
-                         film=True, **columns) for row in rows)
+    columns = {"tower_rate": rows[-1].tower_rate, "fusion": "learned", "ramp_epochs": 0.0, "film": True} | columns
+    return tuple(replace(row, trains=tuple(PARTS), losses=losses, **columns) for row in rows)
 
 
 def tower_at_once(rows):
@@ -206,8 +206,9 @@ def with_faults(config, load=True, build=train.new_model):
 
 VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "baseline": (fused(), train.new_model),
-    # all at once with none of the measures: no clip, prior or blanked scenes; bad steps are still skipped
-    "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), clip=math.inf, blank=0.0), unprotected),
+    # all at once with none of the measures: one rate, no clip, prior or blanked scenes; bad steps are still skipped
+    "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0, clip=math.inf, blank=0.0),
+              unprotected),
     "joint": (joint, train.new_model),  # all at once with every measure but the stages
     "only_2d": (lambda rows: fused(prior=False, fusion="simple", film=False, ramp_epochs=0.0, blank=0.0)(
         from_the_start(rows)), only_2d),
@@ -225,15 +226,19 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_gate_prior": (fused(prior=False), train.new_model),
     "less_blanked_scenes": (fused(blank=0.0), train.new_model),
     "less_joining_warm_up": (fused(), train.new_model),
+    "less_decoder_rate": (fused(), train.new_model),  # the decoder at the base rate
+    "less_tower_rate": (lambda rows: tuple(replace(row, tower_rate=float("tower" in row.trains)) for row in rows),
+                        train.new_model),  # the tower, too
     "less_query_key_norm": (fused(), no_query_key_norm),
     "beta2_95": (fused(), train.new_model),  # what might widen the plateau, from here on
     "beta2_99": (fused(), train.new_model),
     "independent_decay": (fused(), independent_decay),
 }
 PATCHES = {  # variant: {name: other value}
-    "naive": {"train.WARM_UP": 0.02},
+    "naive": {"train.WARM_UP": 0.02, "stages.RATES": {}},
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
     "less_joining_warm_up": {"train.set_rates": warm_up_once},
+    "less_decoder_rate": {"stages.RATES": {}},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
 }
