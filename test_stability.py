@@ -176,14 +176,14 @@ def test_a_step_of_the_ramp_moves_the_logits_little(make_model, make_batch, row,
 
 
 @pytest.mark.parametrize("epoch", [10, 21, 30, 50, 70])
-def test_a_pretrained_tower_is_frozen_and_trains_whole_in_stage_three(make_model, make_batch, row, train_steps, epoch):
+def test_a_pretrained_tower_is_frozen_and_trains_whole_from_epoch_41_on(make_model, make_batch, row, train_steps, epoch):
     model, batch = make_model(pretrained=True), make_batch()
     before = copy.deepcopy(model.tower.visual.state_dict())
     train_steps(model, row(epoch, pretrained=True), batch)
-    assert all((p.grad is not None) == (epoch == 70) for p in model.tower.visual.parameters())
+    assert all((p.grad is not None) == (epoch > 40) for p in model.tower.visual.parameters())
     weights = dict(model.tower.visual.named_parameters())
     for name, value in model.tower.visual.state_dict().items():  # the batch norms' statistics stay throughout
-        assert torch.equal(before[name], value) == (epoch != 70 or name not in weights), name
+        assert torch.equal(before[name], value) == (epoch <= 40 or name not in weights), name
 
 
 def test_a_tower_from_scratch_trains_in_stage_two(make_model, make_batch, row, train_steps):
