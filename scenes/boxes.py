@@ -1,6 +1,6 @@
-"""Generated rooms: the default data, as scene folders with points, labels and posed RGB-D frames.
+"""Box rooms: the default data, as scene folders with points, labels and posed RGB-D frames.
 
-    python -m scenes.rooms --out data/rooms --train 32 --val 12 --seed 0
+    python -m scenes.boxes --out data/rooms --train 32 --val 12 --seed 0
 
 A room is a floor, four walls, furniture made of boxes and flat things on the walls, in ScanNet's 20 classes. Points are
 sampled on the surfaces, frames are ray cast exactly, both with sensor-like noise. The same seed gives the same bytes,
@@ -11,36 +11,28 @@ surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all pa
 gain of the image branch here shows that fusion works, not how much it would gain on real scans.
 """
 
-import argparse
-import json
 import math
-import os
-import shutil
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
+from scenes import generate as shared
 from scenes.folder import CLASS_NAMES
+from scenes.generate import choose_views, footprints_overlap, intrinsics_for, to_bytes, turn
 
+ROOT = "data/rooms"
 GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
 POINTS_PER_M2 = 1000
 POINT_NOISE = 0.003         # m, standard deviation on each axis
 COLOR_DRIFT = 0.03          # m, so far from a point its colour is taken, else 5 cm voxels give the pattern away
 COLOR_NOISE = 0.015         # standard deviation, colours in [0, 1]
 DROPPED_DEPTH = 0.03        # share of pixels without a reading
-FRAMES = 8
 VIEW_RANGE = 3.0            # m; frames are chosen for what they see within it: patterns are resolved that far
 PATCH = 0.5                 # m, edge of a superpoint
-SPLITS = ("train", "val")
 WALL, FLOOR = CLASS_NAMES.index("wall"), CLASS_NAMES.index("floor")
 PATTERNS = ("stripes", "checks", "dots")
 CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
-
 
 
 def _box(x, y, z):
@@ -92,23 +84,6 @@ def pattern_sign(pattern, u, v):
     return np.where(np.choose(pattern, (stripes, checks, dots)), np.float32(1), np.float32(-1))
 
 
-def _turn(vectors, yaw):
-    """Vectors (N, 3) turned about z by `yaw` rad, one for all or (N,). scipy's Rotation would change the last bits."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    x, y, z = vectors.T
-    return np.stack([c * x - s * y, s * x + c * y, z], axis=1)
-
-
-def _footprints_overlap(a, b, margin):
-    """Whether two upright boxes (x, y, yaw, half width, half depth, low z, high z) come closer than `margin`."""
-    def close(angle):                 # along this axis
-        reach = sum(w * abs(math.cos(yaw - angle)) + d * abs(math.sin(yaw - angle)) for _, _, yaw, w, d, *_ in (a, b))
-        return abs((b[0] - a[0]) * math.cos(angle) + (b[1] - a[1]) * math.sin(angle)) < margin + reach
-
-    axes = (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2)
-    return min(a[6], b[6]) > max(a[5], b[5]) and all(map(close, axes))
-
-
 def _try_place(rng, size, place, parts, taken):
     """The upright box that a piece of these parts keeps clear at a free place, or None if none turns up."""
     (width, depth, _), z = np.ptp(parts, axis=(0, 1)), parts[..., 2]
@@ -125,7 +100,7 @@ def _try_place(rng, size, place, parts, taken):
             (x, y), yaw = ((along, off), (off, along))[wall % 2], wall * math.pi / 2
         clear = 0.4 if place == "flat" else depth / 2     # nothing may stand close in front of a flat thing
         keep = (x, y, yaw, width / 2, clear, z.min(), z.max())
-        if not any(_footprints_overlap(keep, other, 0.05) for other in taken):
+        if not any(footprints_overlap(keep, other, 0.05) for other in taken):
             return keep
     return None
 
@@ -160,7 +135,7 @@ def make_room(rng):
             continue
         taken.append(keep)
         x, y, yaw, *_ = keep
-        center, half = _turn(parts.mean(axis=1), yaw) + np.array((x, y, 0)), np.ptp(parts, axis=1) / 2
+        center, half = turn(parts.mean(axis=1), yaw) + np.array((x, y, 0)), np.ptp(parts, axis=1) / 2
         boxes += [(*row, yaw, len(things)) for row in np.hstack((center, half))]
         pattern = rng.integers(len(PATTERNS)) if pattern is None else pattern             # alone in its group: any
         things.append((CLASS_NAMES.index(name), pattern))
@@ -174,7 +149,7 @@ def make_room(rng):
 
 def _to_box(room, box, points):
     """World positions (N, 3) in the frame of `box`: one box for all, or an (N,) array of boxes."""
-    return _turn(points - room["box_center"][box], -room["box_yaw"][box])
+    return turn(points - room["box_center"][box], -room["box_yaw"][box])
 
 
 def inside_boxes(room, points, margin=0.0):
@@ -211,8 +186,8 @@ def sample_points(room, rng):
     box, axis, sign, facing = (a[face] for a in (box, axis, sign, facing))       # of each face -> of each point
     across = np.eye(3)[axis]                                                     # (N, 3)
     unit = np.where(across > 0, sign[:, None], rng.uniform(-1, 1, across.shape))  # in the box, -1 to 1
-    normal = _turn(across * facing[:, None], yaw[box])
-    coord = _turn(unit * half[box], yaw[box]) + room["box_center"][box]
+    normal = turn(across * facing[:, None], yaw[box])
+    coord = turn(unit * half[box], yaw[box]) + room["box_center"][box]
     front = coord + 0.01 * normal
     free = ((front > 0) & (front < room["size"])).all(axis=1) & ~inside_boxes(room, front)
     order = rng.permutation(np.flatnonzero(free))
@@ -226,16 +201,11 @@ def sample_points(room, rng):
     normal = normal + rng.normal(0, 0.05, normal.shape)
     return {
         "coord": (coord + rng.normal(0, POINT_NOISE, coord.shape)).astype(np.float32),
-        "color": _to_bytes(color + rng.normal(0, COLOR_NOISE, color.shape)),
+        "color": to_bytes(color + rng.normal(0, COLOR_NOISE, color.shape)),
         "normal": (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
         "segment20": room["thing_label"][thing].astype(np.int32),
         "instance": np.maximum(thing - 2, -1).astype(np.int32),
         "superpoint": np.unique(key, return_inverse=True)[1].ravel().astype(np.int32)}
-
-
-def _to_bytes(color):
-    """Colours in [0, 1] to uint8."""
-    return np.round(np.clip(color, 0, 1) * 255).astype(np.uint8)
 
 
 def cast_rays(room, origin, directions):
@@ -250,7 +220,7 @@ def cast_rays(room, origin, directions):
     turned = {}                                                       # yaw -> directions (3, R) in frames so turned
     for box, (half, yaw) in enumerate(zip(room["box_half"], room["box_yaw"])):
         if yaw not in turned:
-            d = np.ascontiguousarray(_turn(directions, -yaw).T, np.float32)
+            d = np.ascontiguousarray(turn(directions, -yaw).T, np.float32)
             turned[yaw] = np.where(np.abs(d) < 1e-7, np.float32(1e-7), d)        # no division by zero
         inverse, start = 1 / turned[yaw], _to_box(room, box, origin[None])[0]
         a, b = ((side * half - start).astype(np.float32)[:, None] * inverse for side in (-1, 1))  # t at both planes
@@ -261,46 +231,6 @@ def cast_rays(room, origin, directions):
             nearer = (enter <= leave) & (enter > 0) & (enter < t)
             t[nearer], hit[nearer] = enter[nearer], box
     return t, hit
-
-
-def intrinsics_for(image_size, field_of_view):
-    """Intrinsics (3, 3) of a (width, height) image with square pixels; `field_of_view` is horizontal, in rad."""
-    width, height = image_size
-    focal = width / 2 / math.tan(field_of_view / 2)
-    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
-
-
-def look(position, yaw, pitch):
-    """camera_to_world (4, 4) of a camera at `position` looking along `yaw`, `pitch` rad below the horizon."""
-    forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)])
-    right = np.array([math.sin(yaw), -math.cos(yaw), 0])
-    pose = np.eye(4)
-    pose[:3] = np.stack([right, np.cross(forward, right), forward, position], axis=1)
-    return pose
-
-
-def choose_views(room, coord, intrinsics, image_size, rng):
-    """FRAMES cameras, camera_to_world (4, 4), in free space that together see much of coord (N, 3), some of the points.
-
-    Greedy: out of 12 places x 12 directions x 2 pitches, always the view that shows most points not shown so far.
-    """
-    places = rng.uniform((0.3, 0.3, 1.3), (*room["size"][:2] - 0.3, 1.7), (400, 3))
-    poses, shown = [], []
-    for place in places[~inside_boxes(room, places, 0.3)][:12]:     # the tall pieces of a room leave half of it free
-        t, _ = cast_rays(room, place, coord - place)
-        near = (t > 0.98) & (np.linalg.norm(coord - place, axis=1) < VIEW_RANGE)
-        for yaw in rng.uniform(0, 2 * math.pi) + np.arange(12) * math.pi / 6:
-            for pitch in (rng.uniform(0, 0.2), rng.uniform(0.3, 0.55)):
-                poses.append(look(place, yaw, pitch))
-                pixel = (coord - place) @ poses[-1][:3, :3] @ intrinsics.T       # (N, 3): u z, v z, z
-                inside = (pixel > 0) & (pixel < pixel[:, 2:] * (image_size[0] - 1, image_size[1] - 1, 2))
-                shown.append(near & inside.all(axis=1))
-    shown, chosen = np.array(shown), []
-    for _ in range(FRAMES):
-        best = shown.sum(axis=1).argmax()
-        chosen.append(poses[best])
-        shown &= ~shown[best]
-    return chosen
 
 
 def render(room, camera_to_world, intrinsics, image_size, rng=None):
@@ -332,109 +262,29 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
         # well under a 5 cm visibility tolerance: 17 mm at 4 m
         depth = np.where(depth > 0, depth + rng.normal(0, 1, depth.shape) * (0.001 + 0.001 * depth ** 2), 0)
         depth[rng.random(depth.shape) < DROPPED_DEPTH] = 0
-    return _to_bytes(color), depth.astype(np.float32)
+    return to_bytes(color), depth.astype(np.float32)
 
 
 def write_scene(folder, seed, image_size=(160, 120)):
     """Write the room of a seed (int or sequence of int) as a scene folder, straight into `folder`, which is new."""
-    rng, folder = np.random.default_rng(seed), Path(folder)
+    rng = np.random.default_rng(seed)
     room = make_room(rng)
     points = sample_points(room, rng)
-    camera = np.eye(4)
-    camera[:3, :3] = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
-    views = choose_views(room, points["coord"][:4000].astype(float), camera[:3, :3], image_size, rng)
-    for name in ("color", "depth", "pose", "intrinsic"):
-        (folder / name).mkdir(parents=True)
-    for name, array in points.items():
-        np.save(folder / f"{name}.npy", array)
-    for i, camera_to_world in enumerate(views):
-        color, depth = render(room, camera_to_world, camera[:3, :3], image_size, rng)
-        Image.fromarray(color).save(folder / "color" / f"{i}.jpg", quality=92, subsampling=0)
-        Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(folder / "depth" / f"{i}.png")
-        np.savetxt(folder / "pose" / f"{i}.txt", camera_to_world, fmt="%.6f")
-    for name in ("color", "depth"):
-        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", camera, fmt="%.6f")
+    intrinsics = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
+    places = rng.uniform((0.3, 0.3, 1.3), (*room["size"][:2] - 0.3, 1.7), (400, 3))
+    places = places[~inside_boxes(room, places, 0.3)][:12]          # the tall pieces of a room leave half of it free
+    views = choose_views(lambda *ray: cast_rays(room, *ray)[0], places, points["coord"][:4000].astype(float),
+                         intrinsics, image_size, rng, VIEW_RANGE)
+    shared.save_scene(Path(folder), points, intrinsics,
+                      ((*render(room, view, intrinsics, image_size, rng), view) for view in views))
 
 
-def _write_whole(image_size, job):
-    """Write the room of a job (folder, seed) beside its place and rename it there: it exists whole or not at all."""
-    final, seed = job
-    try:
-        with TemporaryDirectory(dir=final.parent.parent / ".unfinished", ignore_cleanup_errors=True) as work:
-            write_scene(Path(work, "room"), seed, image_size)
-            Path(work, "room").rename(final)
-    except OSError:
-        if not final.is_dir():        # unless another run was faster: it has written the same bytes
-            raise
+def generate(root=ROOT, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
+    """`scenes.generate.generate` of box rooms: make those that are not there yet, and return their number."""
+    return shared.generate(root, write_scene, {"train": train, "val": val}, GENERATOR, seed, workers, image_size)
 
 
-def read_spec(root):
-    """What the rooms of a folder were made with: the dict of its rooms.json, {} without one; broken: ValueError."""
-    spec = Path(root, "rooms.json")
-    try:
-        found = json.loads(spec.read_text()) if spec.exists() else {}
-    except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
-        raise ValueError(f"{spec}: expected a JSON object, found {found}; delete {root} and generate the rooms anew")
-    return found
-
-
-def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
-    """Make the rooms of <root>/train and <root>/val that are not there yet, and return their number.
-
-    Args:
-        root:       folder of the data set; <root>/rooms.json records what it was made with.
-        train, val: number of rooms; rooms beyond it are left alone.  seed: int >= 0.
-        workers:    number of processes, default one a CPU core.  image_size: (width, height) of the frames.
-
-    Raises ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
-    """
-    root, workers = Path(root), os.cpu_count() if workers is None else workers
-    if min(train, val, seed) < 0 or workers < 1 or min(image_size) < 8:
-        raise ValueError("expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more; got "
-                         f"train {train}, val {val}, seed {seed}, workers {workers}, images {image_size}")
-    asked, found = {"generator": GENERATOR, "seed": seed, "image_size": list(image_size)}, read_spec(root)
-    if found and found != asked:
-        raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "
-                         f"choose another folder with --out or delete {root}")
-    if not found and any(any(root.glob(f"{split}/[!.]*")) for split in SPLITS):
-        raise ValueError(f"{root} holds scenes but no rooms.json, so they are not generated rooms; "
-                         "choose another folder with --out")
-    for name in (*SPLITS, ".unfinished"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    if not found:
-        (root / "rooms.json").write_text(json.dumps(asked) + "\n")
-    rooms = [(root / split / f"room_{i:04d}", (seed, number, i))
-             for number, (split, count) in enumerate(zip(SPLITS, (train, val))) for i in range(count)]
-    jobs = [room for room in rooms if not room[0].is_dir()]
-    with ProcessPoolExecutor(workers) as pool:                         # starts no process before its first job
-        run = map if min(workers, len(jobs)) <= 1 else pool.map
-        list(tqdm(run(partial(_write_whole, image_size), jobs), "rooms", len(jobs), unit="room", disable=not jobs))
-    shutil.rmtree(root / ".unfinished", ignore_errors=True)            # also what a killed run has left
-    return len(jobs)
-
-
-def complete(root):
-    """Generate the rooms of a folder that are not there yet; those made with another seed are completed with theirs."""
-    spec = read_spec(root)
-    if spec or not Path(root, "train").exists():
-        generate(root, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
-
-
-def main():
-    parser = argparse.ArgumentParser("python -m scenes.rooms", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="data/rooms", help="folder of the data set")
-    parser.add_argument("--train", type=int, default=32, help="number of training rooms")
-    parser.add_argument("--val", type=int, default=12, help="number of validation rooms")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    args = parser.parse_args()
-    try:
-        made = generate(args.out, args.train, args.val, args.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"{args.out}: {made} rooms made, {args.train + args.val - made} were there")
-
+complete, main = partial(shared.complete, generate), partial(shared.main, generate, "scenes.boxes")
 
 if __name__ == "__main__":
     main()
