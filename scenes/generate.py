@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 FRAMES = 8
+PITCHES = (0, 0.2), (0.3, 0.55)     # rad below the horizon, of cameras to choose from
 
 
 def turn(vectors, yaw):
@@ -59,7 +60,7 @@ def look(position, yaw, pitch):
     return pose
 
 
-def choose_views(cast, places, coord, intrinsics, image_size, rng, reach, count=FRAMES):
+def choose_views(cast, places, coord, intrinsics, image_size, rng, reach, count=FRAMES, pitches=PITCHES):
     """`count` cameras, camera_to_world (4, 4), that together see much of coord (N, 3), some of the points of a room.
 
     Greedy: out of all places (P, 3) x 12 directions x 2 pitches, always the view that shows most points not shown so
@@ -70,7 +71,7 @@ def choose_views(cast, places, coord, intrinsics, image_size, rng, reach, count=
     for place in places:
         near = (cast(place, coord - place) > 0.98) & (np.linalg.norm(coord - place, axis=1) < reach)
         for yaw in rng.uniform(0, 2 * math.pi) + np.arange(12) * math.pi / 6:
-            for pitch in (rng.uniform(0, 0.2), rng.uniform(0.3, 0.55)):
+            for pitch in [rng.uniform(*pair) for pair in pitches]:
                 poses.append(look(place, yaw, pitch))
                 pixel = (coord - place) @ poses[-1][:3, :3] @ intrinsics.T       # (N, 3): u z, v z, z
                 inside = (pixel > 0) & (pixel < pixel[:, 2:] * (image_size[0] - 1, image_size[1] - 1, 2))
