@@ -1,104 +1,43 @@
-"""Furniture as coloured triangles: a pack of real models and, where these are few, random ones. Loading needs NumPy.
+"""Furniture as coloured triangles: a pack of real models, and random ones where these are few. Loading needs NumPy.
 
-    python -m scenes.furniture sh3d  # makes furniture.npz and FURNITURE.md, 5 minutes
+    python -m scenes.furniture sh3d  # makes furniture.npz anew, and the columns author and licence of FURNITURE.md
 
-sh3d is the folder of the extracted Debian package sweethome3d-furniture 1.8-1 (dpkg-deb -x), whose libraries are CC0
-and CC-BY 3.0. Making needs trimesh and fast-simplification, too.
-
-A class is what ScanNet's own table of labels makes of the thing: "" where that is none of the 20, as a nightstand,
-dresser, stool, shelf, lamp, television, stove or plant is; a wardrobe, bench, ottoman, television stand, crib, piano,
-radiator, trash can or washing machine is otherfurniture, an armchair a chair, a vanity a cabinet.
+sh3d is the folder of the extracted Debian package sweethome3d-furniture 1.8-1 (dpkg-deb -x); trimesh, scipy and
+fast-simplification do the rest. The first columns of FURNITURE.md say which models are taken, as what class, and where
+they stand: edit them and run this again. A class is what ScanNet's own table of labels makes of the name: a wardrobe,
+bench, bunk bed, crib, piano, radiator, trash can, washing machine or television stand is otherfurniture, an armchair a
+chair, a vanity a cabinet; a nightstand, dresser, open shelf, stool, lamp, television, stove or plant is none of the 20.
+Where we were unsure: a bar stool with a back is a chair, an office table a desk, a unit with doors no bookshelf.
 """
 
 import re
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
-CHOICE = {  # class and place -> the models taken: file names, with the library where two have one
-    "chair floor": """cafe-chair mid-century-chair bar-stool dining-chair office-chair blendswap-cc-0/armchair oakChair
-        plasticChair sillaBlanca blendswap-cc-0/armchair2 blendswap-cc-0/chair modernArmchair antiqueChair
-        blendswap-cc-0/chairWithCushion chair2 blendswap-cc-0/foldingChair osakaChair winchesterArmchair designChair
-        thonet cafe_set_mota_chair cafe_set_tonon_chair blendswap-cc-by/chairWithCushion childChair ella_chair_f
-        leaf_chair blendswap-cc-by/armchair1 fotel classSeat blendswap-cc-by/foldingChair plaidChair armChair2
-        kitchenChair blendswap-cc-by/chair3 blendswap-cc-by/chair4 silla_teca armchair3 scopia/armchair
-        scopia/armchair1 scopia/chair3 scopia/chair4 scopia/chair office_chair tubular_chair scopia/armchair2 bar_chair
-        kids_desk_chair modern_armchair plastic_chair white_kitchen_chair baby_high_chair children_chair rattanArmchair
-        ryokanChair chair-ottoman""",
-    "sofa floor": """futon-couch mid-century-bench-sofa mid-century-sofa L_shaped_sofa sofa couch couch2
-        blendswap-cc-0/sofa2 winchesterSofa cornerSofa blendswap-cc-by/sofa2 sofa3 couch3 clear_sofa simple_sofa
-        beige_sofa_2seats beige_sofa burlap_sofa leather_sofa sofa_white_beige convertible-sofa-BZ-closed
-        rattanSofa""",
-    "table floor": """cafe-table folding-table glass-dining-table oakTable tableWithTablecloth technicalTable1
-        technicalTable2 blendswap-cc-0/table cafe_set_mota_table cafe_set_tonon_table coffeeTable blendswap-cc-by/table
-        ext_table black_table saloon_table coffee_table table3 table4 wooden_table_office metal_glass_table
-        glass_table_office desk_table living_room_table table_wood_and_iron wooden_office_alder_table bar_table
-        wooden_office_pear_table_rect wooden_office_pear_table wooden_office_teak_table white_kitchen_table
-        coffee-table2 table-on-trestles table-with-leaning-feet round-table children_table rattanTable dressing-table
-        """,
-    "desk floor": "custom-desk desk lbDesk biurko3 simpleDesk officeTable kids_desk_table kids_wooden_desk",
-    "cabinet floor": """filing-cabinet cupboard televisionCabinet drawersCabinet highCabinet lowerCabinet
-        lowerCornerCabinet kitchenDrawersCabinet kitchenLowerCabinet kitchenSmallLowerCabinet modernVanity box_room
-        office_box lockedLocker""",
-    "cabinet wall": """glassDoorCabinet smallUpperCabinet upperCabinet upperCornerCabinet kitchenSmallUpperCabinet
-        kitchenUpperCabinet kitchenGlassDoorCabinet""",
-    "bed floor": """blendswap-cc-0/bed1 bed2 bedWithTexture bed3 juniorBed lettoCloud scopia/bed1 iron_bed children_bed
-        hospital-bed captains-bed mezzanine-bed day_bed_frame convertible-sofa-BZ-opened air-mattress""",
-    "bookshelf floor": """full-bookcase blendswap-cc-0/bookcase verticalShelves blendswap-cc-by/bookcase dining_room
-        office_furniture1 kids_shelves utility-shelving shelves""",
-    "counter floor": "islandExtension kitchenIsland",
-    "refrigerator floor": "fridge refrigerator largeFridge chest-freezer",
-    "toilet floor": "toiletsUnit toilets_unit_jay_hardy modernToilet",
-    "toilet wall": "urinal small-urinal",
-    "sink floor": "washbasin washbasin_jay_hardy",
-    "sink wall": "bathroom3 bathroom4 small_lavatory",
-    "bathtub floor": "bath_jay_hardy corner_bathtub islandBath",
-    "shower curtain wall": "showerCurtain",
-    "curtain wall": "curtain",
-    "picture wall": "frame1 frame2",
-    "door wall": """screen-door exterior-door-01 exterior-door-02 exterior-door-03 exterior-door-05 exterior-door-07
-        showerDoor puerta elevator-door glass_door glassDoor2 door double_door_2 double_door_with_little_part
-        double_door""",
-    "window wall": """window-01 window-08 window-08-02 turn-window window_2x1_medium_with_large_pane
-        window_2x1_with_sliders window_2x3_arched window_2x3_regular window_2x3 window_2x4_arched window_2x4 window_2x6
-        window_3x1 window_4x1 window_4x3_arched window_4x3 window_4x5""",
-    "otherfurniture floor": """residential-trashcan bullet-trash-can recycling-bin dustbin bathroomRadiator radiator
-        radiator1 radiator2 radiator3 modernRadiator pianoAQueue piano pianoBench poolTable table_football table_tennis
-        wardrobeWithSlidingDoors wardrobe wardrobe1 wardrobe2 tvStand puff katorlegaz/bench blendswap-cc-0/bench chest
-        crib babyRockingBed bunkBed washing_machine clothes_washing_machine dryer_machine water_cooler clothes-rack
-        clothes-horse step-ladder-metal step-ladder-wood workbench treadmill crate doll-house changing-table
-        """,
-    "otherfurniture wall": "radiatorAndTowels",
-    " floor": """bedsideTable bedsideTable2 dresserWithDrawers silla2 stool stool2 green_stool kitchen_stool
-        decorativePlant plant mediumIndoorPlant yuccaPlant maceta ficus suitcase backpack cardboard-box
-        open-cardboard-box doubleOven oven stove propane-stove clothes-basket punching-ball fireExtinguisher
-        living_lamp umbrellaFolded whiteBoard electricGuitar teddyBear bathmat round-carpet""",
-    " wall": """window-blinds wall-flat-tv bathroom-tissue towel-rack wall-lamp-artwork cuckooClock rangeHood
-        internal-unity-air-conditioning intercom dart_game wallLight towel3""",
-    " top": """apple-ibook-2001 apple-imac-1998 apple_pc laptop led_tv tv microwave small-oven kitchenaid toaster
-        coffee-maker coffee-mug bowl wine_bottle desklamp desk_lamp1 desk_lamp2 little_lamp1 little_lamp2 table_lamp
-        lamp pedestal-vase-lamp phone inkjet_and_scanner_printer book vase1 vase2 vase3 jar orchids tulips littlePlant
-        cactus apples teapot knifeStandSwap speaker2 speaker3 mini_stereo radio folded_clothes handbag briefcase
-        aquarium bonsai-tree bowlWithFruits sneakers bandeja dvd breadBox""",
-}
-TURN = {}  # model -> degrees counter-clockwise from above that bring its front to -y
-ELEVATION = {}  # model -> metres, where the catalogue has none or another
-LABELS = {f"{library}.sh3f": licence for library, licence in (
-    ("BlendSwap-CC-0", "CC0"), ("BlendSwap-CC-BY", "CC-BY 3.0"), ("KatorLegaz", "CC-BY 3.0 US"),
-    ("Scopia", "CC-BY 3.0"))}
-MOST = 1500  # triangles of a model; of clutter a third
+LICENCES = {"BlendSwap-CC-0": "CC0 1.0", "BlendSwap-CC-BY": "CC-BY 3.0", "KatorLegaz": "CC-BY 3.0 US",
+            "Scopia": "CC-BY 3.0"}  # of each library
+MOST = 1500  # triangles of a model; half of it without a class
+FLAT = 0.1  # metres, depth of windows and doors: theirs is that of the wall they are made for
+COLORS = {"white": (226, 226, 222), "cream": (214, 202, 178), "wood": (158, 112, 70), "steel": (166, 168, 172),
+          "dark": (42, 42, 46), "brass": (170, 140, 70), "bright": (232, 240, 248)}
+RANDOM = ("window", "curtain", "shower curtain", "picture", "refrigerator", "toilet", "bathtub", "counter", "door", "sink",
+          "bookshelf")  # classes with few real models, or with models that are much alike
+CUBE = np.array([(0, 1, 3), (0, 3, 2), (4, 6, 7), (4, 7, 5), (0, 4, 5), (0, 5, 1), (2, 3, 7), (2, 7, 6), (0, 2, 6),
+                 (0, 6, 4), (1, 5, 7), (1, 7, 3)])  # triangles of the corners x y z, z changes first
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A piece of furniture. V vertices, F triangles.
+    """A piece of furniture of V vertices and F triangles, which may face either way.
 
-    name: str, unique.  label: one of scenes.folder.CLASS_NAMES, or "" for what annotators of ScanNet leave unlabelled.
+    name: str.  label: one of scenes.folder.CLASS_NAMES, or "" for what annotators of ScanNet leave out of the 20.
     place: "floor", "wall" (hangs or is mounted on a wall, its back to it) or "top" (stands on furniture).
     elevation: metres of its lowest point above what it stands on, 0 on floor and top.
     vertices: (V, 3) f32 m, x to the right, y to the back, z up; the footprint is centred at x = y = 0, the lowest point
@@ -116,144 +55,306 @@ class Model:
 
 def _model(name, label, place, elevation, vertices, faces, color):
     low, high = vertices.min(0), vertices.max(0)
-    vertices = vertices - [*(low + high)[:2] / 2, low[2]]
-    return Model(str(name), str(label), str(place), float(elevation), vertices.astype(np.float32),
-                 faces.astype(np.int32), color.astype(np.uint8))
+    return Model(str(name), str(label), str(place), float(elevation), faces=np.int32(faces), color=np.uint8(color),
+                 vertices=np.float32(vertices - [*(low + high)[:2] / 2, low[2]]))
 
 
 def load():
-    """All models of furniture.npz beside this file: tuple of Model, the names unique."""
+    """All models of furniture.npz beside this file: tuple of Model, each name once."""
     with np.load(HERE / "furniture.npz") as pack:
         data = dict(pack)
     parts = [np.split(data[key], np.cumsum(data[count])[:-1]) for key, count in (
         ("vertices", "points"), ("faces", "triangles"), ("color", "triangles"))]
     return tuple(_model(*row[:4], row[4] / 1000, *row[5:]) for row in zip(
-        data["name"], data["label"], data["place"], data["elevation"], *parts))
+        *(data[key] for key in ("name", "label", "place", "elevation")), *parts))
+
+
+def hidden(model, share=0.2):
+    """Whether a model is one of those held out, about this share of the pack: the same on every machine."""
+    return zlib.crc32(model.name.encode()) % 1000 < 1000 * share
 
 
 def box(low, high):
-    """The triangles of a box: vertices (8, 3), faces (12, 3)."""
-    corner = np.array([(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-    faces = np.array([(0, 1, 3), (0, 3, 2), (4, 6, 7), (4, 7, 5), (0, 4, 5), (0, 5, 1), (2, 3, 7), (2, 7, 6),
-                      (0, 2, 6), (0, 6, 4), (1, 5, 7), (1, 7, 3)])
-    return np.array(low) + corner * (np.array(high) - low), faces
+    """The corners (8, 3) and triangles (12, 3) of a box between two corners (3,)."""
+    return np.stack(np.meshgrid(*zip(low, high), indexing="ij"), -1).reshape(8, 3), CUBE
+
+
+class Shape:
+    """A random model of a class, put together of parts (vertices, faces, color); rng: numpy Generator. A method named as
+    a class makes it, its back at y = 0, the front towards -y, and returns place and elevation."""
+
+    def __init__(self, rng):
+        self.rng, self.u, self.parts = rng, rng.uniform, []
+
+    def pick(self, *options):
+        return options[self.rng.integers(len(options))]
+
+    def paint(self, kinds):
+        """A colour (3,) in 0..255 of one of these kinds, str of COLORS or any."""
+        kind = self.pick(*kinds.split())
+        base = COLORS.get(kind, self.u(40, 220) + self.rng.normal(0, self.u(0, 70), 3))
+        base = np.array(base) * (self.u(0.4, 1.3) if kind == "wood" else 1)
+        return np.clip(base + self.rng.normal(0, 10) + self.rng.normal(0, 3, 3), 0, 255)
+
+    def box(self, color, *sides):
+        """A box; sides: (low, high) along x, y, z."""
+        self.parts.append((*box(*zip(*sides)), color))
+
+    def cells(self, color, xs, y, zs, gap, knob=None):
+        """Boxes in front of y between the edges xs and zs: doors, drawers, panels; knob: colour of their handles."""
+        for i, (a, b) in enumerate(zip(xs, xs[1:])):
+            for c, d in zip(zs, zs[1:]):
+                self.box(color, (a + gap, b - gap), (y - 0.02, y), (c + gap, d - gap))
+                upright = (a + 0.03, a + 0.06) if i else (b - 0.06, b - 0.03), (c + 0.3 * (d - c), d - 0.3 * (d - c))
+                x, z = upright if b - a < d - c else ((a + 0.4 * (b - a), b - 0.4 * (b - a)), (d - 0.07, d - 0.05))
+                if knob is not None:
+                    self.box(knob, x, (y - 0.05, y - 0.02), z)
+
+    def grid(self, points, color):
+        """A surface through points (R, C, 3); color (3,), or one of each cell ((R - 1) (C - 1), 3)."""
+        corner = np.arange(points[..., 0].size).reshape(points.shape[:2])
+        a, b, c, d = (of.ravel() for of in (corner[:-1, :-1], corner[:-1, 1:], corner[1:, :-1], corner[1:, 1:]))
+        faces = np.concatenate([np.stack([a, b, c], 1), np.stack([b, d, c], 1)])
+        self.parts.append((points.reshape(-1, 3), faces, np.tile(color, (2, 1)) if np.ndim(color) == 2 else color))
+
+    def lathe(self, color, y, *rings):
+        """A surface through rings around x = 0 and y: (radius in x, in y, height, power: 2 an ellipse, more a box)."""
+        wave = np.stack([np.cos(turn := np.linspace(0, 2 * np.pi, 29) + np.pi / 28), np.sin(turn)], 1)
+        self.grid(np.stack([np.column_stack([np.sign(wave) * abs(wave) ** (2 / power) * (rx, ry) + (0, y), 0 * turn + z])
+                            for rx, ry, z, power in rings]), color)
+
+    def tap(self, x, z):
+        color, h = self.paint("steel steel brass dark"), z + self.u(0.08, 0.25)
+        self.box(color, (x - 0.015, x + 0.015), (-0.06, -0.03), (z, h))
+        self.box(color, (x - 0.012, x + 0.012), (-self.u(0.14, 0.2), -0.06), (h - 0.025, h))
+
+    def window(self):
+        low, y, edge = self.pick(0.1, *self.u(0.6, 1.2, 4)), (-self.u(0.04, FLAT), 0), self.u(0.03, 0.08)
+        w, h = self.u(0.5, 2.4), min(self.u(0.6, 1.6) + (low == 0.1), 2.3 - low)
+        color, level, bars = self.paint("white white white wood dark steel"), self.u(0, h), self.pick((1, 1), self.u(1, 4, 2))
+        for z in ((0, level), (level, h)):  # the sky, something in front of it, the night
+            self.box(self.paint("bright bright bright any dark"), (0, w), (y[0] * 0.6, y[0] * 0.5), z)
+        wings = np.linspace(0, w, self.rng.integers(2, 4 + (w > 1.4)))
+        posts, rails = np.linspace(0, w, (len(wings) - 1) * int(bars[0]) + 1), np.linspace(0, h, int(bars[1]) + 1)
+        for at in {*wings, *posts}:
+            thick = edge if at in wings else edge / 3
+            self.box(color, np.clip((at - thick, at + thick), 0, w), y, (0, h))
+        for at in rails:
+            thick = edge if at in (0, h) else edge / 3
+            self.box(color, (0, w), y, np.clip((at - thick, at + thick), 0, h))
+        if self.u() < 0.6:
+            self.box(self.paint("white cream wood"), (-0.04, w + 0.04), (-self.u(0.1, 0.25), 0), (-0.03, 0))
+        return "wall", low
+
+    def curtain(self, shower=False):
+        half, w = not shower and self.u() < 0.3, self.u(0.7, 1.7 if shower else 2.4)
+        h, aside = self.u(0.9, 1.5) if half else self.u(*((1.6, 1.95) if shower else (2.0, 2.3))), self.u(0.25, 0.6) * w
+        kinds, each, pattern = "white white any cream" if shower else "any any white cream dark", self.u(7, 14), self.u()
+        self.box(self.paint("steel wood dark white"), (-0.08, w + 0.08), (-0.07, -0.05), (h, h + 0.02))
+        colors, wings = np.stack([self.paint(kinds), self.paint(kinds)]), [[(0, w)], [(0, aside)]]
+        for left, right in self.pick(*wings, *[[(0, aside / 2), (w - aside / 2, w)]] * (not shower)):
+            folds = max(3, int((right - left) * each))
+            at, down = np.meshgrid(np.linspace(0, 1, min(80, folds * 6)), np.linspace(0, 1, 7))
+            bend = np.cumsum(self.u(0.6, 1.4, at.shape[1]))  # folds of uneven width, deeper at the hem
+            fold = np.sin(2 * np.pi * folds * bend / bend[-1] + self.u(-1, 1) * down)
+            points = left + at * (right - left), self.u(0.02, 0.05) * (0.5 + down / 2) * fold - 0.06, h - h * down
+            row, column = np.indices((6, at.shape[1] - 1)).reshape(2, -1)
+            marked = (column // 3 % 2, row % 2, self.u(size=row.shape) < 0.15, 0 * row, 0 * row)[int(pattern * 5)]
+            self.grid(np.stack(points, -1), colors[marked.astype(int)])
+        return "wall", self.u(0.05, 0.25) if shower else 2.33 - h if half else self.u(0.01, 0.08)
+
+    def shower_curtain(self):
+        return self.curtain(shower=True)
+
+    def picture(self):
+        w, edge, front = np.exp(self.u(*np.log((0.2, 1.5)))), self.u(0.01, 0.06), -self.u(0.015, 0.04)
+        h, shape = np.clip(w * self.u(0.6, 1.6), 0.2, 1.2), self.rng.integers(2, 9, 2)
+        self.box(self.paint("wood dark white brass any"), (0, w), (front, 0), (0, h))
+        self.box(self.paint("white cream"), (edge, w - edge), (front - 0.002, 0), (edge, h - edge))
+        inset = edge + self.pick(0, self.u(0.1, 0.2)) * min(w, h)
+        x, z = np.meshgrid(np.linspace(inset, w - inset, shape[1]), np.linspace(inset, h - inset, shape[0]))
+        colors = np.stack([self.paint("any any white cream dark") for _ in range(self.rng.integers(2, 6))])
+        self.grid(np.stack([x, 0 * x + front - 0.004, z], -1), self.rng.choice(colors, np.prod(shape - 1)))
+        return "wall", self.u(1.4, 1.7) - h / 2
+
+    def refrigerator(self):
+        w, d, h = self.u(0.55, 0.95), self.u(0.6, 0.8), self.pick(self.u(0.8, 1.0), *self.u(1.4, 2.0, 4))
+        color, split = self.paint("white white steel steel dark any"), self.pick((), (self.u(0.3, 0.45),), (self.u(0.6, 0.75),))
+        self.box(self.pick(color, self.paint("dark steel")), (0, w), (-d, 0), (0, h))
+        doors = np.linspace(0, w, 2 + (w > 0.78)), -d, h * np.array((0.03, *split, 1))
+        self.cells(color, *doors, 0.005, self.paint("steel dark white"))
+        if w > 0.78 and self.u() < 0.5:
+            self.box(self.paint("dark"), (0.1 * w, 0.35 * w), (-d - 0.023, -d), (h * 0.5, h * 0.65))
+        return "floor", 0
+
+    def toilet(self):
+        rx, ry, h, hung, power = self.u(0.17, 0.2), self.u(0.22, 0.28), self.u(0.37, 0.44), self.u() < 0.3, self.u(2, 3)
+        color, foot, low, y, lid = self.paint("white white white cream"), self.u(0.5, 0.75), 0.1 * hung, -0.2 - ry, self.u()
+        seat, tank, deep = self.pick(color, color, self.paint("wood dark white")), self.u(0.17, 0.24), self.u(0.15, 0.19)
+        self.lathe(color, y, *((k * rx, k * ry, z, p) for k, z, p in (
+            (0, low, 2), (foot, low, 2), (foot * 0.9, (low + h) / 2, 2), (1, h - 0.05, power), (1, h, power),
+            (0.75, h, power), (0.5, h - 0.15, 2), (0, h - 0.2, 2))))
+        self.lathe(seat, y, *((k * rx, k * ry, h + z, power) for k, z in (
+            (1, 0), (1, 0.03), *(((0, 0.04),) if lid < 0.5 else ((0.7, 0.03), (0.7, 0))))))  # closed, or a ring
+        self.box(color, (-foot * rx, foot * rx), (y, 0), (low, h - 0.06))
+        if lid > 0.75:
+            self.box(seat, (-rx, rx), (-deep - 0.03, -deep - 0.01), (h + 0.02, h + 1.6 * ry))
+        if not hung:
+            self.box(color, (-tank, tank), (-deep, 0), (h - 0.02, h + self.u(0.28, 0.4)))
+        return "wall" if hung else "floor", low
+
+    def bathtub(self):
+        w, d, h, p, rim = self.u(0.7, 0.92), self.u(0.33, 0.42), self.u(0.45, 0.62), self.pick(2.5, 30, 30), self.u(0.04, 0.09)
+        color, foot, inner = self.paint("white white white cream steel"), 1 if p > 9 else 0.75, min(p, self.u(3, 8))
+        self.lathe(self.pick(color, color, self.paint("any")), -d, (foot * w, foot * d, 0, p), (w, d, h - 0.04, p), (w, d, h, p))
+        self.lathe(color, -d, (w, d, h, p), (w - rim, d - rim, h, inner), (0.85 * w, 0.75 * d, h * 0.5, inner),
+                   (0.75 * w, 0.6 * d, 0.1, inner), (0, 0, 0.09, 2))
+        self.tap(self.pick(-0.7, 0, 0.7) * w, h)
+        return "floor", 0
+
+    def counter(self):
+        w, d, h, plinth = self.u(1.0, 3.0), self.u(0.5, 0.65), self.u(0.82, 1.0), self.paint("dark")
+        top, color, thick = self.paint("wood dark cream steel white"), self.paint("white wood any cream"), self.u(0.03, 0.06)
+        corner, leg = self.pick(0, w - d), -d - self.u(0.5, 1.2)
+        for x, (front, back) in (((0, w), (-d, 0)), ((corner, corner + d), (leg, -d)))[: 1 + (self.u() < 0.3)]:  # or an L
+            self.box(top, (x[0] - 0.01, x[1] + 0.01), (front - 0.03, back), (h, h + thick))
+            self.box(color, x, (front, back), (0.1, h))
+            self.box(plinth, x, (front + 0.05, back), (0, 0.1))
+        doors = np.linspace(0, w, 1 + max(1, round(w / self.u(0.4, 0.6)))), -d, np.linspace(0.1, h, self.pick(2, 2, 4))
+        self.cells(color * 0.97, *doors, 0.006, self.paint("steel dark brass"))
+        if self.u() < 0.4:
+            self.box(top, (0, w), (-0.02, 0), (h, h + self.u(0.1, 0.5)))
+        return "floor", 0
+
+    def door(self):
+        w, h, edge, y = self.u(0.7, 1.0), self.u(1.95, 2.15), self.u(0.04, 0.09), -self.u(0.02, FLAT - 0.05)
+        color, knob = self.paint("white white cream wood wood any steel"), self.paint("steel brass dark")
+        pane, count = self.pick(color * 0.9, color * 0.8, self.paint("bright steel dark")), self.rng.integers((2, 1), (4, 5))
+        self.box(self.pick(color, self.paint("white wood dark")), (0, w), (y, 0), (0, h))
+        self.box(color, (edge, w - edge), (y - 0.01, 0), (0, h - edge))
+        self.cells(pane, np.linspace(edge, w - edge, count[0]), y, np.linspace(0.05, h - edge, count[1]), 0.08)
+        x = self.pick(edge + 0.02, w - edge - 0.14)
+        self.box(knob, (x, x + 0.12), (y - 0.06, y - 0.04), (1.0, 1.025))
+        self.box(knob, (x + 0.045, x + 0.075), (y - 0.05, y), (0.95, 1.06))
+        return "wall", 0
+
+    def sink(self):
+        w, d, deep, p = self.u(0.19, 0.32), self.u(0.17, 0.25), self.u(0.1, 0.18), self.pick(2, 3, 12)
+        place = self.pick("floor", "wall", "top")
+        h, color = deep if place == "top" else self.u(0.8, 0.9), self.paint("white white cream" + " steel" * (place == "top"))
+        self.lathe(color, -d, (0.5 * w, 0.5 * d, h - deep, 2), (w, d, h - deep * 0.3, p), (w, d, h, p),
+                   (w - 0.03, d - 0.03, h, p), (0.6 * w, 0.55 * d, h - deep * 0.75, p), (0, 0, h - deep * 0.8, 2))
+        if place == "floor":
+            self.lathe(color, -d, (0.1, 0.1, 0, 2), (0.07, 0.07, 0.2, 2), (0.09, 0.09, h - deep, 2))
+        self.tap(0, h)
+        return place, h - deep if place == "wall" else 0
+
+    def bookshelf(self):
+        w, d, h, full = self.u(0.5, 1.2), self.u(0.25, 0.4), self.u(0.9, 2.2), self.u(0.3, 1)
+        color, levels = self.paint("wood wood white dark any"), np.linspace(0.05, h - 0.02, round(h / self.u(0.28, 0.4)) + 1)
+        for x, y in (((0, 0.02), -d), ((w - 0.02, w), -d), ((0, w), -0.01)):
+            self.box(color, x, (y, 0), (0, h))
+        for z in levels:
+            self.box(color, (0, w), (-d, 0), (z, z + 0.02))
+        for z in levels[:-1]:
+            ends = np.cumsum(self.u(0.02, 0.1, 40))
+            for a, b in zip(ends, ends[1:][ends[1:] < w - 0.03]):
+                if self.u() < full and len(self.parts) < 120:
+                    tall = self.u(0.55, 0.95) * (levels[1] - levels[0])
+                    self.box(self.paint("any any white dark"), (a, b), (-d * self.u(0.7, 0.95), -0.02), (z, z + tall))
+        return "floor", 0
 
 
 def parametric(label, rng):
-    """A random model; rng: numpy Generator. A first version: boxes."""
-    size, place, elevation = {
-        "window": ((1.2, 0.08, 1.2), "wall", 0.9), "curtain": ((1.2, 0.1, 2.2), "wall", 0.05),
-        "shower curtain": ((1.2, 0.1, 1.8), "wall", 0.2), "picture": ((0.6, 0.03, 0.5), "wall", 1.4),
-        "refrigerator": ((0.7, 0.7, 1.8), "floor", 0), "toilet": ((0.4, 0.7, 0.8), "floor", 0),
-        "bathtub": ((1.7, 0.75, 0.6), "floor", 0), "counter": ((2.0, 0.6, 0.9), "floor", 0),
-        "door": ((0.9, 0.06, 2.05), "wall", 0), "sink": ((0.6, 0.5, 0.85), "floor", 0)}[label]
-    vertices, faces = box((0, 0, 0), np.array(size) * rng.uniform(0.8, 1.2, 3))
-    return _model(label, label, place, elevation, vertices, faces, np.tile(rng.integers(60, 250, 3), (len(faces), 1)))
+    """A random model of a class of RANDOM, whose name is the class; rng: numpy Generator. Raises KeyError: another."""
+    if label not in RANDOM:
+        raise KeyError(f"no random {label!r}; choose from {RANDOM}")
+    shape = Shape(rng)
+    place, elevation = getattr(shape, label.replace(" ", "_"))()
+    vertices, faces, color = zip(*shape.parts)
+    first = np.cumsum([0, *map(len, vertices)])
+    return _model(label, label, place, elevation, np.concatenate(vertices),
+                  np.concatenate([rows + start for rows, start in zip(faces, first)]),
+                  np.concatenate([np.broadcast_to(one, rows.shape) for one, rows in zip(color, faces)]))
 
 
-def catalogue(folder):
-    """Of each library: path of the .sh3f, list of the properties of its models, dict."""
-    for path in sorted(Path(folder).rglob("*.sh3f")):
-        if path.name in LABELS:
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read("PluginFurnitureCatalog.properties").decode("latin-1")
-            items = {}
-            for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", text, re.MULTILINE):
-                items.setdefault(number, {})[field] = value.strip()
-            yield path, [*items.values()]
+def welded(vertices, faces, cell):
+    """The vertices of one cell become their mean, triangles without three corners go, and of the same all but one."""
+    same = np.unique(np.round(vertices / cell), axis=0, return_inverse=True)[1].reshape(-1)
+    faces = same[faces][(same[faces] != np.roll(same[faces], 1, axis=1)).all(1)]
+    vertices = np.stack([np.bincount(same, axis) for axis in vertices.T], 1) / np.bincount(same)[:, None]
+    return vertices, faces[np.unique(np.sort(faces, axis=1), axis=0, return_index=True)[1]]
 
 
-def simplify(vertices, faces, most):
-    """Fewer triangles: vertices of one place become one, then edges collapse, then cells of a growing grid do."""
+def convert(path, item, most):
+    """The .obj of an item of a catalogue in at most so many triangles: vertices (V, 3) m, faces, color (F, 3)."""
     import fast_simplification
-
-    vertices, same = np.unique(np.round(vertices, 4), axis=0, return_inverse=True)
-    faces = whole(same.reshape(-1)[faces])
-    if len(faces) > most:
-        vertices, faces = fast_simplification.simplify(vertices.astype(np.float32), faces, target_count=most)
-        faces = whole(faces)
-    cell = 0.005
-    while len(faces) > most:
-        _, first, same = np.unique(np.round(vertices / cell), axis=0, return_index=True, return_inverse=True)
-        vertices, faces, cell = vertices[first], whole(same.reshape(-1)[faces]), cell * 1.2
-    return vertices, faces
-
-
-def whole(faces):
-    """The triangles with three corners, each once."""
-    faces = faces[(faces != np.roll(faces, 1, axis=1)).all(1)]
-    return faces[np.unique(np.sort(faces, axis=1), axis=0, return_index=True)[1]]
-
-
-def convert(item, folder, most):
-    """The model of a catalogue's item: vertices (V, 3) m, faces (F, 3), color (F, 3)."""
     import trimesh
     from scipy.spatial import cKDTree
 
-    scene = trimesh.load_scene(folder / item["model"].lstrip("/"), process=False)
-    parts = [part for part in scene.dump() if len(part.faces)]
+    def area(vertices, faces):
+        return trimesh.triangles.area(vertices[faces]).sum()
+
+    parts = [part for part in trimesh.load_scene(path, process=False).dump() if len(part.faces)]
     turn = np.array(item.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float).reshape(3, 3)
-    turn = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]]) @ turn  # its y is up, its z to the front
-    corners = [part.vertices @ turn.T for part in parts]
-    low, high = (of(np.concatenate(corners), axis=0) for of in (np.min, np.max))
-    size = np.array([float(item[key]) for key in ("width", "depth", "height")]) / 100
-    corners = [(corner - low) / np.maximum(high - low, 1e-6) * size for corner in corners]
-    share = np.array([len(part.faces) for part in parts], float)
-    limit = 4.0
-    while np.minimum(share, limit).sum() < min(most, share.sum()) * 0.98:
-        limit *= 1.1
-    vertices, faces, color, total = [], [], [], 0
-    for part, corner, budget in zip(parts, corners, np.minimum(share, limit)):
-        points, triangles = simplify(corner, part.faces, int(budget))
+    places = [(part.vertices @ turn.T)[:, [0, 2, 1]] * [1, -1, 1] for part in parts]  # there y is up, z to the front
+    low, high = (of(np.concatenate(places), axis=0) for of in (np.min, np.max))
+    scale = [float(item[key]) for key in ("width", "depth", "height")] / np.maximum(high - low, 1e-6) / 100
+    places = [(vertices - low) * scale for vertices in places]
+    counts = budgets = np.array([len(part.faces) for part in parts])
+    sizes = [area(vertices, part.faces) ** 0.5 + 1e-3 for vertices, part in zip(places, parts)]
+    for share in np.geomspace(1e6, 1, 2000):  # small parts keep all, the others share by size
+        budgets = budgets if budgets.sum() <= most else np.floor(np.minimum(counts, share * np.array(sizes)))
+    mesh, total = [], 0
+    for part, place, budget in zip(parts, places, budgets):
+        points, triangles = vertices, faces = welded(place, part.faces, 1e-4)
+        if len(faces) > budget:
+            points, triangles = welded(*fast_simplification.simplify(np.float32(vertices), faces, target_count=budget), 1e-5)
+            if area(points, triangles) < 0.7 * area(vertices, faces):  # that eats leaves
+                points, triangles = vertices, faces
+        for cell in np.geomspace(0.004, 4, 80):
+            points, triangles = (points, triangles) if len(triangles) <= budget else welded(vertices, faces, cell)
         material, uv = getattr(part.visual, "material", None), getattr(part.visual, "uv", None)
-        image = getattr(material, "image", None)
-        if image is not None and uv is not None and len(uv):
-            weights = np.random.default_rng(0).dirichlet(np.ones(3), 16)
-            at = np.nan_to_num(np.einsum("sc,fck->fsk", weights, uv[part.faces])) % 1
-            pixels = np.asarray(image.convert("RGB"))
-            across, down = at[..., 0], 1 - at[..., 1]
-            seen = pixels[(down * (pixels.shape[0] - 1)).astype(int), (across * (pixels.shape[1] - 1)).astype(int)]
-            places = np.einsum("sc,fck->fsk", weights, corner[part.faces]).reshape(-1, 3)
-            near = cKDTree(places).query(points[triangles].mean(1), k=16)[1]
-            paint = seen.reshape(-1, 3)[near].mean(1) if len(triangles) else np.zeros((0, 3))
-        else:
-            paint = np.tile(np.asarray(getattr(material, "diffuse", [128] * 4))[:3], (len(triangles), 1))
-        vertices.append(points)
-        faces.append(triangles + total)
-        color.append(paint)
+        color = np.tile(np.asarray(getattr(material, "diffuse", [128] * 3))[:3], (len(triangles), 1))
+        if getattr(material, "image", None) is not None and uv is not None and len(triangles):  # the mean of what is near
+            pixels, mix = np.asarray(material.image.convert("RGB")), np.random.default_rng(0).dirichlet((1, 1, 1), 16)
+            u, v = np.nan_to_num(mix @ uv[part.faces]).reshape(-1, 2).T % 1
+            near = cKDTree((mix @ place[part.faces]).reshape(-1, 3)).query(points[triangles].mean(1), k=16)[1]
+            color = pixels[np.int64((1 - v) * (len(pixels) - 1)), np.int64(u * (pixels.shape[1] - 1))][near].mean(1)
+        mesh.append((points, triangles + total, color))
         total += len(points)
-    vertices, faces, color = map(np.concatenate, (vertices, faces, color))
+    vertices, faces, color = map(np.concatenate, zip(*mesh))
     used, faces = np.unique(faces, return_inverse=True)
-    return vertices[used], faces.reshape(-1, 3), color
+    return vertices[used] - vertices[used].min(0), faces.reshape(-1, 3), color
 
 
 def make(folder):
-    """Write furniture.npz and FURNITURE.md from the folder of the extracted package."""
-    wanted = {name: key.rpartition(" ")[::2] for key, names in CHOICE.items() for name in names.split()}
-    rows, lines = [], []
-    for path, items in catalogue(folder):
-        with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(path) as archive:
+    """Write furniture.npz, and authors and licences into FURNITURE.md, from the folder of the extracted package."""
+    text, models = (HERE / "FURNITURE.md").read_text(), []
+    for library in sorted(path for path in Path(folder).rglob("*.sh3f") if path.stem in LICENCES):
+        with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(library) as archive:
             archive.extractall(place)
-            for item in items:
-                library, stem = item["model"].split("/")[1], Path(item["model"]).stem
-                name = next((name for name in (stem, f"{library}/{stem}") if name in wanted), None)
-                if name is None:
-                    continue
-                label, where = wanted.pop(name)
-                vertices, faces, color = convert(item, Path(place), MOST if label else MOST // 3)
-                rows.append((name, label, where, float(item.get("elevation", 0)) / 100, vertices, faces, color))
-                lines.append(f"| {name} | {label or '-'} | {path.stem} | {item.get('creator')} | {LABELS[path.name]} |")
-    assert not wanted, f"not in the catalogues: {[*wanted]}"
-    columns = dict(zip(("name", "label", "place", "elevation", "vertices", "faces", "color"), zip(*rows)))
+            items, catalogue = {}, Path(place, "PluginFurnitureCatalog.properties").read_text("latin-1")
+            for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", catalogue, re.MULTILINE):
+                items.setdefault(number, {})[field] = value.strip()
+            for item in items.values():
+                path = Path(place, item["model"][1:])
+                name = f"{path.parts[-3]}/{path.stem}"
+                row = re.search(rf"^\| {re.escape(name)} \| (.+?) \| (\w+) \| ([\d.]+) \|.*$", text, re.MULTILINE)
+                if row:
+                    own = "".join(file.read_text(errors="ignore") for file in path.parent.glob("*LICENSE*"))
+                    licence = "CC-BY 3.0" if "Attribution 3.0" in own else LICENCES[library.stem]  # not CC0 as the rest
+                    text = text.replace(row[0], f"| {name} | {' | '.join(row.groups())} | {item['creator']} | {licence} |")
+                    vertices, faces, color = convert(path, item, MOST // (1 + (row[1] == "-")))
+                    if row[1] in ("window", "door"):
+                        vertices[:, 1] *= min(1, FLAT / vertices[:, 1].max())
+                    models.append((name, row[1].strip("-"), row[2], float(row[3]), vertices, faces, color))
+    (HERE / "FURNITURE.md").write_text(text)
+    name, label, where, elevation, vertices, faces, color = zip(*models)
     np.savez_compressed(
-        HERE / "furniture.npz", **{key: np.array(columns[key]) for key in ("name", "label", "place")},
-        elevation=np.float32(columns["elevation"]), points=[*map(len, columns["vertices"])],
-        triangles=[*map(len, columns["faces"])],
-        vertices=np.round(np.concatenate([v - v.min(0) for v in columns["vertices"]]) * 1000).astype(np.uint16),
-        faces=np.concatenate(columns["faces"]).astype(np.uint16), color=np.concatenate(columns["color"]).astype("u1"))
-    (HERE / "FURNITURE.md").write_text("\n".join([
-        "# The furniture of furniture.npz", "", "| model | class | library | author | licence |",
-        "|---|---|---|---|---|", *lines, ""]))
+        HERE / "furniture.npz", name=name, label=label, place=where, elevation=elevation, points=[*map(len, vertices)],
+        triangles=[*map(len, faces)], vertices=np.uint16(np.round(np.concatenate(vertices) * 1000)),
+        faces=np.uint16(np.concatenate(faces)), color=np.uint8(np.concatenate(color)))
 
 
 if __name__ == "__main__":
