@@ -69,20 +69,20 @@ LAYOUTS = {
 }
 KINDS, WET, FLOORS = list(LAYOUTS), ("bathroom", "washroom"), ("plain", "carpet", "tiles", "boards", "boards")
 WHITE = ("refrigerator", "toilet", "bathtub", "sink")       # seldom painted in another colour
-# class -> share of its pieces that are random models: the pack has few or similar ones
-RANDOM = {"window": 0.5, "curtain": 0.8, "shower curtain": 0.7, "picture": 0.9, "refrigerator": 0.5, "toilet": 0.3,
-          "bathtub": 0.5, "counter": 0.85, "door": 0.4, "sink": 0.3}
+# class -> share of its pieces that are random models, as the pack has few or similar ones
+MADE = {"window": 0.6, "curtain": 0.8, "shower curtain": 0.8, "picture": 0.9, "refrigerator": 0.6, "toilet": 0.5,
+        "bathtub": 0.6, "counter": 0.9, "door": 0.5, "sink": 0.5, "bookshelf": 0.3}
+
 
 
 @cache
 def pack(held_out):
-    """{class: models} of the pack, those that are held out or the others."""
+    """{class: list of (model, its size (3,) m)} of the pack: what is held out, or the others."""
     models = {}
     for model in furniture.load():
-        models.setdefault(model.label, []).append(model)
-    hidden = {name for some in models.values() for name in getattr(  # until the pack has it
-        furniture, "hidden", lambda names: {*sorted(names)[::5]})([model.name for model in some])}
-    return {label: [model for model in some if (model.name in hidden) == held_out] for label, some in models.items()}
+        if furniture.hidden(model) == held_out:
+            models.setdefault(model.label, []).append((model, np.ptp(model.vertices, axis=0)))
+    return models
 
 
 def some_color(rng, of="thing"):
@@ -141,11 +141,10 @@ class Room:
 
     def pick(self, label, fits=lambda model, size: model.place != "top"):
         """A model of a class by chance, out of those that fit; None where none does."""
-        if self.rng.random() < RANDOM.get(label, 0):
-            return furniture.parametric(label, self.rng)
-        models = [m for m in pack(self.setting.held_out).get(label, []) if fits(m, np.ptp(m.vertices, axis=0))]
-        if not models and label in RANDOM:
-            return furniture.parametric(label, self.rng)
+        models = [model for model, size in pack(self.setting.held_out).get(label, []) if fits(model, size)]
+        if label in MADE and (self.rng.random() < MADE[label] or not models):
+            made = (furniture.parametric(label, self.rng) for _ in range(50))
+            return next((model for model in made if fits(model, np.ptp(model.vertices, axis=0))), None)
         return models[self.rng.integers(len(models))] if models else None
 
     def repaint(self, color, label):
@@ -163,7 +162,8 @@ class Room:
         rng, own = self.rng, np.maximum(np.ptp(model.vertices, axis=0), 1e-3)
         size = own * rng.uniform(0.93, 1.07) * rng.uniform(0.96, 1.04, 3) if size is None else np.array(size)
         z = model.elevation if z is None else z
-        box, (c, s) = (x, y, yaw, *size[:2] / 2, z, z + size[2]), (abs(math.cos(yaw)), abs(math.sin(yaw)))
+        low = 0.0 if model.place == "wall" and z < 1 else z  # nothing stands under a sink
+        box, (c, s) = (x, y, yaw, *size[:2] / 2, low, z + size[2]), (abs(math.cos(yaw)), abs(math.sin(yaw)))
         reach = np.array([c * size[0] + s * size[1], s * size[0] + c * size[1]]) / 2 - 0.02
         if check and (box[6] > self.size[2] or ((x, y) < reach).any() or ((x, y) > self.size[:2] - reach).any() or any(
                 footprints_overlap(box, other, margin) for other in self.taken if other is not ignore)):
@@ -359,7 +359,7 @@ class Room:
 def furnish(rng, setting, kind):
     """A Room of a kind of KINDS, furnished by chance: tried again (20 times) until it has what its layout asks for."""
     wet, layout = kind in WET, LAYOUTS[kind][1]
-    wanted = {"door": (1, 2 - wet), "window": (not wet, 2 - wet), "passage": (0, 1), **layout,
+    wanted = {"door": (1, 2 - wet), "window": (not wet, 2 - wet), "passage": (0, 1 - wet), **layout,
               "picture": (not wet, 4), "": (2, 5)}
     for _ in range(20):
         room, full = Room(rng, setting, kind), rng.uniform(0.3, 0.55)

@@ -16,9 +16,9 @@ from scenes.generate import FRAMES, choose_views, footprints_overlap, intrinsics
 from scenes.points import complete
 
 PATH_SIZE = (120, 90)               # pixels of the frames that make the points
-PITCHES = (0.1, 0.35), (0.45, 0.8)  # rad below the horizon
+PITCHES = (0.2, 0.45), (0.5, 0.85)  # rad below the horizon
 MOST_POINTS = 75_000
-SUBPIXELS = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))  # four rows and columns: no moire
+SUBPIXELS = ((0, 0), (-0.33, 0.2), (0.33, -0.2))  # rays of a pixel of a frame, from its centre
 
 
 class Triangles:
@@ -73,7 +73,7 @@ def render(triangles, light, poses, intrinsics, image_size, offset=(0.0, 0.0)):
     """What perfect cameras, camera_to_world (V, 4, 4), see: depth (V, H, W) m along z, inf where there is nothing; face
     (V, H, W), -1 there; color (V, H, W, 3). offset: of the rays from the pixels' centres."""
     rays = rays_of(intrinsics, image_size, offset)
-    directions = np.einsum("vij,pj->vpi", poses[:, :3, :3], rays).reshape(-1, 3).astype(np.float32)
+    directions = (rays @ poses[:, :3, :3].transpose(0, 2, 1)).reshape(-1, 3).astype(np.float32)
     origin = np.repeat(poses[:, :3, 3], len(rays), axis=0).astype(np.float32)
     t, face, normal = triangles.hit(origin, directions)
     rows = np.flatnonzero(face >= 0)
@@ -89,6 +89,7 @@ def lamps(rng, setting, size):
     """The light of a room of a size (3,): function of places and unit normals (n, 3) -> (n,), about 1."""
     uneven, corner, sun = rng.uniform(*setting.light), rng.uniform(0.1, 0.4), rng.normal((0, 0, 1), (0.5, 0.5, 0))
     waves, phases, spots = rng.normal(0, 1.2, (3, 5)), rng.uniform(0, 7, 5), rng.uniform((0, 0, 0.3), size, (3, 3))
+    waves, phases, spots, size, sun = (a.astype(np.float32) for a in (waves, phases, spots, size, sun))
 
     def light(place, normal):
         smooth = np.exp(0.5 * uneven * np.sin(place @ waves + phases).sum(axis=1))
@@ -151,11 +152,10 @@ def scan(room, setting, rng, image_size):
     # the points: what the frames of the walk see, one in a cell
     depth, face, color = render(triangles, light, poses, path_intrinsics, PATH_SIZE)
     gains = (0.42 / color.mean(axis=(1, 2, 3))) ** 0.6 * rng.uniform(0.9, 1.1, len(poses))  # the camera exposes itself
-    color, depth = develop(color, gains), sense(depth, 0.0005).reshape(len(poses), -1)
-    view, pixel = np.nonzero(depth)
-    rays = rays_of(path_intrinsics, PATH_SIZE)[pixel] * depth[view, pixel, None]
-    coord = np.einsum("nij,nj->ni", tracked[view, :3, :3], rays) + tracked[view, :3, 3]
-    color, face = color.reshape(*depth.shape, 3)[view, pixel], face.reshape(depth.shape)[view, pixel]
+    color, depth = develop(color, gains), sense(depth, 0.0005).reshape(len(poses), -1, 1)
+    rays, rows = rays_of(path_intrinsics, PATH_SIZE) @ tracked[:, :3, :3].transpose(0, 2, 1), np.flatnonzero(depth)
+    coord = (rays * depth + tracked[:, None, :3, 3]).reshape(-1, 3)[rows]
+    color, face = color.reshape(-1, 3)[rows], face.ravel()[rows]
     if not setting.scan:
         coord, face = triangles.sample(MOST_POINTS, rng)
         color, coord = triangles.paint(face, coord), coord @ axes[:3, :3].T
@@ -172,6 +172,6 @@ def scan(room, setting, rng, image_size):
               "segment20": triangles.label[face].astype(np.int32), "superpoint": whole["superpoint"].astype(np.int32),
               "instance": instance.astype(np.int32)}
     # the frames: those of the walk that show most
-    seen = [render(triangles, light, poses[:FRAMES], intrinsics, image_size, at) for at in ((0, 0), *SUBPIXELS)]
-    image = to_bytes(develop(np.mean([color for _, _, color in seen[1:]], axis=0), gains[:FRAMES]))
+    seen = [render(triangles, light, poses[:FRAMES], intrinsics, image_size, at) for at in SUBPIXELS]
+    image = to_bytes(develop(np.mean([color for _, _, color in seen], axis=0), gains[:FRAMES]))
     return points, intrinsics, list(zip(image, sense(seen[0][0], 0.0015), tracked))
