@@ -19,20 +19,16 @@ import numpy as np
 
 from scenes import generate as shared
 from scenes.folder import CLASS_NAMES
-from scenes.generate import choose_views, footprints_overlap, intrinsics_for, to_bytes, turn
+from scenes.generate import choose_views, footprints_overlap, intrinsics_for, rays_of, to_bytes, turn
 
-ROOT = "data/rooms"
-GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
+ROOT, GENERATOR = "data/rooms", 1   # the latter is in rooms.json: raise it whenever a change alters a scene's bytes
 POINTS_PER_M2 = 1000
-POINT_NOISE = 0.003         # m, standard deviation on each axis
-COLOR_DRIFT = 0.03          # m, so far from a point its colour is taken, else 5 cm voxels give the pattern away
-COLOR_NOISE = 0.015         # standard deviation, colours in [0, 1]
-DROPPED_DEPTH = 0.03        # share of pixels without a reading
-VIEW_RANGE = 3.0            # m; frames are chosen for what they see within it: patterns are resolved that far
-PATCH = 0.5                 # m, edge of a superpoint
+COLOR_DRIFT = 0.03                  # m, so far from a point its colour is taken, else 5 cm voxels show the pattern
+COLOR_NOISE = 0.015                 # standard deviation, colours in [0, 1]
+VIEW_RANGE = 3.0                    # m; frames are chosen for what they see within it: patterns are resolved that far
+PATCH = 0.5                         # m, edge of a superpoint
 WALL, FLOOR = CLASS_NAMES.index("wall"), CLASS_NAMES.index("floor")
-PATTERNS = ("stripes", "checks", "dots")
-CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
+PATTERNS, CONTRAST = ("stripes", "checks", "dots"), 0.25    # colour + CONTRAST on half of the area, - on the other half
 
 
 def _box(x, y, z):
@@ -74,9 +70,7 @@ CLASSES = {name: (place, shape, ranges, pattern if len(names) > 1 else None)
 
 def pattern_sign(pattern, u, v):
     """+1 or -1 (f32), each on exactly half of the plane: the only thing that tells the classes of a group apart.
-
-    pattern: index into PATTERNS, int or int array; u, v: in-plane position in wavelengths, floats of one shape.
-    """
+    pattern: index into PATTERNS, int or int array; u, v: in-plane position in wavelengths, floats of one shape."""
     stripes = u % 1 < 0.5
     # the lattice of the checks is scaled by sqrt 2 so that all three patterns have the same shortest wavelength, 1
     checks = (u / math.sqrt(2) % 1 < 0.5) == (v / math.sqrt(2) % 1 < 0.5)
@@ -98,8 +92,8 @@ def _try_place(rng, size, place, parts, taken):
             along = rng.uniform(width / 2, size[wall % 2] - width / 2)
             off = size[1 - wall % 2] - depth / 2 if wall in (0, 3) else depth / 2
             (x, y), yaw = ((along, off), (off, along))[wall % 2], wall * math.pi / 2
-        clear = 0.4 if place == "flat" else depth / 2     # nothing may stand close in front of a flat thing
-        keep = (x, y, yaw, width / 2, clear, z.min(), z.max())
+        # nothing may stand close in front of a flat thing
+        keep = (x, y, yaw, width / 2, 0.4 if place == "flat" else depth / 2, z.min(), z.max())
         if not any(footprints_overlap(keep, other, 0.05) for other in taken):
             return keep
     return None
@@ -108,30 +102,27 @@ def _try_place(rng, size, place, parts, taken):
 def make_room(rng):
     """Furnish a room at random (rng: numpy Generator, the only source of chance).
 
-    Returns a dict of things, of which row 0 is the floor, row 1 the walls and the others pieces, and of boxes, of which
-    row 0 is the shell, floor and walls seen from inside, and the others parts of pieces:
+    Returns a dict of things (row 0 the floor, 1 the walls, then pieces) and of boxes (row 0 the shell, floor and walls
+    seen from inside, then parts of pieces):
         size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,) index
         into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths;
-        box_center, box_half (B, 3) m; box_yaw (B,) rad, turns the box's frame to the world's about z; box_thing (B,)
-        row of the thing (meaningless for the shell).
+        box_center, box_half (B, 3) m; box_yaw (B,) rad, about z; box_thing (B,) row of the thing, not of the shell.
     """
     def draw(name):
         _, shape, ranges, _ = CLASSES[name]
         return name, np.array(SHAPES[shape](*(rng.uniform(*r) for r in ranges)))           # (P, 2, 3)
 
     size = np.array([rng.uniform(3.4, 4.5), rng.uniform(3.4, 4.5), 2.4])
-    standing = [name for name, (place, *_) in CLASSES.items() if place != "flat"]
-    flat = [name for name, (place, *_) in CLASSES.items() if place == "flat"]
-    # drawn without replacement, so all classes occur about equally often
-    names = rng.permutation(standing)[:rng.integers(7, 11)]
+    standing, flat = ([name for name, (place, *_) in CLASSES.items() if (place == "flat") == is_flat]
+                      for is_flat in (False, True))
+    names = rng.permutation(standing)[:rng.integers(7, 11)]       # so all classes occur about equally often
     panels = [*rng.permutation(flat), flat[rng.integers(len(flat))]]
     pieces = [draw(name) for name in panels[:rng.integers(3, 7)]]
     pieces += sorted(map(draw, names), key=lambda piece: -np.ptp(piece[1], axis=(0, 1))[:2].prod())  # large ones first
     things, boxes, taken = [(FLOOR, 0), (WALL, 0)], [(*size / 2, *size / 2, 0.0, 0)], []
     for name, parts in pieces:
         place, _, _, pattern = CLASSES[name]
-        keep = _try_place(rng, size, place, parts, taken)
-        if keep is None:              # a piece that finds no place is left out
+        if (keep := _try_place(rng, size, place, parts, taken)) is None:    # it is left out
             continue
         taken.append(keep)
         x, y, yaw, *_ = keep
@@ -170,13 +161,11 @@ def _surface(room, box, axis, local):
 
 
 def sample_points(room, rng):
-    """Sample the surfaces of a room (as from make_room) that can be seen from inside it.
+    """Sample the surfaces of a room (as from make_room) that can be seen from inside it: not faces that look down, nor
+    where 1 cm in front is not free (a wall behind a cabinet).
 
-    Left out: faces that look down, and points where 1 cm in front of the surface is not free (a wall behind a cabinet).
-
-    Returns a dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room;
-    segment20 (N,) int32; instance (N,) int32, -1 for walls and floor; superpoint (N,) int32, 0..S-1, a patch of about
-    PATCH on one face.
+    Returns a dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room; int32
+    (N,): segment20; instance, -1 for walls and floor; superpoint, 0..S-1, a patch of about PATCH on one face.
     """
     half, yaw = room["box_half"], room["box_yaw"]
     box, axis, sign = (a.ravel() for a in np.meshgrid(np.arange(len(half)), (0, 1, 2), (-1, 1), indexing="ij"))
@@ -200,7 +189,7 @@ def sample_points(room, rng):
     key = np.ravel_multi_index((box, side, *patch.T), (len(half), 7, *patch.max(axis=0) + 1))
     normal = normal + rng.normal(0, 0.05, normal.shape)
     return {
-        "coord": (coord + rng.normal(0, POINT_NOISE, coord.shape)).astype(np.float32),
+        "coord": (coord + rng.normal(0, 0.003, coord.shape)).astype(np.float32),
         "color": to_bytes(color + rng.normal(0, COLOR_NOISE, color.shape)),
         "normal": (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
         "segment20": room["thing_label"][thing].astype(np.int32),
@@ -212,9 +201,7 @@ def cast_rays(room, origin, directions):
     """First hit of each ray from origin (3,) m, inside the room and outside of all boxes, along directions (R, 3).
 
     Returns t (R,) f32, the hit is origin + t * direction, inf where the ray leaves through the open top; and box (R,)
-    int, row of the box hit, which is 0, the shell, also for a ray that hits nothing.
-
-    Source: slab method, in each box's own frame, Kay & Kajiya (1986).
+    int, row of the box hit, 0 also where there is none. Source: slab method, Kay & Kajiya (1986).
     """
     t, hit = np.full(len(directions), np.inf, dtype=np.float32), np.zeros(len(directions), dtype=int)
     turned = {}                                                       # yaw -> directions (3, R) in frames so turned
@@ -237,16 +224,13 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
     """Render one frame: colour from four rays a pixel, depth from the ray through the pixel's centre.
 
     camera_to_world: (4, 4); intrinsics: (3, 3), pixels; image_size: (width, height); rng: numpy Generator of exposure
-    and noise, None renders without either.
-
-    Returns color (H, W, 3) u8; depth (H, W) f32, metres along the camera's z, 0 where there is no reading.
+    and noise, None: neither. Returns color (H, W, 3) u8; depth (H, W) f32 m along z, 0 where there is no reading.
     """
     (width, height), origin = image_size, camera_to_world[:3, 3]
-    u, v = np.meshgrid(np.arange(width), np.arange(height))                                # (H, W)
     # the centre, then a rotated grid: four distinct rows and columns keep fine stripes from turning into moire
     offsets = ((0, 0), (-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
-    pixels = np.stack([np.stack([u + du, v + dv, np.ones_like(u)], axis=-1) for du, dv in offsets])  # (5, H, W, 3)
-    rays = (pixels.reshape(-1, 3) @ np.linalg.inv(intrinsics).T) @ camera_to_world[:3, :3].T   # z = 1: t is the depth
+    rays = np.concatenate([rays_of(intrinsics, image_size, at) for at in offsets])         # (5 H W, 3), z = 1
+    rays = rays @ camera_to_world[:3, :3].T                                                # so t is the depth
     t, box = cast_rays(room, origin, rays)
     depth = np.where(np.isfinite(t), t, 0)[:height * width].reshape(height, width)
     rows = height * width + np.flatnonzero(np.isfinite(t[height * width:]))                # of the grid, on a surface
@@ -259,9 +243,8 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
     color = color.reshape(5, height, width, 3)[1:].mean(axis=0)
     if rng is not None:
         color = color * rng.uniform(0.8, 1.0) + rng.normal(0, COLOR_NOISE, color.shape)
-        # well under a 5 cm visibility tolerance: 17 mm at 4 m
         depth = np.where(depth > 0, depth + rng.normal(0, 1, depth.shape) * (0.001 + 0.001 * depth ** 2), 0)
-        depth[rng.random(depth.shape) < DROPPED_DEPTH] = 0
+        depth[rng.random(depth.shape) < 0.03] = 0      # no reading
     return to_bytes(color), depth.astype(np.float32)
 
 

@@ -51,6 +51,12 @@ def intrinsics_for(image_size, field_of_view):
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
 
+def rays_of(intrinsics, image_size, offset=(0.0, 0.0)):
+    """A ray (H * W, 3) a pixel, in the camera's frame, z = 1."""
+    u, v = np.meshgrid(np.arange(image_size[0]) + offset[0], np.arange(image_size[1]) + offset[1])
+    return np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3) @ np.linalg.inv(intrinsics).T
+
+
 def look(position, yaw, pitch):
     """camera_to_world (4, 4) of a camera at `position` looking along `yaw`, `pitch` rad below the horizon."""
     forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)])

@@ -12,7 +12,7 @@ from embreex.rtcore_scene import EmbreeScene
 from scipy.spatial.transform import Rotation
 
 from scenes.folder import CLASS_NAMES, IGNORE, STUFF
-from scenes.generate import FRAMES, choose_views, footprints_overlap, intrinsics_for, to_bytes
+from scenes.generate import FRAMES, choose_views, footprints_overlap, intrinsics_for, rays_of, to_bytes
 from scenes.points import complete
 
 PATH_SIZE = (120, 90)               # pixels of the frames that make the points
@@ -61,12 +61,6 @@ class Triangles:
         area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
         face = rng.choice(len(area), count, p=area / area.sum())
         return np.einsum("fc,fck->fk", rng.dirichlet(np.ones(3), count), self.corners[face]), face
-
-
-def rays_of(intrinsics, image_size, offset=(0.0, 0.0)):
-    """A ray (H * W, 3) a pixel, in the camera's frame, z = 1."""
-    u, v = np.meshgrid(np.arange(image_size[0]) + offset[0], np.arange(image_size[1]) + offset[1])
-    return np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3) @ np.linalg.inv(intrinsics).T
 
 
 def render(triangles, light, poses, intrinsics, image_size, offset=(0.0, 0.0)):
@@ -156,10 +150,10 @@ def scan(room, setting, rng, image_size):
     rays, rows = rays_of(path_intrinsics, PATH_SIZE) @ tracked[:, :3, :3].transpose(0, 2, 1), np.flatnonzero(depth)
     coord = (rays * depth + tracked[:, None, :3, 3]).reshape(-1, 3)[rows]
     color, face = color.reshape(-1, 3)[rows], face.ravel()[rows]
+    cell = np.floor((coord - coord.min(axis=0)) / spacing).astype(np.int64) @ (1, 2 ** 20, 2 ** 40)
     if not setting.scan:
         coord, face = triangles.sample(MOST_POINTS, rng)
-        color, coord = triangles.paint(face, coord), coord @ axes[:3, :3].T
-    cell = np.floor((coord - coord.min(axis=0)) / spacing).astype(np.int64) @ (1, 2 ** 20, 2 ** 40)
+        color, coord, cell = triangles.paint(face, coord), coord @ axes[:3, :3].T, np.arange(MOST_POINTS)
     _, first, row = np.unique(cell, return_index=True, return_inverse=True)
     coord, color = (np.stack([np.bincount(row.ravel(), column) for column in values.T], axis=1) /
                     np.bincount(row.ravel())[:, None] for values in (coord, color))
