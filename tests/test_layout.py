@@ -10,7 +10,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent.parent
 FLOORS = (
-    "fusion losses stages metrics guard runs tower scenes.folder scenes.points scenes.augment",  # import no sibling
+    "fusion losses stages metrics guard runs tower scenes.folder scenes.points scenes.augment "
+    "scenes.furniture",  # import no sibling
     "model data scenes.frames scenes.rooms scenes.scannet scenes.picture",
     "train",
     "predict",
