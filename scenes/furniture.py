@@ -27,8 +27,8 @@ MOST = 1500  # triangles of a model; half of it without a class
 FLAT = 0.1  # metres, depth of windows and doors: theirs is that of the wall they are made for
 COLORS = {"white": (226, 226, 222), "cream": (214, 202, 178), "wood": (158, 112, 70), "steel": (166, 168, 172),
           "dark": (42, 42, 46), "brass": (170, 140, 70), "bright": (232, 240, 248)}
-RANDOM = ("window", "curtain", "shower curtain", "picture", "refrigerator", "toilet", "bathtub", "counter", "door", "sink",
-          "bookshelf")  # classes with few real models, or with models that are much alike
+RANDOM = ("window", "curtain", "shower curtain", "picture", "refrigerator", "toilet", "bathtub", "counter", "door",
+          "sink", "bookshelf")  # classes with few real models, or with models that are much alike
 CUBE = np.array([(0, 1, 3), (0, 3, 2), (4, 6, 7), (4, 7, 5), (0, 4, 5), (0, 5, 1), (2, 3, 7), (2, 7, 6), (0, 2, 6),
                  (0, 6, 4), (1, 5, 7), (1, 7, 3)])  # triangles of the corners x y z, z changes first
 
@@ -70,8 +70,9 @@ def load():
 
 
 def hidden(model, share=0.2):
-    """Whether a model is one of those held out, about this share of the pack: the same on every machine."""
-    return zlib.crc32(model.name.encode()) % 1000 < 1000 * share
+    """Whether a model is one of those held out, about this share of every class of three or more: bool, the same on
+    every machine. The salt is one under which the classes come out even."""
+    return zlib.crc32(f"{model.name}1056".encode()) % 1000 < 1000 * share
 
 
 def box(low, high):
@@ -80,11 +81,11 @@ def box(low, high):
 
 
 class Shape:
-    """A random model of a class, put together of parts (vertices, faces, color); rng: numpy Generator. A method named as
-    a class makes it, its back at y = 0, the front towards -y, and returns place and elevation."""
+    """A random model put together of parts (vertices, faces, color). The method named as a class makes one, its back at
+    y = 0, its front towards -y, and returns place and elevation."""
 
-    def __init__(self, rng):
-        self.rng, self.u, self.parts = rng, rng.uniform, []
+    def __init__(self, label, rng):
+        self.shower, self.rng, self.u, self.parts = label == "shower curtain", rng, rng.uniform, []
 
     def pick(self, *options):
         return options[self.rng.integers(len(options))]
@@ -120,8 +121,8 @@ class Shape:
     def lathe(self, color, y, *rings):
         """A surface through rings around x = 0 and y: (radius in x, in y, height, power: 2 an ellipse, more a box)."""
         wave = np.stack([np.cos(turn := np.linspace(0, 2 * np.pi, 29) + np.pi / 28), np.sin(turn)], 1)
-        self.grid(np.stack([np.column_stack([np.sign(wave) * abs(wave) ** (2 / power) * (rx, ry) + (0, y), 0 * turn + z])
-                            for rx, ry, z, power in rings]), color)
+        self.grid(np.stack([np.column_stack([np.sign(wave) * abs(wave) ** (2 / p) * (rx, ry) + (0, y), 0 * turn + z])
+                            for rx, ry, z, p in rings]), color)
 
     def tap(self, x, z):
         color, h = self.paint("steel steel brass dark"), z + self.u(0.08, 0.25)
@@ -131,40 +132,36 @@ class Shape:
     def window(self):
         low, y, edge = self.pick(0.1, *self.u(0.6, 1.2, 4)), (-self.u(0.04, FLAT), 0), self.u(0.03, 0.08)
         w, h = self.u(0.5, 2.4), min(self.u(0.6, 1.6) + (low == 0.1), 2.3 - low)
-        color, level, bars = self.paint("white white white wood dark steel"), self.u(0, h), self.pick((1, 1), self.u(1, 4, 2))
+        color, level = self.paint("white white white wood dark steel"), self.u(0, h)
         for z in ((0, level), (level, h)):  # the sky, something in front of it, the night
             self.box(self.paint("bright bright bright any dark"), (0, w), (y[0] * 0.6, y[0] * 0.5), z)
-        wings = np.linspace(0, w, self.rng.integers(2, 4 + (w > 1.4)))
-        posts, rails = np.linspace(0, w, (len(wings) - 1) * int(bars[0]) + 1), np.linspace(0, h, int(bars[1]) + 1)
-        for at in {*wings, *posts}:
-            thick = edge if at in wings else edge / 3
-            self.box(color, np.clip((at - thick, at + thick), 0, w), y, (0, h))
-        for at in rails:
-            thick = edge if at in (0, h) else edge / 3
-            self.box(color, (0, w), y, np.clip((at - thick, at + thick), 0, h))
+        wings, (across, up) = self.rng.integers(1, 3 + (w > 1.4)), self.pick((1, 1), self.rng.integers(1, 4, 2))
+        for posts, rails, thick in ((wings, 1, edge), (wings * up, across, edge / 3)):
+            for x in np.linspace(0, w, posts + 1):
+                self.box(color, np.clip((x - thick, x + thick), 0, w), y, (0, h))
+            for z in np.linspace(0, h, rails + 1):
+                self.box(color, (0, w), y, np.clip((z - thick, z + thick), 0, h))
         if self.u() < 0.6:
             self.box(self.paint("white cream wood"), (-0.04, w + 0.04), (-self.u(0.1, 0.25), 0), (-0.03, 0))
         return "wall", low
 
-    def curtain(self, shower=False):
-        half, w = not shower and self.u() < 0.3, self.u(0.7, 1.7 if shower else 2.4)
-        h, aside = self.u(0.9, 1.5) if half else self.u(*((1.6, 1.95) if shower else (2.0, 2.3))), self.u(0.25, 0.6) * w
-        kinds, each, pattern = "white white any cream" if shower else "any any white cream dark", self.u(7, 14), self.u()
+    def curtain(self):
+        half, w = not self.shower and self.u() < 0.3, self.u(0.7, 1.7 if self.shower else 2.4)
+        h = self.u(1.6, 1.95) if self.shower else self.u(0.9, 1.5) if half else self.u(2.0, 2.3)
+        kinds, aside = "white white any cream" if self.shower else "any any white cream dark", self.u(0.25, 0.6) * w
         self.box(self.paint("steel wood dark white"), (-0.08, w + 0.08), (-0.07, -0.05), (h, h + 0.02))
-        colors, wings = np.stack([self.paint(kinds), self.paint(kinds)]), [[(0, w)], [(0, aside)]]
-        for left, right in self.pick(*wings, *[[(0, aside / 2), (w - aside / 2, w)]] * (not shower)):
+        colors, pattern, each = np.stack([self.paint(kinds), self.paint(kinds)]), self.rng.integers(5), self.u(7, 14)
+        pair = [[(0, aside / 2), (w - aside / 2, w)]] * (not self.shower)
+        for left, right in self.pick([(0, w)], [(0, aside)], *pair):
             folds = max(3, int((right - left) * each))
             at, down = np.meshgrid(np.linspace(0, 1, min(80, folds * 6)), np.linspace(0, 1, 7))
             bend = np.cumsum(self.u(0.6, 1.4, at.shape[1]))  # folds of uneven width, deeper at the hem
-            fold = np.sin(2 * np.pi * folds * bend / bend[-1] + self.u(-1, 1) * down)
-            points = left + at * (right - left), self.u(0.02, 0.05) * (0.5 + down / 2) * fold - 0.06, h - h * down
+            fold = np.sin(2 * np.pi * folds * bend / bend[-1] + self.u(-1, 1) * down) * (0.5 + down / 2)
             row, column = np.indices((6, at.shape[1] - 1)).reshape(2, -1)
-            marked = (column // 3 % 2, row % 2, self.u(size=row.shape) < 0.15, 0 * row, 0 * row)[int(pattern * 5)]
-            self.grid(np.stack(points, -1), colors[marked.astype(int)])
-        return "wall", self.u(0.05, 0.25) if shower else 2.33 - h if half else self.u(0.01, 0.08)
-
-    def shower_curtain(self):
-        return self.curtain(shower=True)
+            marked = (column // 3 % 2, row % 2, self.u(size=row.shape) < 0.15, 0 * row, 0 * row)[pattern]
+            points = left + at * (right - left), self.u(0.02, 0.05) * fold - 0.06, h - h * down
+            self.grid(np.stack(points, -1), colors[np.int64(marked)])
+        return "wall", self.u(0.05, 0.25) if self.shower else 2.33 - h if half else self.u(0.01, 0.08)
 
     def picture(self):
         w, edge, front = np.exp(self.u(*np.log((0.2, 1.5)))), self.u(0.01, 0.06), -self.u(0.015, 0.04)
@@ -179,18 +176,19 @@ class Shape:
 
     def refrigerator(self):
         w, d, h = self.u(0.55, 0.95), self.u(0.6, 0.8), self.pick(self.u(0.8, 1.0), *self.u(1.4, 2.0, 4))
-        color, split = self.paint("white white steel steel dark any"), self.pick((), (self.u(0.3, 0.45),), (self.u(0.6, 0.75),))
+        color, split = self.paint("white white steel steel dark any"), self.pick(*self.u((0.3, 0.6), (0.45, 0.75)), 1)
         self.box(self.pick(color, self.paint("dark steel")), (0, w), (-d, 0), (0, h))
-        doors = np.linspace(0, w, 2 + (w > 0.78)), -d, h * np.array((0.03, *split, 1))
+        doors = np.linspace(0, w, 2 + (w > 0.78)), -d, h * np.unique((0.03, split, 1))
         self.cells(color, *doors, 0.005, self.paint("steel dark white"))
         if w > 0.78 and self.u() < 0.5:
             self.box(self.paint("dark"), (0.1 * w, 0.35 * w), (-d - 0.023, -d), (h * 0.5, h * 0.65))
         return "floor", 0
 
     def toilet(self):
-        rx, ry, h, hung, power = self.u(0.17, 0.2), self.u(0.22, 0.28), self.u(0.37, 0.44), self.u() < 0.3, self.u(2, 3)
-        color, foot, low, y, lid = self.paint("white white white cream"), self.u(0.5, 0.75), 0.1 * hung, -0.2 - ry, self.u()
-        seat, tank, deep = self.pick(color, color, self.paint("wood dark white")), self.u(0.17, 0.24), self.u(0.15, 0.19)
+        rx, ry, h, hung = self.u(0.17, 0.2), self.u(0.22, 0.28), self.u(0.37, 0.44), self.u() < 0.3
+        color, foot, low, y = self.paint("white white white cream"), self.u(0.5, 0.75), 0.1 * hung, -0.2 - ry
+        seat, lid, power = self.pick(color, color, self.paint("wood dark white")), self.u(), self.u(2, 3)
+        tank, deep = self.u(0.17, 0.24), self.u(0.15, 0.19)
         self.lathe(color, y, *((k * rx, k * ry, z, p) for k, z, p in (
             (0, low, 2), (foot, low, 2), (foot * 0.9, (low + h) / 2, 2), (1, h - 0.05, power), (1, h, power),
             (0.75, h, power), (0.5, h - 0.15, 2), (0, h - 0.2, 2))))
@@ -204,9 +202,10 @@ class Shape:
         return "wall" if hung else "floor", low
 
     def bathtub(self):
-        w, d, h, p, rim = self.u(0.7, 0.92), self.u(0.33, 0.42), self.u(0.45, 0.62), self.pick(2.5, 30, 30), self.u(0.04, 0.09)
+        w, d, h, p = self.u(0.7, 0.92), self.u(0.33, 0.42), self.u(0.45, 0.62), self.pick(2.5, 30, 30)
         color, foot, inner = self.paint("white white white cream steel"), 1 if p > 9 else 0.75, min(p, self.u(3, 8))
-        self.lathe(self.pick(color, color, self.paint("any")), -d, (foot * w, foot * d, 0, p), (w, d, h - 0.04, p), (w, d, h, p))
+        skin, rim = self.pick(color, color, self.paint("any")), self.u(0.04, 0.09)
+        self.lathe(skin, -d, (foot * w, foot * d, 0, p), (w, d, h - 0.04, p), (w, d, h, p))
         self.lathe(color, -d, (w, d, h, p), (w - rim, d - rim, h, inner), (0.85 * w, 0.75 * d, h * 0.5, inner),
                    (0.75 * w, 0.6 * d, 0.1, inner), (0, 0, 0.09, 2))
         self.tap(self.pick(-0.7, 0, 0.7) * w, h)
@@ -214,9 +213,10 @@ class Shape:
 
     def counter(self):
         w, d, h, plinth = self.u(1.0, 3.0), self.u(0.5, 0.65), self.u(0.82, 1.0), self.paint("dark")
-        top, color, thick = self.paint("wood dark cream steel white"), self.paint("white wood any cream"), self.u(0.03, 0.06)
-        corner, leg = self.pick(0, w - d), -d - self.u(0.5, 1.2)
-        for x, (front, back) in (((0, w), (-d, 0)), ((corner, corner + d), (leg, -d)))[: 1 + (self.u() < 0.3)]:  # or an L
+        top, color = self.paint("wood dark cream steel white"), self.paint("white wood any cream")
+        corner, leg, thick = self.pick(0, w - d), -d - self.u(0.5, 1.2), self.u(0.03, 0.06)
+        legs = ((0, w), (-d, 0)), ((corner, corner + d), (leg, -d))  # the second makes it an L
+        for x, (front, back) in legs[: 1 + (self.u() < 0.3)]:
             self.box(top, (x[0] - 0.01, x[1] + 0.01), (front - 0.03, back), (h, h + thick))
             self.box(color, x, (front, back), (0.1, h))
             self.box(plinth, x, (front + 0.05, back), (0, 0.1))
@@ -229,7 +229,7 @@ class Shape:
     def door(self):
         w, h, edge, y = self.u(0.7, 1.0), self.u(1.95, 2.15), self.u(0.04, 0.09), -self.u(0.02, FLAT - 0.05)
         color, knob = self.paint("white white cream wood wood any steel"), self.paint("steel brass dark")
-        pane, count = self.pick(color * 0.9, color * 0.8, self.paint("bright steel dark")), self.rng.integers((2, 1), (4, 5))
+        pane, count = self.pick(color * 0.9, color * 0.8, self.paint("bright steel")), self.rng.integers((2, 1), (4, 5))
         self.box(self.pick(color, self.paint("white wood dark")), (0, w), (y, 0), (0, h))
         self.box(color, (edge, w - edge), (y - 0.01, 0), (0, h - edge))
         self.cells(pane, np.linspace(edge, w - edge, count[0]), y, np.linspace(0.05, h - edge, count[1]), 0.08)
@@ -240,8 +240,8 @@ class Shape:
 
     def sink(self):
         w, d, deep, p = self.u(0.19, 0.32), self.u(0.17, 0.25), self.u(0.1, 0.18), self.pick(2, 3, 12)
-        place = self.pick("floor", "wall", "top")
-        h, color = deep if place == "top" else self.u(0.8, 0.9), self.paint("white white cream" + " steel" * (place == "top"))
+        place, color = self.pick("floor", "wall", "top"), self.paint("white white cream steel")
+        h = deep if place == "top" else self.u(0.8, 0.9)
         self.lathe(color, -d, (0.5 * w, 0.5 * d, h - deep, 2), (w, d, h - deep * 0.3, p), (w, d, h, p),
                    (w - 0.03, d - 0.03, h, p), (0.6 * w, 0.55 * d, h - deep * 0.75, p), (0, 0, h - deep * 0.8, 2))
         if place == "floor":
@@ -251,17 +251,18 @@ class Shape:
 
     def bookshelf(self):
         w, d, h, full = self.u(0.5, 1.2), self.u(0.25, 0.4), self.u(0.9, 2.2), self.u(0.3, 1)
-        color, levels = self.paint("wood wood white dark any"), np.linspace(0.05, h - 0.02, round(h / self.u(0.28, 0.4)) + 1)
+        color, shelves = self.paint("wood wood white dark any"), round(h / self.u(0.28, 0.4))
+        levels = np.linspace(0.05, h - 0.02, shelves + 1)
         for x, y in (((0, 0.02), -d), ((w - 0.02, w), -d), ((0, w), -0.01)):
             self.box(color, x, (y, 0), (0, h))
         for z in levels:
             self.box(color, (0, w), (-d, 0), (z, z + 0.02))
         for z in levels[:-1]:
             ends = np.cumsum(self.u(0.02, 0.1, 40))
-            for a, b in zip(ends, ends[1:][ends[1:] < w - 0.03]):
+            for x in zip(ends, ends[1:][ends[1:] < w - 0.03]):
                 if self.u() < full and len(self.parts) < 120:
-                    tall = self.u(0.55, 0.95) * (levels[1] - levels[0])
-                    self.box(self.paint("any any white dark"), (a, b), (-d * self.u(0.7, 0.95), -0.02), (z, z + tall))
+                    y, tall = (-d * self.u(0.7, 0.95), -0.02), self.u(0.55, 0.95) * (levels[1] - levels[0])
+                    self.box(self.paint("any any white dark"), x, y, (z, z + tall))
         return "floor", 0
 
 
@@ -269,8 +270,7 @@ def parametric(label, rng):
     """A random model of a class of RANDOM, whose name is the class; rng: numpy Generator. Raises KeyError: another."""
     if label not in RANDOM:
         raise KeyError(f"no random {label!r}; choose from {RANDOM}")
-    shape = Shape(rng)
-    place, elevation = getattr(shape, label.replace(" ", "_"))()
+    place, elevation = getattr(shape := Shape(label, rng), label.split()[-1])()
     vertices, faces, color = zip(*shape.parts)
     first = np.cumsum([0, *map(len, vertices)])
     return _model(label, label, place, elevation, np.concatenate(vertices),
@@ -288,12 +288,9 @@ def welded(vertices, faces, cell):
 
 def convert(path, item, most):
     """The .obj of an item of a catalogue in at most so many triangles: vertices (V, 3) m, faces, color (F, 3)."""
-    import fast_simplification
     import trimesh
     from scipy.spatial import cKDTree
-
-    def area(vertices, faces):
-        return trimesh.triangles.area(vertices[faces]).sum()
+    from trimesh.triangles import area
 
     parts = [part for part in trimesh.load_scene(path, process=False).dump() if len(part.faces)]
     turn = np.array(item.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float).reshape(3, 3)
@@ -302,21 +299,23 @@ def convert(path, item, most):
     scale = [float(item[key]) for key in ("width", "depth", "height")] / np.maximum(high - low, 1e-6) / 100
     places = [(vertices - low) * scale for vertices in places]
     counts = budgets = np.array([len(part.faces) for part in parts])
-    sizes = [area(vertices, part.faces) ** 0.5 + 1e-3 for vertices, part in zip(places, parts)]
+    sizes = np.array([area(vertices[part.faces]).sum() ** 0.5 + 1e-3 for vertices, part in zip(places, parts)])
     for share in np.geomspace(1e6, 1, 2000):  # small parts keep all, the others share by size
-        budgets = budgets if budgets.sum() <= most else np.floor(np.minimum(counts, share * np.array(sizes)))
+        budgets = budgets if budgets.sum() <= most else np.floor(np.minimum(counts, share * sizes))
     mesh, total = [], 0
     for part, place, budget in zip(parts, places, budgets):
         points, triangles = vertices, faces = welded(place, part.faces, 1e-4)
         if len(faces) > budget:
-            points, triangles = welded(*fast_simplification.simplify(np.float32(vertices), faces, target_count=budget), 1e-5)
-            if area(points, triangles) < 0.7 * area(vertices, faces):  # that eats leaves
-                points, triangles = vertices, faces
-        for cell in np.geomspace(0.004, 4, 80):
+            from fast_simplification import simplify
+
+            fewer = simplify(np.float32(vertices), faces, target_count=budget)
+            if area(fewer[0][fewer[1]]).sum() > 0.7 * area(vertices[faces]).sum():  # it eats leaves
+                points, triangles = welded(*fewer, 1e-5)
+        for cell in np.geomspace(0.004, 4, 80):  # what is still too much
             points, triangles = (points, triangles) if len(triangles) <= budget else welded(vertices, faces, cell)
         material, uv = getattr(part.visual, "material", None), getattr(part.visual, "uv", None)
         color = np.tile(np.asarray(getattr(material, "diffuse", [128] * 3))[:3], (len(triangles), 1))
-        if getattr(material, "image", None) is not None and uv is not None and len(triangles):  # the mean of what is near
+        if getattr(material, "image", None) is not None and uv is not None and len(triangles):  # the mean nearby
             pixels, mix = np.asarray(material.image.convert("RGB")), np.random.default_rng(0).dirichlet((1, 1, 1), 16)
             u, v = np.nan_to_num(mix @ uv[part.faces]).reshape(-1, 2).T % 1
             near = cKDTree((mix @ place[part.faces]).reshape(-1, 3)).query(points[triangles].mean(1), k=16)[1]
@@ -344,7 +343,8 @@ def make(folder):
                 if row:
                     own = "".join(file.read_text(errors="ignore") for file in path.parent.glob("*LICENSE*"))
                     licence = "CC-BY 3.0" if "Attribution 3.0" in own else LICENCES[library.stem]  # not CC0 as the rest
-                    text = text.replace(row[0], f"| {name} | {' | '.join(row.groups())} | {item['creator']} | {licence} |")
+                    cells = " | ".join((name, *row.groups(), item["creator"], licence))
+                    text = text.replace(row[0], f"| {cells} |")
                     vertices, faces, color = convert(path, item, MOST // (1 + (row[1] == "-")))
                     if row[1] in ("window", "door"):
                         vertices[:, 1] *= min(1, FLAT / vertices[:, 1].max())

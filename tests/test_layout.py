@@ -11,8 +11,9 @@ import pytest
 HERE = Path(__file__).resolve().parent.parent
 FLOORS = (
     "fusion losses stages metrics guard runs tower scenes.folder scenes.points scenes.augment "
-    "scenes.generate",  # import no sibling
-    "model data scenes.frames scenes.boxes scenes.scannet scenes.picture",
+    "scenes.furniture scenes.generate",  # import no sibling
+    "model data scenes.frames scenes.boxes scenes.scan scenes.scannet scenes.picture",
+    "scenes.rooms",
     "train",
     "predict",
     "scenes.submit",  # and all of experiments/, which alone may import each other
