@@ -2,9 +2,8 @@
 
     python -m scenes.boxes --out data/rooms --train 32 --val 12 --seed 0
 
-A room is a floor, four walls, furniture made of boxes and flat things on the walls, in ScanNet's 20 classes. Points are
-sampled on the surfaces, frames are ray cast exactly, both with sensor-like noise. The same seed gives the same bytes,
-whatever the number of processes. Frame: metres, +z up, the room spans (0, 0, 0) to its size, without a ceiling.
+A room spans (0, 0, 0) to its size in metres: floor, four walls, furniture made of boxes, flat things on the walls, in
+ScanNet's 20 classes. Points are sampled on the surfaces, frames are ray cast, with noise. Same seed, same bytes.
 
 The rooms are BUILT so that images carry something which voxels cannot: classes of one group in GROUPS differ only in a
 surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all patterns have one mean and variance. So a
@@ -22,22 +21,19 @@ from scenes.folder import CLASS_NAMES
 from scenes.generate import choose_views, footprints_overlap, intrinsics_for, rays_of, to_bytes, turn
 
 ROOT, GENERATOR = "data/rooms", 1   # the latter is in rooms.json: raise it whenever a change alters a scene's bytes
-POINTS_PER_M2 = 1000
-COLOR_DRIFT = 0.03                  # m, so far from a point its colour is taken, else 5 cm voxels show the pattern
-COLOR_NOISE = 0.015                 # standard deviation, colours in [0, 1]
+POINTS_PER_M2, PATCH = 1000, 0.5    # m, edge of a superpoint
+COLOR_DRIFT, COLOR_NOISE = 0.03, 0.015  # m, so far from a point its colour is taken, else 5 cm voxels show the pattern
 VIEW_RANGE = 3.0                    # m; frames are chosen for what they see within it: patterns are resolved that far
-PATCH = 0.5                         # m, edge of a superpoint
 WALL, FLOOR = CLASS_NAMES.index("wall"), CLASS_NAMES.index("floor")
 PATTERNS, CONTRAST = ("stripes", "checks", "dots"), 0.25    # colour + CONTRAST on half of the area, - on the other half
 
 
-def _box(x, y, z):
+def _box(*sides):
     """Low and high corner (2, 3) of a box from three (low, high) intervals; a number is the width about 0."""
-    return np.array([i if isinstance(i, tuple) else (-i / 2, i / 2) for i in (x, y, z)]).T
+    return np.array([i if isinstance(i, tuple) else (-i / 2, i / 2) for i in sides]).T
 
 
 def _legs(w, d, height, thick=0.05):
-    """Four legs in the corners of a w x d footprint."""
     sides = [[(-edge / 2, thick - edge / 2), (edge / 2 - thick, edge / 2)] for edge in (w, d)]
     return [_box(x, y, (0, height)) for x in sides[0] for y in sides[1]]
 
@@ -71,9 +67,8 @@ CLASSES = {name: (place, shape, ranges, pattern if len(names) > 1 else None)
 def pattern_sign(pattern, u, v):
     """+1 or -1 (f32), each on exactly half of the plane: the only thing that tells the classes of a group apart.
     pattern: index into PATTERNS, int or int array; u, v: in-plane position in wavelengths, floats of one shape."""
-    stripes = u % 1 < 0.5
     # the lattice of the checks is scaled by sqrt 2 so that all three patterns have the same shortest wavelength, 1
-    checks = (u / math.sqrt(2) % 1 < 0.5) == (v / math.sqrt(2) % 1 < 0.5)
+    stripes, checks = u % 1 < 0.5, (u / math.sqrt(2) % 1 < 0.5) == (v / math.sqrt(2) % 1 < 0.5)
     dots = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 1 / (2 * math.pi)
     return np.where(np.choose(pattern, (stripes, checks, dots)), np.float32(1), np.float32(-1))
 
@@ -85,8 +80,8 @@ def _try_place(rng, size, place, parts, taken):
         if place == "free":
             yaw = rng.uniform(-math.pi, math.pi)
             c, s = abs(math.cos(yaw)), abs(math.sin(yaw))
-            rx, ry = (c * width + s * depth) / 2, (s * width + c * depth) / 2
-            x, y = rng.uniform(rx, size[0] - rx), rng.uniform(ry, size[1] - ry)
+            reach = np.array([c * width + s * depth, s * width + c * depth]) / 2
+            x, y = rng.uniform(reach, size[:2] - reach)
         else:                         # back to a wall: 0 north (y = size), 1 west (x = 0), 2 south, 3 east
             wall = int(rng.integers(4))
             along = rng.uniform(width / 2, size[wall % 2] - width / 2)
@@ -100,24 +95,20 @@ def _try_place(rng, size, place, parts, taken):
 
 
 def make_room(rng):
-    """Furnish a room at random (rng: numpy Generator, the only source of chance).
-
-    Returns a dict of things (row 0 the floor, 1 the walls, then pieces) and of boxes (row 0 the shell, floor and walls
-    seen from inside, then parts of pieces):
+    """Furnish a room at random (rng: numpy Generator). A dict of things (row 0 the floor, 1 the walls, then pieces) and
+    of boxes (row 0 the shell, floor and walls seen from inside, then parts of pieces):
         size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,) index
         into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths;
         box_center, box_half (B, 3) m; box_yaw (B,) rad, about z; box_thing (B,) row of the thing, not of the shell.
     """
     def draw(name):
-        _, shape, ranges, _ = CLASSES[name]
-        return name, np.array(SHAPES[shape](*(rng.uniform(*r) for r in ranges)))           # (P, 2, 3)
+        return name, np.array(SHAPES[CLASSES[name][1]](*(rng.uniform(*r) for r in CLASSES[name][2])))      # (P, 2, 3)
 
-    size = np.array([rng.uniform(3.4, 4.5), rng.uniform(3.4, 4.5), 2.4])
+    size = np.array([*rng.uniform(3.4, 4.5, 2), 2.4])
     standing, flat = ([name for name, (place, *_) in CLASSES.items() if (place == "flat") == is_flat]
                       for is_flat in (False, True))
     names = rng.permutation(standing)[:rng.integers(7, 11)]       # so all classes occur about equally often
-    panels = [*rng.permutation(flat), flat[rng.integers(len(flat))]]
-    pieces = [draw(name) for name in panels[:rng.integers(3, 7)]]
+    pieces = [draw(name) for name in [*rng.permutation(flat), flat[rng.integers(len(flat))]][:rng.integers(3, 7)]]
     pieces += sorted(map(draw, names), key=lambda piece: -np.ptp(piece[1], axis=(0, 1))[:2].prod())  # large ones first
     things, boxes, taken = [(FLOOR, 0), (WALL, 0)], [(*size / 2, *size / 2, 0.0, 0)], []
     for name, parts in pieces:
@@ -138,16 +129,14 @@ def make_room(rng):
         "box_thing": boxes[:, 7].astype(int)}
 
 
-def _to_box(room, box, points):
-    """World positions (N, 3) in the frame of `box`: one box for all, or an (N,) array of boxes."""
+def _to_box(room, box, points):  # one box for all, or (N,)
     return turn(points - room["box_center"][box], -room["box_yaw"][box])
 
 
 def inside_boxes(room, points, margin=0.0):
     """(N,) bool, True where a point (N, 3) lies in any part of a piece, grown by `margin` metres on all sides."""
-    inside = [(np.abs(_to_box(room, box, points)) < room["box_half"][box] + margin).all(axis=1)
-              for box in range(1, len(room["box_half"]))]
-    return np.any(inside, axis=0)
+    return np.any([(np.abs(_to_box(room, box, points)) < room["box_half"][box] + margin).all(axis=1)
+                   for box in range(1, len(room["box_half"]))], axis=0)
 
 
 def _surface(room, box, axis, local):
@@ -162,12 +151,9 @@ def _surface(room, box, axis, local):
 
 def sample_points(room, rng):
     """Sample the surfaces of a room (as from make_room) that can be seen from inside it: not faces that look down, nor
-    where 1 cm in front is not free (a wall behind a cabinet).
-
-    Returns a dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room; int32
-    (N,): segment20; instance, -1 for walls and floor; superpoint, 0..S-1, a patch of about PATCH on one face.
-    """
-    half, yaw = room["box_half"], room["box_yaw"]
+    where 1 cm in front is not free (a wall behind a cabinet). Returns a dict of shuffled arrays as a scene folder has
+    them; a superpoint is a patch of about PATCH on one face, so it never holds two pieces."""
+    half, yaw, size = room["box_half"], room["box_yaw"], room["size"]
     box, axis, sign = (a.ravel() for a in np.meshgrid(np.arange(len(half)), (0, 1, 2), (-1, 1), indexing="ij"))
     facing = np.where(box == 0, -sign, sign)                                     # the shell is seen from inside
     area = 4 * half[box].prod(axis=1) / half[box, axis] * ((axis != 2) | (facing > 0))
@@ -178,8 +164,7 @@ def sample_points(room, rng):
     normal = turn(across * facing[:, None], yaw[box])
     coord = turn(unit * half[box], yaw[box]) + room["box_center"][box]
     front = coord + 0.01 * normal
-    free = ((front > 0) & (front < room["size"])).all(axis=1) & ~inside_boxes(room, front)
-    order = rng.permutation(np.flatnonzero(free))
+    order = rng.permutation(np.flatnonzero(((front > 0) & (front < size)).all(axis=1) & ~inside_boxes(room, front)))
     box, axis, sign, across, unit, coord, normal = (a[order] for a in (box, axis, sign, across, unit, coord, normal))
     thing, color = _surface(room, box, axis, unit * half[box] + rng.normal(0, COLOR_DRIFT, unit.shape))
     # superpoints: equal patches of each face; a leg, thin in two directions, is one patch
@@ -198,11 +183,9 @@ def sample_points(room, rng):
 
 
 def cast_rays(room, origin, directions):
-    """First hit of each ray from origin (3,) m, inside the room and outside of all boxes, along directions (R, 3).
-
-    Returns t (R,) f32, the hit is origin + t * direction, inf where the ray leaves through the open top; and box (R,)
-    int, row of the box hit, 0 also where there is none. Source: slab method, Kay & Kajiya (1986).
-    """
+    """First hit of each ray from origin (3,) m, inside the room and outside of all boxes, along directions (R, 3): t
+    (R,) f32, the hit is origin + t * direction, inf where the ray leaves through the open top; and box (R,) int, row of
+    the box hit, 0 also where there is none. Source: slab method, Kay & Kajiya (1986)."""
     t, hit = np.full(len(directions), np.inf, dtype=np.float32), np.zeros(len(directions), dtype=int)
     turned = {}                                                       # yaw -> directions (3, R) in frames so turned
     for box, (half, yaw) in enumerate(zip(room["box_half"], room["box_yaw"])):
@@ -212,20 +195,16 @@ def cast_rays(room, origin, directions):
         inverse, start = 1 / turned[yaw], _to_box(room, box, origin[None])[0]
         a, b = ((side * half - start).astype(np.float32)[:, None] * inverse for side in (-1, 1))  # t at both planes
         enter, leave = np.minimum(a, b).max(axis=0), np.maximum(a, b).min(axis=0)
+        nearer = (enter <= leave) & (enter > 0) & (enter < t) & (box > 0)
+        t[nearer], hit[nearer] = enter[nearer], box
         if box == 0:                                                  # the rays start inside; there is no ceiling
             t = np.where(origin[2] + leave * turned[yaw][2] > room["size"][2] - 1e-4, np.float32(np.inf), leave)
-        else:
-            nearer = (enter <= leave) & (enter > 0) & (enter < t)
-            t[nearer], hit[nearer] = enter[nearer], box
     return t, hit
 
 
 def render(room, camera_to_world, intrinsics, image_size, rng=None):
-    """Render one frame: colour from four rays a pixel, depth from the ray through the pixel's centre.
-
-    camera_to_world: (4, 4); intrinsics: (3, 3), pixels; image_size: (width, height); rng: numpy Generator of exposure
-    and noise, None: neither. Returns color (H, W, 3) u8; depth (H, W) f32 m along z, 0 where there is no reading.
-    """
+    """Render one frame, colour from four rays a pixel; rng: numpy Generator of exposure and noise, None: neither.
+    Returns color (H, W, 3) u8; depth (H, W) f32 m along z, through the pixel's centre, 0 where there is no reading."""
     (width, height), origin = image_size, camera_to_world[:3, 3]
     # the centre, then a rotated grid: four distinct rows and columns keep fine stripes from turning into moire
     offsets = ((0, 0), (-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
@@ -250,16 +229,14 @@ def render(room, camera_to_world, intrinsics, image_size, rng=None):
 
 def write_scene(folder, seed, image_size=(160, 120)):
     """Write the room of a seed (int or sequence of int) as a scene folder, straight into `folder`, which is new."""
-    rng = np.random.default_rng(seed)
-    room = make_room(rng)
-    points = sample_points(room, rng)
-    intrinsics = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
+    room = make_room(rng := np.random.default_rng(seed))
+    points, intrinsics = sample_points(room, rng), intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
     places = rng.uniform((0.3, 0.3, 1.3), (*room["size"][:2] - 0.3, 1.7), (400, 3))
     places = places[~inside_boxes(room, places, 0.3)][:12]          # the tall pieces of a room leave half of it free
-    views = choose_views(lambda *ray: cast_rays(room, *ray)[0], places, points["coord"][:4000].astype(float),
-                         intrinsics, image_size, rng, VIEW_RANGE)
-    shared.save_scene(Path(folder), points, intrinsics,
-                      ((*render(room, view, intrinsics, image_size, rng), view) for view in views))
+    some = points["coord"][:4000].astype(float)
+    views = choose_views(lambda *ray: cast_rays(room, *ray)[0], places, some, intrinsics, image_size, rng, VIEW_RANGE)
+    frames = ((*render(room, view, intrinsics, image_size, rng), view) for view in views)
+    shared.save_scene(Path(folder), points, intrinsics, frames)
 
 
 def generate(root=ROOT, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):

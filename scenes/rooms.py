@@ -123,11 +123,11 @@ class Room:
 
     size: (3,) m.  walls: list of (origin (2,), along (2,), inward (2,), length, holes (low, high on it, low, high z)).
     taken: upright boxes (x, y, yaw, half width, half depth, low z, high z) of what is in the way.
-    parts: as in scan.Triangles.  boxes: of each part, None where it is no model.
+    parts: as in scan.Triangles, with the box of each, None where it is no model.
     """
 
     def __init__(self, rng, setting, kind):
-        self.rng, self.setting, self.kind, self.parts, self.boxes, self.taken = rng, setting, kind, [], [], []
+        self.rng, self.setting, self.kind, self.parts, self.taken = rng, setting, kind, [], []
         w, d, h = self.size = np.array([*rng.uniform(*LAYOUTS[kind][0], 2), rng.uniform(2.35, 2.9)])
         corners, self.notch = [(0, 0), (w, 0), (w, d), (0, d)], np.array([w, d])
         if min(w, d) > 3.4 and rng.random() < 0.35:          # an L: it lacks what lies beyond the notch
@@ -169,16 +169,14 @@ class Room:
                 footprints_overlap(box, other, margin) for other in self.taken if other is not ignore)):
             return None
         vertices = turn(model.vertices / own * size * (rng.choice((-1, 1)), 1, 1), yaw) + np.array((x, y, z))
-        self.parts.append((vertices[model.faces], self.repaint(model.color, model.label), model.label, None))
-        self.boxes.append(box)
+        self.parts.append((vertices[model.faces], self.repaint(model.color, model.label), model.label, None, box))
         self.taken.append(box)
         return box
 
     def quad(self, corner, along, up, label, color, paint=None):
         """A rectangle corner + a along + b up, 0 <= a, b <= 1."""
         a, b, c, d = corner, corner + along, corner + along + up, corner + up
-        self.parts.append((np.array([(a, b, c), (a, c, d)]), np.tile(color, (2, 1)), label, paint))
-        self.boxes.append(None)
+        self.parts.append((np.array([(a, b, c), (a, c, d)]), np.tile(color, (2, 1)), label, paint, None))
 
     def stand(self, model, amid=False, z=None, tries=40):
         """Put a model somewhere with its back to a wall, or amid the room; its box or None."""
@@ -203,7 +201,7 @@ class Room:
     def on_top(self, box, model, jitter=0.3, tries=8):
         """Put a model on the piece of a box, where that is level; its box or None."""
         rng, half = self.rng, np.ptp(model.vertices, axis=0)[:2] / 2
-        support = Triangles([self.parts[next(i for i, other in enumerate(self.boxes) if other is box)]])
+        support = Triangles([next(part for part in self.parts if part[4] is box)])
         for _ in range(tries):
             right, front = rng.uniform(-1, 1, 2) * np.maximum(np.array(box[3:5]) - half - 0.02, 0)
             feet = np.array([(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]) * half * 0.8 + (right, -front)
@@ -367,7 +365,8 @@ def furnish(rng, setting, kind):
             for _ in range(rng.integers(fewest, most + 1)):
                 room.add(what)
         for what in rng.choice([*layout, "otherfurniture", "", "", "cabinet" if wet else "chair"], 16):
-            if sum(4 * box[3] * box[4] for box in room.boxes if box and box[5] < 1) < full * room.size[:2].prod():
+            area = sum(4 * box[3] * box[4] for *_, box in room.parts if box and box[5] < 1)
+            if area < full * room.size[:2].prod():
                 room.add(str(what))
         if {what for what, (fewest, _) in wanted.items() if fewest} <= {part[2] for part in room.parts}:
             break

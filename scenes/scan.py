@@ -24,12 +24,12 @@ SUBPIXELS = ((0, 0), (-0.33, 0.2), (0.33, -0.2))  # rays of a pixel of a frame, 
 class Triangles:
     """Parts of a room as one soup that rays can hit.
 
-    parts: list of (triangles (F, 3, 3) m, color (F, 3) in [0, 1], class name or "", texture). A texture is a function
-    of positions (n, 2) m on a level or upright surface -> colours (n, 3); None: the triangles have their colours.
+    parts: list of (triangles (F, 3, 3) m, color (F, 3) in [0, 1], class name or "", texture, ...). A texture is a
+    function of positions (n, 2) m on a level or upright surface -> colours (n, 3); None: the triangles' colours.
     """
 
     def __init__(self, parts):
-        corners, color, names, self.texture = zip(*parts)
+        corners, color, names, self.texture, *_ = zip(*parts)
         self.part = np.repeat(np.arange(len(parts)), [*map(len, corners)])                     # (F,)
         self.textured = np.array([texture is not None for texture in self.texture])
         self.corners, self.color = np.concatenate(corners), np.concatenate(color).astype(np.float32)
