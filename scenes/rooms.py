@@ -33,7 +33,7 @@ class Setting:
 
     held_out: bool = False              # furniture that all others never show, or all but that
     scan: bool = True                   # False: points lie evenly on all surfaces, hidden ones too, with true colours
-    paint: bool = True                  # False: furniture keeps its colours, all walls are white
+    paint: bool = True                  # False: furniture keeps its colours, the walls are white
     light: tuple = (0.1, 0.35)          # unevenness
     exposure: tuple = (0.9, 1.35)
     gamma: tuple = (0.85, 1.3)
