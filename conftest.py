@@ -177,10 +177,10 @@ train_steps = pytest.fixture(lambda: _train_steps, scope="session")
 @pytest.fixture(scope="session")
 def tiny_rooms(tmp_path_factory):
     """Folder of 4 train and 2 val generated rooms with frames of 64x48, thinned to every 8th point."""
-    from scenes import rooms
+    from scenes import boxes
 
     root = tmp_path_factory.mktemp("data") / "rooms"
-    rooms.generate(root, train=4, val=2, workers=1, image_size=SMALL_IMAGE)
+    boxes.generate(root, train=4, val=2, workers=1, image_size=SMALL_IMAGE)
     for path in root.glob("*/*/*.npy"):
         np.save(path, np.load(path)[::8])
     return root

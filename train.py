@@ -32,14 +32,14 @@ from guard import Diverged, Guard
 from losses import LOSS_WEIGHTS, alignment_loss, gate_prior, instance_loss, semantic_loss, weighted_sum
 from metrics import InstanceAP, iou_of, semantic_iou
 from model import PRESETS, build_model, instances_of_scene
-from scenes import rooms
+from scenes import boxes as rooms  # the default data; scenes.rooms: furnished rooms
 from scenes.folder import SCANNET20, Classes, message
 from scenes.frames import warn
 from stages import (INSTANCE, PLAN_B, PLANS, Row, apply_row, clip_by_branch, curriculum, parameter_groups, row_at,
                     set_rates, stage_epochs, update_rms)
 from tower import SCRATCH, RGBDConv
 
-ROOMS = "data/rooms"  # generated on first use
+ROOMS = rooms.ROOT  # generated on first use
 WARM_UP = 0.1  # share of the curriculum's steps over which the rate of a part rises once it trains
 
 # What a preset trains with unless a flag says otherwise.

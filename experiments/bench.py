@@ -35,7 +35,7 @@ from losses import LOSS_WEIGHTS, weighted_sum
 from metrics import instance_ap
 from predict import predict_scene
 from scenes.folder import NYU40_IDS, load_frames, load_scene
-from scenes.rooms import write_scene
+from scenes.boxes import write_scene
 from stages import apply_row, clip_by_branch, curriculum, parameter_groups, set_rates
 from tower import SCRATCH
 

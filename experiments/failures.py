@@ -29,7 +29,7 @@ from guard import Guard
 from losses import LOSS_WEIGHTS, semantic_loss, weighted_sum
 from model import VoxelBatchNorm, build_model
 from scenes.folder import IGNORE, SCANNET20
-from scenes.rooms import write_scene
+from scenes.boxes import write_scene
 from tower import SCRATCH
 
 STABILITY, FIXED_GATE, LEARNED_GATE, ENHANCEMENT = stages.curriculum(pretrained=False)

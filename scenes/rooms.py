@@ -1,440 +1,395 @@
-"""Generated rooms: the default data, as scene folders with points, labels and posed RGB-D frames.
+"""Furnished rooms: scene folders with points, labels and posed RGB-D frames as a hand-held depth camera makes them.
 
-    python -m scenes.rooms --out data/rooms --train 32 --val 12 --seed 0
+    python -m scenes.rooms --out data/furnished --train 128 --val 24 --shifted 24 --seed 0
 
-A room is a floor, four walls, furniture made of boxes and flat things on the walls, in ScanNet's 20 classes. Points are
-sampled on the surfaces, frames are ray cast exactly, both with sensor-like noise. The same seed gives the same bytes,
-whatever the number of processes. Frame: metres, +z up, the room spans (0, 0, 0) to its size, without a ceiling.
+`furnish` sets a room up: walls with openings, models of scenes/furniture.py against walls, off them, on top of one
+another. scenes/scan.py walks a camera through its triangles. The same seed gives the same bytes. <root>/shifted is made
+with SHIFTED: furniture that train and val never show, another light, camera, noise and density.
 
-The rooms are BUILT so that images carry something which voxels cannot: classes of one group in GROUPS differ only in a
-surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all patterns have one mean and variance. So a
-gain of the image branch here shows that fusion works, not how much it would gain on real scans.
+Frame: metres, +z up. Unlabelled, as annotators of ScanNet leave it, is what is none of the 20 classes: clutter, plants,
+stoves, a strip of ceiling. The first kind of room is number 0's, and so on: 8 rooms in a row show all classes.
 """
 
-import argparse
-import json
 import math
-import os
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from scenes.folder import CLASS_NAMES
+from scenes import furniture
+from scenes import generate as shared
+from scenes.generate import footprints_overlap, turn
+from scenes.scan import Triangles, scan
 
-GENERATOR = 1               # goes into rooms.json: raise it whenever a change alters the bytes of a scene
-POINTS_PER_M2 = 1000
-POINT_NOISE = 0.003         # m, standard deviation on each axis
-COLOR_DRIFT = 0.03          # m, so far from a point its colour is taken, else 5 cm voxels give the pattern away
-COLOR_NOISE = 0.015         # standard deviation, colours in [0, 1]
-DROPPED_DEPTH = 0.03        # share of pixels without a reading
-FRAMES = 8
-VIEW_RANGE = 3.0            # m; frames are chosen for what they see within it: patterns are resolved that far
-PATCH = 0.5                 # m, edge of a superpoint
-SPLITS = ("train", "val")
-WALL, FLOOR = CLASS_NAMES.index("wall"), CLASS_NAMES.index("floor")
-PATTERNS = ("stripes", "checks", "dots")
-CONTRAST = 0.25             # a pattern is colour + CONTRAST on half of the area and colour - CONTRAST on the other half
+ROOT = "data/furnished"
+GENERATOR = "furnished 1"   # goes into rooms.json: raise it whenever a change alters the bytes of a scene
+THICK = 0.15                # m, of the walls
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What rooms are made with. A pair is the range from which each room draws."""
 
-def _box(x, y, z):
-    """Low and high corner (2, 3) of a box from three (low, high) intervals; a number is the width about 0."""
-    return np.array([i if isinstance(i, tuple) else (-i / 2, i / 2) for i in (x, y, z)]).T
+    held_out: bool = False              # furniture that all others never show, or all but that
+    scan: bool = True                   # False: points lie evenly on all surfaces, hidden ones too, with true colours
+    paint: bool = True                  # False: furniture keeps its colours, the walls are white
+    light: tuple = (0.1, 0.35)          # unevenness
+    exposure: tuple = (0.9, 1.35)
+    gamma: tuple = (0.85, 1.3)
+    warmth: tuple = (-0.03, 0.08)       # more red, less blue
+    field_of_view: tuple = (60, 74)     # degrees, horizontal
+    height: tuple = (1.2, 1.75)         # m, of the camera
+    reach: tuple = (3.5, 6.0)           # m, of the sensor
+    noise: tuple = (0.003, 0.007)       # m, of a point, standard deviation on each axis
+    drift: tuple = (0.003, 0.015)       # m, of a part of the walk, standard deviation on each axis
+    spacing: tuple = (0.034, 0.052)     # m, edge of the cells that hold one point: these lie half as far apart
+    views: int = 28                     # frames of the walk
 
 
-def _legs(w, d, height, thick=0.05):
-    """Four legs in the corners of a w x d footprint."""
-    sides = [[(-edge / 2, thick - edge / 2), (edge / 2 - thick, edge / 2)] for edge in (w, d)]
-    return [_box(x, y, (0, height)) for x in sides[0] for y in sides[1]]
+USUAL = Setting()
+SHIFTED = Setting(held_out=True, light=(0.35, 0.55), exposure=(0.8, 1.1), gamma=(1.2, 1.45), warmth=(0.08, 0.16),
+                  field_of_view=(50, 58), height=(0.9, 1.2), reach=(3.0, 4.0), noise=(0.008, 0.012),
+                  drift=(0.015, 0.025), spacing=(0.06, 0.07), views=36)
+SETTINGS = {"usual": USUAL, "no_scan": replace(USUAL, scan=False), "no_paint": replace(USUAL, paint=False)}
 
-
-# dimensions, metres -> boxes in the piece's own frame: origin on the floor in the middle of it, +y is the back, z up
-SHAPES = {
-    "block": lambda w, d, height: [_box(w, d, (0, height))],
-    "panel": lambda w, thick, low, high: [_box(w, thick, (low, high))],
-    "slab with back": lambda w, d, seat, back, thick: [
-        _box(w, (-d / 2, d / 2 - thick), (0, seat)), _box(w, (d / 2 - thick, d / 2), (0, back))],
-    "tabletop": lambda w, d, height: [_box(w, d, (height - 0.05, height)), *_legs(w, d, height - 0.05)],
-    "chair": lambda w, seat, top: [
-        _box(w, w, (seat - 0.06, seat)), _box(w, (w / 2 - 0.06, w / 2), (seat, top)), *_legs(w, w, seat - 0.06)],
+# kind of room -> range of its sides in m; class: (fewest, most) pieces, in the order in which they look for a place
+LAYOUTS = {
+    "bedroom": ((3.0, 4.4), {"bed": (1, 2), "cabinet": (1, 2), "otherfurniture": (1, 1), "desk": (1, 1),
+                             "chair": (0, 1)}),
+    "kitchen": ((2.8, 4.4), {"counter": (1, 2), "refrigerator": (1, 1), "table": (1, 1), "cabinet": (1, 2)}),
+    "bathroom": ((2.1, 3.0), {"bathtub": (1, 1), "toilet": (1, 1), "sink": (1, 1), "cabinet": (0, 1)}),
+    "living room": ((3.6, 5.6), {"sofa": (1, 3), "bookshelf": (1, 2), "cabinet": (1, 2), "chair": (1, 2),
+                                 "curtain": (1, 1), "table": (0, 1)}),
+    "office": ((3.2, 5.4), {"desk": (2, 4), "bookshelf": (1, 2), "cabinet": (1, 2), "refrigerator": (0, 1)}),
+    "studio": ((4.0, 5.6), {"counter": (1, 1), "refrigerator": (1, 1), "bed": (1, 1), "table": (1, 1),
+                            "sofa": (1, 1)}),
+    "washroom": ((1.9, 3.0), {"bathtub": (0, 1), "toilet": (1, 2), "sink": (1, 2), "shower curtain": (1, 1)}),
+    "meeting room": ((3.6, 5.8), {"table": (1, 1), "cabinet": (0, 1), "otherfurniture": (0, 1), "bookshelf": (0, 1)}),
 }
-# (class names, where it stands, shape, ranges of its dimensions): the i-th class of a group wears PATTERNS[i]
-GROUPS = (
-    (("cabinet", "bookshelf"), "wall", "block", ((0.7, 1.1), (0.3, 0.45), (1.5, 2.0))),
-    (("refrigerator", "otherfurniture"), "wall", "block", ((0.5, 0.7), (0.5, 0.65), (0.9, 1.3))),
-    (("counter", "bathtub"), "wall", "block", ((1.2, 1.6), (0.55, 0.7), (0.55, 0.8))),
-    (("bed", "sofa"), "wall", "slab with back", ((1.4, 1.8), (0.85, 1.05), (0.38, 0.46), (0.75, 0.95), (0.12, 0.2))),
-    (("toilet", "sink"), "wall", "slab with back", ((0.4, 0.52), (0.5, 0.62), (0.4, 0.5), (0.75, 0.9), (0.14, 0.2))),
-    (("table", "desk"), "free", "tabletop", ((0.9, 1.4), (0.6, 0.8), (0.68, 0.78))),
-    (("chair",), "free", "chair", ((0.42, 0.52), (0.42, 0.48), (0.85, 1.0))),
-    (("door", "curtain", "shower curtain"), "flat", "panel", ((0.8, 1.1), (0.03, 0.06), (0.0, 0.0), (1.95, 2.1))),
-    (("window", "picture"), "flat", "panel", ((0.7, 1.1), (0.03, 0.06), (1.0, 1.15), (1.75, 2.0))),
-)
-CLASSES = {name: (place, shape, ranges, pattern if len(names) > 1 else None)
-           for names, place, shape, ranges in GROUPS for pattern, name in enumerate(names)}
+KINDS, WET, FLOORS = list(LAYOUTS), ("bathroom", "washroom"), ("plain", "carpet", "tiles", "boards", "boards")
+WHITE = ("refrigerator", "toilet", "bathtub", "sink")       # seldom painted in another colour
+# class -> share of its pieces that are random models, as the pack has few or similar ones
+MADE = {"window": 0.6, "curtain": 0.8, "shower curtain": 0.8, "picture": 0.9, "refrigerator": 0.6, "toilet": 0.5,
+        "bathtub": 0.6, "counter": 0.9, "door": 0.5, "sink": 0.5, "bookshelf": 0.3}
 
 
-def pattern_sign(pattern, u, v):
-    """+1 or -1 (f32), each on exactly half of the plane: the only thing that tells the classes of a group apart.
 
-    pattern: index into PATTERNS, int or int array; u, v: in-plane position in wavelengths, floats of one shape.
+@cache
+def pack(held_out):
+    """{class: list of (model, its size (3,) m)} of the pack: what is held out, or the others."""
+    models = {}
+    for model in furniture.load():
+        if furniture.hidden(model) == held_out:
+            models.setdefault(model.label, []).append((model, np.ptp(model.vertices, axis=0)))
+    return models
+
+
+def some_color(rng, of="thing"):
+    """A colour (3,) in [0, 1] as things (printed, woven, painted), walls or wood have it."""
+    if of == "wood":
+        return np.array([0.6, 0.43, 0.28]) * rng.uniform(0.5, 1.5) * rng.uniform(0.93, 1.07, 3)
+    gray = rng.uniform(*(0.1, 0.92) if of == "thing" else (0.3, 0.6) if rng.random() < 0.2 else (0.6, 0.95))
+    hue = rng.normal(0, 1, 3) * rng.choice((0.02, 0.06, 0.17) if of == "thing" else (0.02, 0.05))
+    return np.clip(gray + hue, 0.03, 0.97)
+
+
+def texture(rng, kind, color):
+    """A surface of cells: function of positions on it (n, 2) m -> colours (n, 3)."""
+    low, high, spread, joint = {
+        "plain": ((0.3, 0.3), (0.8, 0.8), 0.04, 0), "carpet": ((0.01, 0.01), (0.03, 0.03), 0.3, 0),
+        "tiles": ((0.12, 0.12), (0.5, 0.5), 0.12, 0.012), "boards": ((0.07, 0.5), (0.2, 1.8), 0.35, 0.006),
+        "stripes": ((0.04, 9), (0.3, 9), 0.3, 0)}[kind]
+    size, spread = rng.uniform(low, high), spread * rng.uniform(0.4, 1)
+    grout, salt = rng.uniform(0.5, 1.2), rng.integers(99)
+
+    def paint(place):
+        cell = place / size
+        cell[:, 1] += 0.37 * np.floor(cell[:, 0]) * (kind == "boards")
+        row, column = np.floor(cell).astype(np.int64).T
+        mixed = row * 7919 + column * 104729 + salt
+        shade = 1 + spread * (((mixed * mixed ^ mixed >> 3) * 2654435761 >> 8) % 1024 / 1024 - 0.5)
+        return color * np.where((cell % 1 * size).min(axis=1) < joint, grout, shade)[:, None]
+    return paint
+
+
+def facing(inward):
+    """The yaw that turns a front, -y, into a direction (2,)."""
+    return math.atan2(inward[0], -inward[1])
+
+
+class Room:
+    """A room that is being furnished.
+
+    size: (3,) m.  walls: list of (origin (2,), along (2,), inward (2,), length, holes (low, high on it, low, high z)).
+    taken: upright boxes (x, y, yaw, half width, half depth, low z, high z) of what is in the way.
+    parts: as in scan.Triangles, with the box of each, None where it is no model.
     """
-    stripes = u % 1 < 0.5
-    # the lattice of the checks is scaled by sqrt 2 so that all three patterns have the same shortest wavelength, 1
-    checks = (u / math.sqrt(2) % 1 < 0.5) == (v / math.sqrt(2) % 1 < 0.5)
-    dots = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 1 / (2 * math.pi)
-    return np.where(np.choose(pattern, (stripes, checks, dots)), np.float32(1), np.float32(-1))
 
+    def __init__(self, rng, setting, kind):
+        self.rng, self.setting, self.kind, self.parts, self.taken = rng, setting, kind, [], []
+        w, d, h = self.size = np.array([*rng.uniform(*LAYOUTS[kind][0], 2), rng.uniform(2.35, 2.9)])
+        corners, self.notch = [(0, 0), (w, 0), (w, d), (0, d)], np.array([w, d])
+        if min(w, d) > 3.4 and rng.random() < 0.35:          # an L: it lacks what lies beyond the notch
+            a, b = self.notch = self.notch * rng.uniform(0.5, 0.75, 2)
+            corners[2:3] = [(w, b), (a, b), (a, d)]
+            self.taken.append(((w + a) / 2, (d + b) / 2, 0.0, (w - a) / 2, (d - b) / 2, 0.0, h))
+        self.walls = []
+        for start, end in zip(np.array(corners), np.roll(corners, -1, axis=0)):
+            x, y = along = (end - start) / np.linalg.norm(end - start)
+            self.walls.append((start, along, np.array([-y, x]), np.linalg.norm(end - start), []))
 
-def _turn(vectors, yaw):
-    """Vectors (N, 3) turned about z by `yaw` rad, one for all or (N,). scipy's Rotation would change the last bits."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    x, y, z = vectors.T
-    return np.stack([c * x - s * y, s * x + c * y, z], axis=1)
+    def pick(self, label, fits=lambda model, size: model.place != "top"):
+        """A model of a class by chance, out of those that fit; None where none does."""
+        models = [model for model, size in pack(self.setting.held_out).get(label, []) if fits(model, size)]
+        if label in MADE and (self.rng.random() < MADE[label] or not models):
+            made = (furniture.parametric(label, self.rng) for _ in range(50))
+            return next((model for model in made if fits(model, np.ptp(model.vertices, axis=0))), None)
+        return models[self.rng.integers(len(models))] if models else None
 
+    def repaint(self, color, label):
+        """Colours (F, 3) u8 of a model as another owner has it: brightness, contrast, now and then another hue."""
+        rng, color = self.rng, color / 255
+        mean, other, which = color.mean(axis=0), some_color(rng), rng.random() + 0.25 * (label in WHITE)
+        new = other if which < 0.3 else rng.uniform(0.75, 1.2) * (mean + rng.uniform(0, 0.5) * (mean.mean() - mean))
+        return np.clip(new + (color - mean) * rng.uniform(0.6, 1.1), 0, 1) if self.setting.paint else color
 
-def _footprints_overlap(a, b, margin):
-    """Whether two upright boxes (x, y, yaw, half width, half depth, low z, high z) come closer than `margin`."""
-    def close(angle):                 # along this axis
-        reach = sum(w * abs(math.cos(yaw - angle)) + d * abs(math.sin(yaw - angle)) for _, _, yaw, w, d, *_ in (a, b))
-        return abs((b[0] - a[0]) * math.cos(angle) + (b[1] - a[1]) * math.sin(angle)) < margin + reach
+    def put(self, model, x, y, yaw, z=None, size=None, check=True, ignore=None, margin=0.03):
+        """Stand a model at x, y, its front turned by yaw from -y; size: (3,) m, None: about its own.
 
-    axes = (a[2], a[2] + math.pi / 2, b[2], b[2] + math.pi / 2)
-    return min(a[6], b[6]) > max(a[5], b[5]) and all(map(close, axes))
+        Returns its box; None where something but the box `ignore` is in the way and check is true.
+        """
+        rng, own = self.rng, np.maximum(np.ptp(model.vertices, axis=0), 1e-3)
+        size = own * rng.uniform(0.93, 1.07) * rng.uniform(0.96, 1.04, 3) if size is None else np.array(size)
+        z = model.elevation if z is None else z
+        low = 0.0 if model.place == "wall" and z < 1 else z  # nothing stands under a sink
+        box, (c, s) = (x, y, yaw, *size[:2] / 2, low, z + size[2]), (abs(math.cos(yaw)), abs(math.sin(yaw)))
+        reach = np.array([c * size[0] + s * size[1], s * size[0] + c * size[1]]) / 2 - 0.02
+        if check and (box[6] > self.size[2] or ((x, y) < reach).any() or ((x, y) > self.size[:2] - reach).any() or any(
+                footprints_overlap(box, other, margin) for other in self.taken if other is not ignore)):
+            return None
+        vertices = turn(model.vertices / own * size * (rng.choice((-1, 1)), 1, 1), yaw) + np.array((x, y, z))
+        self.parts.append((vertices[model.faces], self.repaint(model.color, model.label), model.label, None, box))
+        self.taken.append(box)
+        return box
 
+    def quad(self, corner, along, up, label, color, paint=None):
+        """A rectangle corner + a along + b up, 0 <= a, b <= 1."""
+        a, b, c, d = corner, corner + along, corner + along + up, corner + up
+        self.parts.append((np.array([(a, b, c), (a, c, d)]), np.tile(color, (2, 1)), label, paint, None))
 
-def _try_place(rng, size, place, parts, taken):
-    """The upright box that a piece of these parts keeps clear at a free place, or None if none turns up."""
-    (width, depth, _), z = np.ptp(parts, axis=(0, 1)), parts[..., 2]
-    for _ in range(200):
-        if place == "free":
-            yaw = rng.uniform(-math.pi, math.pi)
-            c, s = abs(math.cos(yaw)), abs(math.sin(yaw))
-            rx, ry = (c * width + s * depth) / 2, (s * width + c * depth) / 2
-            x, y = rng.uniform(rx, size[0] - rx), rng.uniform(ry, size[1] - ry)
-        else:                         # back to a wall: 0 north (y = size), 1 west (x = 0), 2 south, 3 east
-            wall = int(rng.integers(4))
-            along = rng.uniform(width / 2, size[wall % 2] - width / 2)
-            off = size[1 - wall % 2] - depth / 2 if wall in (0, 3) else depth / 2
-            (x, y), yaw = ((along, off), (off, along))[wall % 2], wall * math.pi / 2
-        clear = 0.4 if place == "flat" else depth / 2     # nothing may stand close in front of a flat thing
-        keep = (x, y, yaw, width / 2, clear, z.min(), z.max())
-        if not any(_footprints_overlap(keep, other, 0.05) for other in taken):
-            return keep
-    return None
+    def stand(self, model, amid=False, z=None, tries=40):
+        """Put a model somewhere with its back to a wall, or amid the room; its box or None."""
+        rng, (w, d, _) = self.rng, np.ptp(model.vertices, axis=0) * 1.08
+        for _ in range(tries):
+            x, y = rng.uniform(0.4, self.size[:2] - 0.4)
+            yaw = rng.integers(4) * math.pi / 2 + rng.normal(0, 0.06)
+            origin, along, inward, length, _ = self.walls[rng.integers(len(self.walls))]
+            if not amid:
+                at = w / 2 + (length - w) * (rng.random() if rng.random() < 0.8 else rng.integers(2))
+                gap, yaw = 0.0 if model.place == "wall" else abs(rng.normal(0, 0.03)), facing(inward)
+                x, y = origin + along * at + inward * (d / 2 + gap)
+            if (amid or w < length) and (box := self.put(model, x, y, yaw, z, margin=0.3 if amid else 0.03)):
+                return box
+        return None
 
+    def beside(self, box, model, right, front, yaw=0.0, **how):
+        """Put a model at (right, front) m from the middle of a box, in its frame: front is where it looks."""
+        x, y, _ = turn(np.array([(right, -front, 0.0)]), box[2])[0]
+        return self.put(model, box[0] + x, box[1] + y, box[2] + yaw, **how)
 
-def make_room(rng):
-    """Furnish a room at random (rng: numpy Generator, the only source of chance).
+    def on_top(self, box, model, jitter=0.3, tries=8):
+        """Put a model on the piece of a box, where that is level; its box or None."""
+        rng, half = self.rng, np.ptp(model.vertices, axis=0)[:2] / 2
+        support = Triangles([next(part for part in self.parts if part[4] is box)])
+        for _ in range(tries):
+            right, front = rng.uniform(-1, 1, 2) * np.maximum(np.array(box[3:5]) - half - 0.02, 0)
+            feet = np.array([(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]) * half * 0.8 + (right, -front)
+            above = turn(np.column_stack([feet, np.full(5, 9.0)]), box[2]) + np.array((*box[:2], 0))
+            z = 9 - support.hit(above, np.tile((0.0, 0.0, -1.0), (5, 1)))[0]
+            if np.isfinite(z).all() and np.ptp(z) < 0.03 and (placed := self.beside(
+                    box, model, right, front, rng.normal(0, jitter), z=z.max(), ignore=box, margin=0.0)):
+                return placed
+        return None
 
-    Returns a dict of things, of which row 0 is the floor, row 1 the walls and the others pieces, and of boxes, of which
-    row 0 is the shell, floor and walls seen from inside, and the others parts of pieces:
-        size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,) index
-        into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths;
-        box_center, box_half (B, 3) m; box_yaw (B,) rad, turns the box's frame to the world's about z; box_thing (B,)
-        row of the thing (meaningless for the shell).
-    """
-    def draw(name):
-        _, shape, ranges, _ = CLASSES[name]
-        return name, np.array(SHAPES[shape](*(rng.uniform(*r) for r in ranges)))           # (P, 2, 3)
+    def clutter(self, box, most):
+        """Small things on top of the piece of a box, if there is one."""
+        for _ in range(self.rng.integers(0, most + 1) if box else 0):
+            small = self.pick("", lambda m, size: m.place == "top" and (size < (1.8 * box[3], 1.8 * box[4], 0.8)).all())
+            if small is None or self.rng.random() < 0.4:
+                vertices, faces = furniture.box((0, 0, 0), self.rng.uniform((0.05, 0.05, 0.02), (0.3, 0.25, 0.3)))
+                vertices = vertices - [*vertices.mean(axis=0)[:2], 0]
+                small = furniture.Model("box", "", "top", 0.0, vertices, faces, np.full((12, 3), 128, np.uint8))
+            self.on_top(box, small)
 
-    size = np.array([rng.uniform(3.4, 4.5), rng.uniform(3.4, 4.5), 2.4])
-    standing = [name for name, (place, *_) in CLASSES.items() if place != "flat"]
-    flat = [name for name, (place, *_) in CLASSES.items() if place == "flat"]
-    # drawn without replacement, so all classes occur about equally often
-    names = rng.permutation(standing)[:rng.integers(7, 11)]
-    panels = [*rng.permutation(flat), flat[rng.integers(len(flat))]]
-    pieces = [draw(name) for name in panels[:rng.integers(3, 7)]]
-    pieces += sorted(map(draw, names), key=lambda piece: -np.ptp(piece[1], axis=(0, 1))[:2].prod())  # large ones first
-    things, boxes, taken = [(FLOOR, 0), (WALL, 0)], [(*size / 2, *size / 2, 0.0, 0)], []
-    for name, parts in pieces:
-        place, _, _, pattern = CLASSES[name]
-        keep = _try_place(rng, size, place, parts, taken)
-        if keep is None:              # a piece that finds no place is left out
-            continue
-        taken.append(keep)
-        x, y, yaw, *_ = keep
-        center, half = _turn(parts.mean(axis=1), yaw) + np.array((x, y, 0)), np.ptp(parts, axis=1) / 2
-        boxes += [(*row, yaw, len(things)) for row in np.hstack((center, half))]
-        pattern = rng.integers(len(PATTERNS)) if pattern is None else pattern             # alone in its group: any
-        things.append((CLASS_NAMES.index(name), pattern))
-    boxes, (label, pattern), n = np.array(boxes), np.array(things).T, len(things)
-    return {
-        "size": size, "thing_label": label, "thing_pattern": pattern, "thing_color": rng.uniform(0.32, 0.68, (n, 3)),
-        "thing_wavelength": rng.uniform(0.06, 0.08, n), "thing_phase": rng.uniform(0, 1, (n, 2)),
-        "box_center": boxes[:, 0:3], "box_half": boxes[:, 3:6], "box_yaw": boxes[:, 6],
-        "box_thing": boxes[:, 7].astype(int)}
+    def add(self, what):
+        """A piece of a class where such pieces stand, with what belongs to it, or an opening."""
+        if what in ("door", "window", "passage"):
+            return self.opening(what)
+        rng, high = self.rng, self.kind != "living room"
+        hung = what == "picture" or (what == "" and rng.random() < 0.4)
+        model = self.pick(what, lambda m, size: m.place == "wall" if hung else m.place == "floor" if what == "" else
+                          m.place != "top" and (what != "table" or (size[2] > 0.6) == high))
+        amid = rng.random() < {"table": 0.85, "chair": 0.4, "sofa": 0.25, "": 0.3}.get(what, 0) and not hung
+        box = model and self.stand(model, amid, rng.uniform(1.1, 1.7) if hung else None)
+        if not box or hung:
+            return
+        w, d, top = 2 * box[3], 2 * box[4], box[6]
+        if what == "bed":
+            for side in (-1, 1):
+                stand = (self.pick("", lambda m, size: "bedside" in m.name)
+                         or self.pick("cabinet", lambda m, size: size[2] < 0.7))
+                if rng.random() < 0.6 and stand:
+                    size = np.ptp(stand.vertices, axis=0)
+                    self.clutter(self.beside(box, stand, side * (w + size[0] + 0.15) / 2, (size[1] - d + 0.1) / 2), 2)
+        elif what in ("desk", "table") and top > 0.6:
+            self.chairs(box, 1 if what == "desk" else 4)
+        elif what == "sofa" and rng.random() < 0.6:
+            if table := self.pick("table", lambda m, size: size[2] < 0.56):
+                front = (d + np.ptp(table.vertices[:, 1])) / 2 + 0.4
+                self.clutter(self.beside(box, table, rng.normal(0, 0.15), front), 3)
+        elif what == "counter":
+            if sink := self.pick("sink", lambda m, size: m.place == "top"):
+                self.on_top(box, sink, jitter=0.0)
+            for right in np.arange(0.4, w - 0.2, 0.7) - w / 2:
+                if rng.random() < 0.6 and (upper := self.pick("cabinet", lambda m, size: m.place == "wall")):
+                    self.beside(box, upper, right, (np.ptp(upper.vertices[:, 1]) - d) / 2, ignore=box)
+        elif what == "bathtub":                              # a curtain, drawn to a part of it
+            share, low, high = rng.uniform(0.35, 0.95), rng.uniform(0.1, 0.4), rng.uniform(1.8, 2.05)
+            self.beside(box, self.pick("shower curtain"), rng.choice((-1, 1)) * (1 - share) * w / 2, d / 2 + 0.03,
+                        size=(share * w, 0.1, high - low), z=low, check=False)
+        if what not in ("chair", "sofa", "bathtub", "toilet", "shower curtain") and top < 1.6:
+            self.clutter(box, 6)
 
+    def chairs(self, box, sides):
+        """Chairs at a table's box, fronts to it, now and then one missing: on its front or on all four sides."""
+        chair = self.pick("chair", lambda m, size: size[0] < 0.75 and size[2] < 1.2)
+        for side in range(sides):
+            width, across = (box[3:5], box[4:2:-1])[side % 2]
+            count = 1 if sides == 1 else int(2 * width / self.rng.uniform(0.65, 0.9))
+            for seat in np.arange(count)[self.rng.random(count) < 0.85]:
+                out = across + np.ptp(chair.vertices[:, 1]) / 2 - self.rng.uniform(-0.25, 0.2)
+                yaw, along = side * math.pi / 2, ((2 * seat + 1) / count - 1) * width
+                right, down, _ = turn(np.array([(along, -out, 0.0)]), yaw)[0]
+                self.beside(box, chair, right, -down, yaw + math.pi + self.rng.normal(0, 0.25), ignore=box)
 
-def _to_box(room, box, points):
-    """World positions (N, 3) in the frame of `box`: one box for all, or an (N,) array of boxes."""
-    return _turn(points - room["box_center"][box], -room["box_yaw"][box])
-
-
-def inside_boxes(room, points, margin=0.0):
-    """(N,) bool, True where a point (N, 3) lies in any part of a piece, grown by `margin` metres on all sides."""
-    inside = [(np.abs(_to_box(room, box, points)) < room["box_half"][box] + margin).all(axis=1)
-              for box in range(1, len(room["box_half"]))]
-    return np.any(inside, axis=0)
-
-
-def _surface(room, box, axis, local):
-    """Row of the thing (N,) and colour (N, 3) at local (N, 3) in the frame of box (N,), on a face across axis (N,)."""
-    thing = np.where(box == 0, axis != 2, room["box_thing"][box])
-    rows = np.arange(len(axis))
-    u, v = local[rows, np.array([1, 0, 0])[axis]], local[rows, np.array([2, 2, 1])[axis]]
-    scale, phase = 1 / room["thing_wavelength"][thing], room["thing_phase"][thing]
-    sign = pattern_sign(room["thing_pattern"][thing], u * scale + phase[:, 0], v * scale + phase[:, 1])
-    return thing, room["thing_color"][thing] + (CONTRAST * (thing > 1) * sign)[:, None]  # floor and walls are plain
-
-
-def sample_points(room, rng):
-    """Sample the surfaces of a room (as from make_room) that can be seen from inside it.
-
-    Left out: faces that look down, and points where 1 cm in front of the surface is not free (a wall behind a cabinet).
-
-    Returns a dict of shuffled arrays: coord (N, 3) f32 m; color (N, 3) u8; normal (N, 3) f32 unit, into the room;
-    segment20 (N,) int32; instance (N,) int32, -1 for walls and floor; superpoint (N,) int32, 0..S-1, a patch of about
-    PATCH on one face.
-    """
-    half, yaw = room["box_half"], room["box_yaw"]
-    box, axis, sign = (a.ravel() for a in np.meshgrid(np.arange(len(half)), (0, 1, 2), (-1, 1), indexing="ij"))
-    facing = np.where(box == 0, -sign, sign)                                     # the shell is seen from inside
-    area = 4 * half[box].prod(axis=1) / half[box, axis] * ((axis != 2) | (facing > 0))
-    face = np.repeat(np.arange(len(box)), np.round(area * POINTS_PER_M2).astype(int))
-    box, axis, sign, facing = (a[face] for a in (box, axis, sign, facing))       # of each face -> of each point
-    across = np.eye(3)[axis]                                                     # (N, 3)
-    unit = np.where(across > 0, sign[:, None], rng.uniform(-1, 1, across.shape))  # in the box, -1 to 1
-    normal = _turn(across * facing[:, None], yaw[box])
-    coord = _turn(unit * half[box], yaw[box]) + room["box_center"][box]
-    front = coord + 0.01 * normal
-    free = ((front > 0) & (front < room["size"])).all(axis=1) & ~inside_boxes(room, front)
-    order = rng.permutation(np.flatnonzero(free))
-    box, axis, sign, across, unit, coord, normal = (a[order] for a in (box, axis, sign, across, unit, coord, normal))
-    thing, color = _surface(room, box, axis, unit * half[box] + rng.normal(0, COLOR_DRIFT, unit.shape))
-    # superpoints: equal patches of each face; a leg, thin in two directions, is one patch
-    patches = np.where(across > 0, 1, np.maximum(1, np.round(2 * half[box] / PATCH)))
-    patch = np.minimum(np.floor((unit + 1) / 2 * patches), patches - 1).astype(int)
-    side = np.where(np.median(half, axis=1)[box] < 0.05, 0, 1 + 2 * axis + (sign > 0))
-    key = np.ravel_multi_index((box, side, *patch.T), (len(half), 7, *patch.max(axis=0) + 1))
-    normal = normal + rng.normal(0, 0.05, normal.shape)
-    return {
-        "coord": (coord + rng.normal(0, POINT_NOISE, coord.shape)).astype(np.float32),
-        "color": _to_bytes(color + rng.normal(0, COLOR_NOISE, color.shape)),
-        "normal": (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
-        "segment20": room["thing_label"][thing].astype(np.int32),
-        "instance": np.maximum(thing - 2, -1).astype(np.int32),
-        "superpoint": np.unique(key, return_inverse=True)[1].ravel().astype(np.int32)}
-
-
-def _to_bytes(color):
-    """Colours in [0, 1] to uint8."""
-    return np.round(np.clip(color, 0, 1) * 255).astype(np.uint8)
-
-
-def cast_rays(room, origin, directions):
-    """First hit of each ray from origin (3,) m, inside the room and outside of all boxes, along directions (R, 3).
-
-    Returns t (R,) f32, the hit is origin + t * direction, inf where the ray leaves through the open top; and box (R,)
-    int, row of the box hit, which is 0, the shell, also for a ray that hits nothing.
-
-    Source: slab method, in each box's own frame, Kay & Kajiya (1986).
-    """
-    t, hit = np.full(len(directions), np.inf, dtype=np.float32), np.zeros(len(directions), dtype=int)
-    turned = {}                                                       # yaw -> directions (3, R) in frames so turned
-    for box, (half, yaw) in enumerate(zip(room["box_half"], room["box_yaw"])):
-        if yaw not in turned:
-            d = np.ascontiguousarray(_turn(directions, -yaw).T, np.float32)
-            turned[yaw] = np.where(np.abs(d) < 1e-7, np.float32(1e-7), d)        # no division by zero
-        inverse, start = 1 / turned[yaw], _to_box(room, box, origin[None])[0]
-        a, b = ((side * half - start).astype(np.float32)[:, None] * inverse for side in (-1, 1))  # t at both planes
-        enter, leave = np.minimum(a, b).max(axis=0), np.maximum(a, b).min(axis=0)
-        if box == 0:                                                  # the rays start inside; there is no ceiling
-            t = np.where(origin[2] + leave * turned[yaw][2] > room["size"][2] - 1e-4, np.float32(np.inf), leave)
+    def opening(self, kind, tries=20):
+        """Cut a door, passage or window into a wall with room for it, and fill it."""
+        rng = self.rng
+        width, low, high = (rng.uniform(*pair) for pair in {
+            "door": ((0.8, 1.0), (0, 0), (1.95, 2.1)), "passage": ((0.8, 1.6), (0, 0), (2.0, 2.2)),
+            "window": ((0.6, 2.2), (0.5, 1.1), (1.9, 2.25))}[kind])
+        swing = rng.choice((-1, 1)) * rng.uniform(1.0, 2.0) * (kind == "door" and rng.random() < 0.4)
+        for _ in range(tries):
+            origin, along, inward, length, holes = wall = self.walls[rng.integers(len(self.walls))]
+            at, clear = width / 2 + 0.15 + rng.random() * (length - width - 0.3), 0.1 if low else 0.9
+            middle, yaw = origin + along * at, facing(inward)
+            keep = (*(middle + inward * clear / 2), yaw, width / 2 + 0.05, clear / 2, low, high)
+            if width + 0.3 < length and not any(footprints_overlap(keep, other, 0.0) for other in self.taken):
+                break
         else:
-            nearer = (enter <= leave) & (enter > 0) & (enter < t)
-            t[nearer], hit[nearer] = enter[nearer], box
-    return t, hit
+            return
+        holes.append((at - width / 2, at + width / 2, low, high))
+        frame = (*(middle - inward * rng.uniform(0.03, 0.1)), yaw, width / 2, 0.0, low, high)
+        if kind != "passage":                                # an open door turns into the room about one end
+            hinge = np.sign(swing) * width / 2
+            x, y, _ = turn(np.array([(hinge, 0.0, 0.0)]), swing)[0]
+            self.beside(frame, self.pick(kind), hinge - x, y, swing, z=low, size=(width, 0.08, high - low), check=False)
+        if kind == "window" and rng.random() < 0.65:
+            low = rng.uniform(0.02, 0.15) if rng.random() < 0.5 else low - 0.1
+            model, span, up = self.pick("curtain"), width + 0.3, min(high + 0.15, self.size[2] - 0.03) - low
+            for side in ((-1,), (1,), (-1, 1), (-1, 1), (-1, 1))[rng.integers(5)]:
+                share = rng.uniform(0.15, 0.5)
+                self.beside((*middle, yaw), model, side * (1 - share) * span / 2, 0.08, z=low, check=False,
+                            size=(share * span, 0.1, up))
+        if kind == "passage" or swing:
+            self.corridor(wall, at, width)
+        self.taken.append(keep)
+
+    def corridor(self, wall, at, width):
+        """A piece of what lies behind an opening, now and then with a piece of furniture at its end."""
+        rng, (origin, along, inward, length, _) = self.rng, wall
+        left, right = max(0, at - width / 2 - rng.uniform(0, 1)), min(length, at + width / 2 + rng.uniform(0, 1))
+        far, color = rng.uniform(0.9, 2.5), some_color(rng, "wall")
+        start, across, out = (np.append(v, 0) for v in (
+            origin + along * left - inward * THICK, along * (right - left), -inward * far))
+        self.quad(start, across, out, "floor", color, texture(rng, rng.choice(FLOORS), some_color(rng, "wood")))
+        for corner, side in ((start, out), (start + across, out), (start + out, across)):
+            self.quad(corner, side, np.array([0, 0, self.size[2]]), "wall", color)
+        model = self.pick(rng.choice(("cabinet", "bookshelf", "chair")))
+        if rng.random() < 0.4 and (np.ptp(model.vertices[:, :2], axis=0) < (right - left, far - 0.3)).all():
+            end = start + across / 2 + out * (1 - (np.ptp(model.vertices[:, 1]) / 2 + 0.06) / far)
+            self.put(model, *end[:2], facing(inward), check=False)
+
+    def shell(self):
+        """Floor, walls with their holes, skirting, now and then a strip of ceiling."""
+        rng, (w, d, h), (a, b), paint = self.rng, self.size, self.notch, self.setting.paint
+        tiled, kind = self.kind in WET and rng.random() < 0.6, rng.choice(FLOORS)
+        floor = texture(rng, "tiles" if tiled else kind, some_color(rng, "wood" if kind == "boards" else "thing"))
+        self.quad(np.zeros(3), np.array([w, 0, 0]), np.array([0, b, 0]), "floor", np.ones(3), floor)
+        if b < d:
+            self.quad(np.array([0, b, 0]), np.array([a, 0, 0]), np.array([0, d - b, 0]), "floor", np.ones(3), floor)
+        main, skirting = some_color(rng, "wall") if paint else np.full(3, 0.9), some_color(rng, "wall")
+        skirted = rng.random() < 0.6
+        for origin, along, inward, length, holes in self.walls:
+            color = some_color(rng, "wall") if paint and rng.random() < 0.15 else main
+            striped = paint and rng.random() < 0.15
+            cover = texture(rng, "tiles" if tiled else "stripes" if striped else "plain", color)
+            start, u, out = np.append(origin, 0), np.append(along, 0), np.append(-inward * THICK, 0)
+            xs, zs = (np.unique([0, end, *(x for hole in holes for x in hole[i:i + 2])])
+                      for i, end in ((0, length), (2, h)))
+            for x, width in zip(xs, np.diff(xs)):            # the wall in rectangles, those of the holes left out
+                for z, height in zip(zs, np.diff(zs)):
+                    if not any(hole[0] <= x < hole[1] and hole[2] <= z < hole[3] for hole in holes):
+                        self.quad(start + u * x + [0, 0, z], u * width, np.array([0, 0, height]), "wall", color, cover)
+                        if z == 0 and skirted:
+                            self.quad(start + u * x - out * 0.08, u * width, np.array([0, 0, 0.08]), "wall", skirting)
+            for left, right, low, high in holes:             # what is seen of the wall's thickness
+                for x in (left, right):
+                    self.quad(start + u * x + [0, 0, low], out, np.array([0, 0, high - low]), "wall", color)
+                for z in (low, high):
+                    self.quad(start + u * left + [0, 0, z], u * (right - left), out, "wall" if z else "floor", color)
+        if rng.random() < 0.12:
+            depth = np.array([0, b * rng.uniform(0.3, 1), 0])
+            self.quad(np.array([0, 0, h]), np.array([w, 0, 0]), depth, "", np.full(3, 0.9))
 
 
-def intrinsics_for(image_size, field_of_view):
-    """Intrinsics (3, 3) of a (width, height) image with square pixels; `field_of_view` is horizontal, in rad."""
-    width, height = image_size
-    focal = width / 2 / math.tan(field_of_view / 2)
-    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+def furnish(rng, setting, kind):
+    """A Room of a kind of KINDS, furnished by chance: tried again (20 times) until it has what its layout asks for."""
+    wet, layout = kind in WET, LAYOUTS[kind][1]
+    wanted = {"door": (1, 2 - wet), "window": (not wet, 2 - wet), "passage": (0, 1 - wet), **layout,
+              "picture": (not wet, 4), "": (2, 5)}
+    for _ in range(20):
+        room, full = Room(rng, setting, kind), rng.uniform(0.3, 0.55)
+        for what, (fewest, most) in wanted.items():
+            for _ in range(rng.integers(fewest, most + 1)):
+                room.add(what)
+        for what in rng.choice([*layout, "otherfurniture", "", "", "cabinet" if wet else "chair"], 16):
+            area = sum(4 * box[3] * box[4] for *_, box in room.parts if box and box[5] < 1)
+            if area < full * room.size[:2].prod():
+                room.add(str(what))
+        if {what for what, (fewest, _) in wanted.items() if fewest} <= {part[2] for part in room.parts}:
+            break
+    room.shell()
+    return room
 
 
-def look(position, yaw, pitch):
-    """camera_to_world (4, 4) of a camera at `position` looking along `yaw`, `pitch` rad below the horizon."""
-    forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)])
-    right = np.array([math.sin(yaw), -math.cos(yaw), 0])
-    pose = np.eye(4)
-    pose[:3] = np.stack([right, np.cross(forward, right), forward, position], axis=1)
-    return pose
+def write_scene(folder, seed, image_size=(160, 120), setting="usual"):
+    """Write the room of a seed, (seed, split, number), as a scene folder, straight into `folder`, which is new."""
+    rng, chosen = np.random.default_rng(seed), SHIFTED if seed[1] == 2 else SETTINGS[setting]
+    room = furnish(rng, chosen, KINDS[seed[2] % len(KINDS)])
+    shared.save_scene(Path(folder), *scan(room, chosen, rng, image_size))
 
 
-def choose_views(room, coord, intrinsics, image_size, rng):
-    """FRAMES cameras, camera_to_world (4, 4), in free space that together see much of coord (N, 3), some of the points.
-
-    Greedy: out of 12 places x 12 directions x 2 pitches, always the view that shows most points not shown so far.
-    """
-    places = rng.uniform((0.3, 0.3, 1.3), (*room["size"][:2] - 0.3, 1.7), (400, 3))
-    poses, shown = [], []
-    for place in places[~inside_boxes(room, places, 0.3)][:12]:     # the tall pieces of a room leave half of it free
-        t, _ = cast_rays(room, place, coord - place)
-        near = (t > 0.98) & (np.linalg.norm(coord - place, axis=1) < VIEW_RANGE)
-        for yaw in rng.uniform(0, 2 * math.pi) + np.arange(12) * math.pi / 6:
-            for pitch in (rng.uniform(0, 0.2), rng.uniform(0.3, 0.55)):
-                poses.append(look(place, yaw, pitch))
-                pixel = (coord - place) @ poses[-1][:3, :3] @ intrinsics.T       # (N, 3): u z, v z, z
-                inside = (pixel > 0) & (pixel < pixel[:, 2:] * (image_size[0] - 1, image_size[1] - 1, 2))
-                shown.append(near & inside.all(axis=1))
-    shown, chosen = np.array(shown), []
-    for _ in range(FRAMES):
-        best = shown.sum(axis=1).argmax()
-        chosen.append(poses[best])
-        shown &= ~shown[best]
-    return chosen
+def generate(root=ROOT, train=128, val=24, shifted=0, seed=0, workers=None, image_size=(160, 120), setting="usual"):
+    """`scenes.generate.generate` of furnished rooms: make those that are not there yet, and return their number."""
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown setting {setting!r}; choose from {', '.join(SETTINGS)}")
+    counts = {"train": train, "val": val, "shifted": shifted}
+    return shared.generate(root, write_scene, counts, GENERATOR, seed, workers, image_size, setting=setting)
 
 
-def render(room, camera_to_world, intrinsics, image_size, rng=None):
-    """Render one frame: colour from four rays a pixel, depth from the ray through the pixel's centre.
-
-    camera_to_world: (4, 4); intrinsics: (3, 3), pixels; image_size: (width, height); rng: numpy Generator of exposure
-    and noise, None renders without either.
-
-    Returns color (H, W, 3) u8; depth (H, W) f32, metres along the camera's z, 0 where there is no reading.
-    """
-    (width, height), origin = image_size, camera_to_world[:3, 3]
-    u, v = np.meshgrid(np.arange(width), np.arange(height))                                # (H, W)
-    # the centre, then a rotated grid: four distinct rows and columns keep fine stripes from turning into moire
-    offsets = ((0, 0), (-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
-    pixels = np.stack([np.stack([u + du, v + dv, np.ones_like(u)], axis=-1) for du, dv in offsets])  # (5, H, W, 3)
-    rays = (pixels.reshape(-1, 3) @ np.linalg.inv(intrinsics).T) @ camera_to_world[:3, :3].T   # z = 1: t is the depth
-    t, box = cast_rays(room, origin, rays)
-    depth = np.where(np.isfinite(t), t, 0)[:height * width].reshape(height, width)
-    rows = height * width + np.flatnonzero(np.isfinite(t[height * width:]))                # of the grid, on a surface
-    box, local = box[rows], _to_box(room, box[rows], origin + t[rows, None] * rays[rows])
-    axis = np.abs(np.abs(local) - room["box_half"][box]).argmin(axis=1)
-    turned = room["box_yaw"][box] + np.where(axis == 0, 0.0, math.pi / 2)
-    light = np.where(axis == 2, 1.0, 0.82 + 0.08 * np.cos(2 * turned))                     # above, a little from a side
-    color = np.full(rays.shape, 0.8)                                                       # what lies above the walls
-    color[rows] = _surface(room, box, axis, local)[1] * light[:, None]
-    color = color.reshape(5, height, width, 3)[1:].mean(axis=0)
-    if rng is not None:
-        color = color * rng.uniform(0.8, 1.0) + rng.normal(0, COLOR_NOISE, color.shape)
-        # well under a 5 cm visibility tolerance: 17 mm at 4 m
-        depth = np.where(depth > 0, depth + rng.normal(0, 1, depth.shape) * (0.001 + 0.001 * depth ** 2), 0)
-        depth[rng.random(depth.shape) < DROPPED_DEPTH] = 0
-    return _to_bytes(color), depth.astype(np.float32)
-
-
-def write_scene(folder, seed, image_size=(160, 120)):
-    """Write the room of a seed (int or sequence of int) as a scene folder, straight into `folder`, which is new."""
-    rng, folder = np.random.default_rng(seed), Path(folder)
-    room = make_room(rng)
-    points = sample_points(room, rng)
-    camera = np.eye(4)
-    camera[:3, :3] = intrinsics_for(image_size, math.radians(rng.uniform(66, 74)))
-    views = choose_views(room, points["coord"][:4000].astype(float), camera[:3, :3], image_size, rng)
-    for name in ("color", "depth", "pose", "intrinsic"):
-        (folder / name).mkdir(parents=True)
-    for name, array in points.items():
-        np.save(folder / f"{name}.npy", array)
-    for i, camera_to_world in enumerate(views):
-        color, depth = render(room, camera_to_world, camera[:3, :3], image_size, rng)
-        Image.fromarray(color).save(folder / "color" / f"{i}.jpg", quality=92, subsampling=0)
-        Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(folder / "depth" / f"{i}.png")
-        np.savetxt(folder / "pose" / f"{i}.txt", camera_to_world, fmt="%.6f")
-    for name in ("color", "depth"):
-        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", camera, fmt="%.6f")
-
-
-def _write_whole(image_size, job):
-    """Write the room of a job (folder, seed) beside its place and rename it there: it exists whole or not at all."""
-    final, seed = job
-    try:
-        with TemporaryDirectory(dir=final.parent.parent / ".unfinished", ignore_cleanup_errors=True) as work:
-            write_scene(Path(work, "room"), seed, image_size)
-            Path(work, "room").rename(final)
-    except OSError:
-        if not final.is_dir():        # unless another run was faster: it has written the same bytes
-            raise
-
-
-def read_spec(root):
-    """What the rooms of a folder were made with: the dict of its rooms.json, {} without one; broken: ValueError."""
-    spec = Path(root, "rooms.json")
-    try:
-        found = json.loads(spec.read_text()) if spec.exists() else {}
-    except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
-        raise ValueError(f"{spec}: expected a JSON object, found {found}; delete {root} and generate the rooms anew")
-    return found
-
-
-def generate(root, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
-    """Make the rooms of <root>/train and <root>/val that are not there yet, and return their number.
-
-    Args:
-        root:       folder of the data set; <root>/rooms.json records what it was made with.
-        train, val: number of rooms; rooms beyond it are left alone.  seed: int >= 0.
-        workers:    number of processes, default one a CPU core.  image_size: (width, height) of the frames.
-
-    Raises ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
-    """
-    root, workers = Path(root), os.cpu_count() if workers is None else workers
-    if min(train, val, seed) < 0 or workers < 1 or min(image_size) < 8:
-        raise ValueError("expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more; got "
-                         f"train {train}, val {val}, seed {seed}, workers {workers}, images {image_size}")
-    asked, found = {"generator": GENERATOR, "seed": seed, "image_size": list(image_size)}, read_spec(root)
-    if found and found != asked:
-        raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "
-                         f"choose another folder with --out or delete {root}")
-    if not found and any(any(root.glob(f"{split}/[!.]*")) for split in SPLITS):
-        raise ValueError(f"{root} holds scenes but no rooms.json, so they are not generated rooms; "
-                         "choose another folder with --out")
-    for name in (*SPLITS, ".unfinished"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    if not found:
-        (root / "rooms.json").write_text(json.dumps(asked) + "\n")
-    rooms = [(root / split / f"room_{i:04d}", (seed, number, i))
-             for number, (split, count) in enumerate(zip(SPLITS, (train, val))) for i in range(count)]
-    jobs = [room for room in rooms if not room[0].is_dir()]
-    with ProcessPoolExecutor(workers) as pool:                         # starts no process before its first job
-        run = map if min(workers, len(jobs)) <= 1 else pool.map
-        list(tqdm(run(partial(_write_whole, image_size), jobs), "rooms", len(jobs), unit="room", disable=not jobs))
-    shutil.rmtree(root / ".unfinished", ignore_errors=True)            # also what a killed run has left
-    return len(jobs)
-
-
-def complete(root):
-    """Generate the rooms of a folder that are not there yet; those made with another seed are completed with theirs."""
-    spec = read_spec(root)
-    if spec or not Path(root, "train").exists():
-        generate(root, seed=spec.get("seed", 0), image_size=tuple(spec.get("image_size", (160, 120))))
-
-
-def main():
-    parser = argparse.ArgumentParser("python -m scenes.rooms", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="data/rooms", help="folder of the data set")
-    parser.add_argument("--train", type=int, default=32, help="number of training rooms")
-    parser.add_argument("--val", type=int, default=12, help="number of validation rooms")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    args = parser.parse_args()
-    try:
-        made = generate(args.out, args.train, args.val, args.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"{args.out}: {made} rooms made, {args.train + args.val - made} were there")
-
+complete, main = partial(shared.complete, generate), partial(shared.main, generate, "scenes.rooms")
 
 if __name__ == "__main__":
     main()

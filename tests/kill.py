@@ -123,11 +123,11 @@ def main():
     parser.add_argument("--epochs", type=int, default=24, help="of the whole curriculum (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
-    from scenes import rooms
+    from scenes import boxes
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        rooms.generate(folder / "rooms", train=4, val=2, workers=1, image_size=TINY["image_size"])
+        boxes.generate(folder / "rooms", train=4, val=2, workers=1, image_size=TINY["image_size"])
         for path in (folder / "rooms").glob("*/*/*.npy"):
             np.save(path, np.load(path)[::8])
         flags = ("--compress", str(129 / args.epochs))

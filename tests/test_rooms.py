@@ -1,230 +1,213 @@
-"""scenes/rooms.py: same bytes for the same seed, exact geometry, clean labels, nothing half-made."""
+"""scenes/rooms.py and scenes/scan.py: same bytes for the same seed, all classes, honest labels, held-out furniture."""
 
-import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from scenes import rooms
-from scenes.folder import CLASS_NAMES
+from scenes import furniture, generate, rooms, scan
+from scenes.folder import CLASS_NAMES, STUFF
 
 SIZE = (64, 48)
+STEADY = replace(rooms.USUAL, drift=(0, 0), noise=(0, 0))
+ARRAYS = {"coord": "f4", "color": "u1", "normal": "f4", "segment20": "i4", "instance": "i4", "superpoint": "i4"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A small data set, made by two processes."""
-    folder = tmp_path_factory.mktemp("rooms")
-    assert rooms.generate(folder, train=1, val=1, seed=3, workers=2, image_size=SIZE) == 2
+    """One room of each split."""
+    folder = tmp_path_factory.mktemp("furnished")
+    assert rooms.generate(folder, train=1, val=1, shifted=1, seed=3, workers=2, image_size=SIZE) == 3
     return folder
 
 
-@pytest.fixture(scope="module", params=["train", "val"])
-def scene(request, root):
-    """One scene folder as a dict: points, and the list of frames (image, depth, camera_to_world)."""
+@pytest.fixture(scope="module", params=["train", "val", "shifted"])
+def scene(root, request):
+    """A room as a dict of its arrays; frames, list of (color, depth m, pose); intrinsics (3, 3)."""
     folder = root / request.param / "room_0000"
-    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
-    frames = [(np.array(Image.open(folder / "color" / f"{i}.jpg")),
-               np.array(Image.open(folder / "depth" / f"{i}.png")) / 1000,
-               np.loadtxt(folder / "pose" / f"{i}.txt")) for i in range(rooms.FRAMES)]
-    return {**arrays, "folder": folder, "frames": frames,
-            "intrinsics": np.loadtxt(folder / "intrinsic" / "intrinsic_depth.txt")[:3, :3]}
+    frames = [(np.asarray(Image.open(folder / "color" / f"{i}.jpg")),
+               np.asarray(Image.open(folder / "depth" / f"{i}.png")) / 1000,
+               np.loadtxt(folder / "pose" / f"{i}.txt")) for i in range(generate.FRAMES)]
+    return {**{name: np.load(folder / f"{name}.npy") for name in ARRAYS}, "frames": frames,
+            "intrinsics": np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt")[:3, :3]}
 
 
-def slow_cast(room, origin, direction):
-    """First hit (t, box) of one ray in float64: cuts every plane of every box and asks whether the cut lies on it."""
-    hits = [(np.inf, 0)]
-    for box, (center, half, yaw) in enumerate(zip(room["box_center"], room["box_half"], room["box_yaw"])):
-        turn = np.array([[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
-        o, d = turn @ (origin - center), turn @ direction
-        for axis, sign in itertools.product(range(3), (-1, 1)):
-            t = (sign * half[axis] - o[axis]) / d[axis]
-            on_face = (np.delete(np.abs(o + t * d) - half, axis) <= 0).all()
-            if t > 0 and on_face and (box, axis, sign) != (0, 2, 1):  # there is no ceiling
-                hits.append((t, box))
-    return min(hits)
+@pytest.fixture(scope="module")
+def plans():
+    """The first eight rooms of a val split, furnished, and the models that stand in them."""
+    put, models = rooms.Room.put, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms.Room, "put", lambda self, model, *a, **k: models.append(model) or put(self, model, *a, **k))
+        rng = [np.random.default_rng((0, 1, i)) for i in range(len(rooms.KINDS))]
+        return [rooms.furnish(rng[i], rooms.USUAL, kind) for i, kind in enumerate(rooms.KINDS)], models
 
 
-def test_scenes_and_seeds_differ(root):
-    colors = [np.load(root / split / "room_0000" / "color.npy")[:100] for split in ("train", "val")]
-    rng = np.random.default_rng((4, 0, 0))
-    colors.append(rooms.sample_points(rooms.make_room(rng), rng)["color"][:100])
-    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(colors, 2))
+def plain_room(*more):
+    """A room of 4 x 3 x 2.5 m, white but for its parts `more`, with nothing in the way."""
+    room = SimpleNamespace(size=np.array([4.0, 3.0, 2.5]), parts=[], taken=[])
+    x, y, z = np.diag(room.size)
+    for corner, along, up, label in ((0 * x, x, y, "floor"), (0 * x, x, z, "wall"), (0 * x, y, z, "wall"),
+                                     (y, x, z, "wall"), (x, y, z, "wall")):
+        rooms.Room.quad(room, corner, along, up, label, np.full(3, 0.9))
+    room.parts += more
+    return room
 
 
-def assert_consistent(segment, instance, superpoint):
-    """Superpoints are numbered without gaps and lie in one class and one instance; instances have one class."""
-    np.testing.assert_array_equal(instance == -1, (segment == rooms.WALL) | (segment == rooms.FLOOR))
-    np.testing.assert_array_equal(np.unique(superpoint), np.arange(superpoint.max() + 1))
-    assert len(np.unique([superpoint, segment, instance], axis=1).T) == superpoint.max() + 1
-    things = np.unique([instance, segment], axis=1)[0]
-    np.testing.assert_array_equal(things[things >= 0], np.arange(instance.max() + 1))
-    assert segment.min() >= 0 and segment.max() < len(CLASS_NAMES)
+def block(low, high, label, color):
+    corners, faces = furniture.box(low, high)
+    return np.array(corners, float)[faces], np.tile(color, (12, 1)), label, None, None
 
 
 def test_a_scene_folder_has_all_files_in_the_agreed_form_and_consistent_labels(scene):
     count = len(scene["coord"])
-    assert count > 30_000
-    expected = {"coord": ((count, 3), "f4"), "normal": ((count, 3), "f4"), "color": ((count, 3), "u1"),
-                "segment20": ((count,), "i4"), "instance": ((count,), "i4"), "superpoint": ((count,), "i4")}
-    assert {name: (scene[name].shape, scene[name].dtype) for name in expected} == expected
+    assert 4_000 < count <= scan.MOST_POINTS
+    for name, kind in ARRAYS.items():
+        assert scene[name].dtype == kind and scene[name].shape == ((count,) if kind == "i4" else (count, 3)), name
     np.testing.assert_allclose(np.linalg.norm(scene["normal"], axis=1), 1, atol=1e-5)
+    segment, instance, superpoint = (scene[name] for name in ("segment20", "instance", "superpoint"))
+    np.testing.assert_array_equal(instance < 0, (segment < 0) | np.isin(segment, STUFF))
+    pairs = np.unique([instance[instance >= 0], segment[instance >= 0]], axis=1)
+    np.testing.assert_array_equal(pairs[0], np.arange(pairs.shape[1]))        # one class each, no number left out
+    assert pairs.shape[1] >= 4 and segment.max() < len(CLASS_NAMES)
+    sizes = np.bincount(superpoint)
+    assert sizes.min() >= 20 and len(sizes) > 20                              # as of any scan
+    assert 0.1 < (segment == 1).mean() < 0.5 and 0.2 < (segment == 0).mean() < 0.7
+    assert np.quantile(np.abs(scene["coord"][segment == 1, 2]), 0.9) < 0.08   # the floor is at 0
+    assert len(np.unique(scene["color"], axis=0)) > 200
+
+
+def test_what_the_frames_see_lies_at_the_points_and_the_cameras_are_in_the_room(scene):
+    tree, low, high = cKDTree(scene["coord"]), scene["coord"].min(axis=0), scene["coord"].max(axis=0)
     for image, depth, pose in scene["frames"]:
-        assert image.shape == (48, 64, 3) and depth.shape == (48, 64) and pose.shape == (4, 4)
-    color, depth = (scene["folder"] / "intrinsic" / f"intrinsic_{name}.txt" for name in ("color", "depth"))
-    assert color.read_bytes() == depth.read_bytes() and np.loadtxt(color).shape == (4, 4)
-    assert_consistent(scene["segment20"], scene["instance"], superpoint := scene["superpoint"])
-    extents = [np.ptp(scene["coord"][superpoint == i], axis=0) for i in range(superpoint.max() + 1)]
-    assert np.linalg.norm(extents, axis=1).max() < 1.5
-
-
-def test_every_class_has_a_shape_and_the_members_of_a_group_differ_in_nothing_but_their_pattern():
-    assert set(rooms.CLASSES) | {"wall", "floor"} == set(CLASS_NAMES)
-    assert sum(len(names) for names, *_ in rooms.GROUPS) == len(CLASS_NAMES) - 2
-    for names, *rest in rooms.GROUPS:
-        assert {rooms.CLASSES[name][:3] for name in names} == {tuple(rest)}
-        patterns = [rooms.CLASSES[name][3] for name in names]
-        assert patterns == (list(range(len(names))) if len(names) > 1 else [None]) and len(names) <= len(rooms.PATTERNS)
-
-
-def test_all_patterns_have_the_same_mean_and_variance():
-    cells = (np.arange(1000) + 0.5) / 1000
-    u, v = np.meshgrid(cells, cells)
-    for pattern, period in enumerate((1, np.sqrt(2), 1)):
-        sign = rooms.pattern_sign(pattern, u * period, v * period)
-        assert set(np.unique(sign)) == {-1, 1} and abs(sign.mean()) < 1e-3  # so the variance is 1 within 1e-6
-
-
-def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
-    rng, figures = np.random.default_rng(0), [[] for _ in rooms.PATTERNS]
-    for number in range(25):
-        room = rooms.make_room(rng)
-        points = rooms.sample_points(room, rng)
-        if number < 3:
-            assert_consistent(points["segment20"], points["instance"], points["superpoint"])
-        for thing in range(2, len(room["thing_label"])):
-            mine = points["instance"] == thing - 2
-            color = (points["color"][mine] / 255 - room["thing_color"][thing]).mean(axis=1)
-            # stripes run upwards: voxels of 5 cm above one another would agree if the points still showed them
-            key = np.floor(points["coord"][mine] / 0.05 + 1).astype(int) @ (10**6, 10**3, 1)
-            key, row = np.unique(key, return_inverse=True)
-            mean, pairs = np.bincount(row, color) / np.bincount(row), np.diff(key) == 1
-            up = np.corrcoef(mean[:-1][pairs], mean[1:][pairs])[0, 1]
-            figures[room["thing_pattern"][thing]].append((color.mean(), color.std(), up))
-    mean, deviation, up = np.array([np.mean(rows, axis=0) for rows in figures]).T        # (patterns,)
-    np.testing.assert_allclose(mean, 0, atol=0.005)
-    np.testing.assert_allclose(deviation, rooms.CONTRAST, atol=0.005)
-    np.testing.assert_allclose(up, up.mean(), atol=0.02)
-
-
-def test_rays_and_noise_free_depth_agree_with_slow_independent_rays():
-    rng, room = np.random.default_rng(1), rooms.make_room(np.random.default_rng(5))
-    origin = np.array([*room["size"][:2] / 2, 2.1])
-    directions = rng.normal(size=(300, 3)) - (0, 0, 0.7)
-    t, box = rooms.cast_rays(room, origin, directions)
-    slow = [slow_cast(room, origin, direction) for direction in directions]
-    np.testing.assert_allclose(t, [hit for hit, _ in slow], atol=1e-4)
-    np.testing.assert_array_equal(box, [which for _, which in slow])
-    assert (box > 0).any() and np.isinf(t).any()
-    intrinsics, pose = rooms.intrinsics_for((40, 30), 1.2), rooms.look(origin, 0.7, 0.6)
-    _, depth = rooms.render(room, pose, intrinsics, (40, 30))
-    for u, v in ((0, 0), (39, 29), (20, 15), (7, 22), (33, 4)):  # depth is along the axis, through the pixel's centre
-        hit, _ = slow_cast(room, origin, pose[:3, :3] @ np.linalg.inv(intrinsics) @ (u, v, 1))
-        assert depth[v, u] == pytest.approx(hit if np.isfinite(hit) else 0, abs=1e-3)
-
-
-def test_frames_and_points_agree_both_ways(scene):
-    tree, seen = cKDTree(scene["coord"]), np.zeros(len(scene["coord"]), dtype=bool)
-    for _, depth, pose in scene["frames"]:
+        assert image.shape == (48, 64, 3) and depth.shape == (48, 64) and (depth > 0).mean() > 0.5
+        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-5)
+        assert np.linalg.det(pose[:3, :3]) > 0 and pose[2, 1] < -0.5          # y points down
+        assert (pose[:3, 3] > low + 0.1).all() and (pose[:2, 3] < high[:2] - 0.1).all() and 0.8 < pose[2, 3] < 1.9
         v, u = np.nonzero(depth)
         z = depth[v, u]
         camera = np.stack([u, v, np.ones_like(u)], axis=1) @ np.linalg.inv(scene["intrinsics"]).T * z[:, None]
         distance, _ = tree.query(camera @ pose[:3, :3].T + pose[:3, 3])
-        # point spacing, plus the sensor's noise; faces that look down have no points
-        assert np.quantile(distance - 0.004 * z ** 2, 0.99) < 0.06
-        camera = (scene["coord"] - pose[:3, 3]) @ pose[:3, :3]
-        pixel = camera @ scene["intrinsics"].T
-        front = camera[:, 2] > 0.05
-        u, v = np.round(pixel[:, :2] / np.where(front, pixel[:, 2], 1)[:, None]).astype(int).T
-        rows = np.flatnonzero(front & (u >= 0) & (u < SIZE[0]) & (v >= 0) & (v < SIZE[1]))
-        seen[rows] |= np.abs(depth[v[rows], u[rows]] - camera[rows, 2]) < 0.05
-    assert seen.mean() > 0.6
+        assert np.quantile(distance - 0.003 * z ** 2, 0.9) < 0.08             # spacing and noise; few were not fused
 
 
-def test_cameras_are_rigid_level_and_in_free_space(scene, root):
-    split = ("train", "val").index(scene["folder"].parent.name)
-    room = rooms.make_room(np.random.default_rng((3, split, 0)))         # the scene's own room
-    for _, depth, pose in scene["frames"]:
-        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-5)
-        assert np.linalg.det(pose[:3, :3]) > 0
-        assert abs(pose[2, 0]) < 1e-6 and pose[2, 1] < 0                 # x is level, y points down
-        assert (pose[:3, 3] > 0.2).all() and (pose[:2, 3] < room["size"][:2] - 0.2).all()
-        assert not rooms.inside_boxes(room, pose[None, :3, 3], 0.01).any()
-        assert (depth > 0).mean() > 0.5
+def test_points_lie_on_the_surfaces_they_are_labelled_by_and_have_their_colours():
+    room = plain_room(block((1.4, 1.0, 0.0), (2.6, 1.8, 0.7), "table", (0.9, 0.1, 0.1)),
+                      block((0.0, 0.0, 0.0), (0.8, 1.6, 0.5), "sofa", (0.1, 0.1, 0.9)),
+                      block((3, 2, 0), (3.3, 2.3, 0.4), "", (0, 0.9, 0)))
+    points, intrinsics, frames = scan.scan(room, STEADY, np.random.default_rng(0), SIZE)
+    segment, (red, green, blue) = points["segment20"], points["color"].T.astype(float)
+    for name, dyed, top in (("table", red > 1.6 * blue, 0.7), ("sofa", blue > 1.6 * red, 0.5)):
+        mine = segment == CLASS_NAMES.index(name)
+        assert mine.sum() > 300 and (dyed == mine).mean() > 0.97
+        assert abs(np.quantile(points["coord"][mine, 2], 0.95) - top) < 0.02
+        assert len(np.unique(points["instance"][mine])) == 1
+    assert ((segment < 0) == (green > 1.6 * red)).mean() > 0.97
+    # each point that a frame sees at its depth has that pixel's colour: red, blue or neither
+    right = total = 0
+    for image, depth, pose in frames:
+        camera = (points["coord"] - pose[:3, 3]) @ pose[:3, :3]
+        pixel = camera @ intrinsics.T
+        u, v = np.round(pixel[:, :2] / np.maximum(pixel[:, 2:], 0.1)).astype(int).T
+        rows = np.flatnonzero((camera[:, 2] > 0.1) & (u >= 0) & (u < SIZE[0]) & (v >= 0) & (v < SIZE[1]))
+        rows = rows[np.abs(depth[v[rows], u[rows]] - camera[rows, 2]) < 0.04]
+        seen = image[v[rows], u[rows]].astype(float)
+        dyed = (seen[:, 0] > 1.6 * seen[:, 2]) == (segment[rows] == CLASS_NAMES.index("table"))
+        right, total = right + dyed.sum(), total + len(rows)
+    assert total > 5000 and right / total > 0.95
 
 
-def test_rooms_of_many_seeds_can_be_made_and_their_furniture_does_not_overlap():
-    for seed in range(30):
-        room = rooms.make_room(np.random.default_rng(seed))
-        assert len(room["thing_label"]) >= 2 + 6
-        for box, thing in list(enumerate(room["box_thing"]))[1:]:
-            corners = np.array(np.meshgrid(*[(-0.999, 0, 0.999)] * 3)).reshape(3, -1).T
-            c, s = np.cos(room["box_yaw"][box]), np.sin(room["box_yaw"][box])
-            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
-            world = (corners * room["box_half"][box]) @ turn + room["box_center"][box]
-            assert (world > 0).all() and (world < room["size"]).all()
-            others = room["box_thing"] != thing           # the shell stays row 0
-            rest = {**room, **{key: room[key][others] for key in ("box_center", "box_half", "box_yaw")}}
-            assert not rooms.inside_boxes(rest, world).any()
+def test_a_ray_finds_the_nearest_triangle_and_the_depth_is_along_the_axis():
+    soup = scan.Triangles(plain_room(block((1, 1, 0), (2, 2, 0.8), "table", (1, 0, 0))).parts)
+    down, away = np.array([[0.0, 0, -1], [0, 0, -2], [0, 0, 1]]), np.array([1.5, 1.5, 2.0])
+    t, face, _ = soup.hit(away, down)
+    np.testing.assert_allclose(t, [1.2, 0.6, np.inf], atol=1e-6)
+    assert soup.label[face[:2]].tolist() == [CLASS_NAMES.index("table")] * 2 and face[2] == -1
+    pose = generate.look((2.0, 1.5, 1.25), 0.0, 0.0)                          # level, to the wall at x = 4
+    depth, face, color = scan.render(soup, lambda place, normal: -normal[:, 0] * 0.5, pose[None],
+                                     generate.intrinsics_for(SIZE, 0.6), SIZE)
+    np.testing.assert_allclose(depth, 2.0, atol=1e-5)
+    assert (soup.label[face] == 0).all()
+    np.testing.assert_allclose(color, 0.45, atol=1e-5)                        # the normal looks at the camera
 
 
-def test_a_stopped_run_leaves_no_half_made_room_and_the_next_in_one_process_ends_with_the_same_bytes(
-        root, tmp_path, monkeypatch):
-    save, calls, asked = np.save, iter(range(9)), {"train": 1, "val": 1, "seed": 3, "workers": 1, "image_size": SIZE}
+def test_a_texture_lies_on_its_surface_whatever_way_that_faces():
+    board = lambda place: np.stack([place[:, 0] > 1, place[:, 1] > 1, 0 * place[:, 0]], axis=1)  # noqa: E731
+    parts = [(np.array([[(0, 0, 0), (3, 0, 0), (0, 3, 0)]]), np.zeros((1, 3)), "floor", board),
+             (np.array([[(0, 0, 0), (0, 3, 0), (0, 0, 3)]]), np.ones((1, 3)), "wall", board),
+             (np.array([[(0, 0, 0), (3, 0, 0), (0, 0, 3)]]), np.full((1, 3), 0.5), "wall", None)]
+    soup = scan.Triangles(parts)
+    color = soup.paint(np.array([0, 1, 2, 0]), np.array([(2, 0.5, 0), (0, 2, 0.5), (2, 0, 0.5), (0.5, 2, 0)], float))
+    np.testing.assert_array_equal(color, [(1, 0, 0), (1, 0, 0), (0.5, 0.5, 0.5), (0, 1, 0)])
 
-    def fail_midway(path, array):
-        if next(calls) == 8:                     # in the middle of the second scene's points
-            raise KeyboardInterrupt
-        save(path, array)
 
-    monkeypatch.setattr(np, "save", fail_midway)
-    with pytest.raises(KeyboardInterrupt):
-        rooms.generate(tmp_path, **asked)
-    monkeypatch.undo()
-    made = tmp_path / "train" / "room_0000" / "coord.npy"
-    before = made.stat().st_mtime_ns
-    assert not list((tmp_path / "val").iterdir())
-    assert rooms.generate(tmp_path, **asked) == 1 and made.stat().st_mtime_ns == before
-    first, second = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def test_without_the_scan_points_lie_exactly_on_all_surfaces_and_with_it_only_on_seen_ones():
+    room = plain_room(block((1.5, 1, 0), (2.5, 2, 0.7), "table", (1, 0, 0)))
+    bare, _, _ = scan.scan(room, rooms.SETTINGS["no_scan"], np.random.default_rng(1), SIZE)
+    seen, _, _ = scan.scan(room, STEADY, np.random.default_rng(1), SIZE)
+    for points, under in ((bare, True), (seen, False)):
+        table = points["segment20"] == CLASS_NAMES.index("table")
+        assert (points["coord"][table, 2] < 1e-4).any() == under              # its underside stands on the floor
+    assert np.abs(bare["coord"][bare["segment20"] == 1, 2]).max() < 1e-6
+    assert bare["color"][bare["segment20"] == 1].std() == 0                   # their own colour, no light on it
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(root, tmp_path):
+    assert rooms.generate(tmp_path, train=0, val=1, seed=3, workers=1, image_size=SIZE) == 1
+    first, second = ({path.relative_to(folder): path.read_bytes() for path in (folder / "val").rglob("*.*")}
                      for folder in (root, tmp_path))
-    assert first == second and len(first) > 50
+    assert first == second and len(first) == 6 + 3 * generate.FRAMES + 2
+    with pytest.raises(ValueError, match=r"holds rooms made with .* choose another folder with --out or delete"):
+        rooms.generate(tmp_path, train=0, val=1, seed=3, image_size=SIZE, setting="no_scan")
+    with pytest.raises(ValueError, match="unknown setting 'none'; choose from usual, no_scan, no_paint"):
+        rooms.generate(tmp_path, setting="none")
 
 
-def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_others(root, tmp_path, capsys, monkeypatch):
-    def run(seed):
-        monkeypatch.setattr("sys.argv", ["rooms", "--out", str(tmp_path), "--train", "1", "--val", "0", "--seed", seed])
-        rooms.main()
-        return capsys.readouterr().out
-
-    assert run("3") == f"{tmp_path}: 1 rooms made, 0 were there\n"
-    assert run("3") == f"{tmp_path}: 0 rooms made, 1 were there\n"
-    made = np.load(tmp_path / "train" / "room_0000" / "coord.npy")
-    np.testing.assert_array_equal(made, np.load(root / "train" / "room_0000" / "coord.npy"))
-    with pytest.raises(SystemExit):
-        run("4")
-    assert "holds rooms made with {'generator': 1, 'seed': 3, " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="choose another folder with --out or delete"):
-        rooms.generate(tmp_path, train=1, val=0, seed=3, image_size=SIZE)
-    (tmp_path / "rooms.json").unlink()
-    with pytest.raises(ValueError, match="they are not generated rooms; choose another folder with --out"):
-        rooms.generate(tmp_path)
-    assert not (tmp_path / "rooms.json").exists()
+def test_eight_rooms_in_a_row_have_every_class_and_each_has_floor_walls_and_a_way_in(plans):
+    shown = [{part[2] for part in room.parts} for room in plans[0]]
+    assert set.union(*shown) == {*CLASS_NAMES, ""}
+    assert all({"floor", "wall", "door"} <= labels for labels in shown)
+    for room in plans[0]:
+        corners = np.concatenate([part[0].reshape(-1, 3) for part in room.parts if part[2] in ("floor", "wall")])
+        assert corners[:, 2].min() == 0 and corners[:, 2].max() == pytest.approx(room.size[2])
+        assert any(hole[2] == 0 for *_, holes in room.walls for hole in holes)  # one can walk in
 
 
-@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"workers": 0}, {"image_size": (0, 120)}])
-def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, wrong):
-    with pytest.raises(ValueError, match="expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more"):
-        rooms.generate(tmp_path / "new", **wrong)
-    assert not (tmp_path / "new").exists()
+def test_large_pieces_stand_apart_in_the_room_and_on_the_floor(plans):
+    for room in plans[0]:
+        pieces = [(label, box) for *_, label, _, box in room.parts if box and label in (
+            "bed", "sofa", "table", "desk", "bookshelf", "counter", "refrigerator", "bathtub")]
+        inside = [(label, box) for label, box in pieces if min(box[:2]) > 0 and (box[:2] < room.size[:2]).all()]
+        assert inside or room.kind in rooms.WET
+        lacking = (*((room.notch + room.size[:2]) / 2), 0, *((room.size[:2] - room.notch) / 2), 0, 3)  # of an L
+        for i, (label, box) in enumerate(inside):
+            assert box[5] == 0, label
+            assert not any(generate.footprints_overlap(box, other, -0.01) for _, other in inside[i + 1:]), label
+            assert room.notch[0] == room.size[0] or not generate.footprints_overlap(box, lacking, -0.03), label
+
+
+def test_small_things_stand_on_what_is_level_and_nowhere_else():
+    room = rooms.Room(np.random.default_rng(0), rooms.USUAL, "office")
+    room.taken.clear()
+    vertices, faces = (np.array(of) for of in furniture.box((-0.1, -0.1, 0), (0.1, 0.1, 0.2)))
+    small = furniture.Model("box", "", "top", 0.0, vertices, faces, np.full((12, 3), 9, np.uint8))
+    table = replace(small, label="table", vertices=small.vertices * (6, 4, 3.5))
+    roof = replace(table, vertices=table.vertices * (table.vertices[:, 2:] < 0.1) + (0, 0, 0.1))   # a pyramid
+    box = room.put(table, 1.5, 1.5, 0.3, size=(1.2, 0.8, 0.7))
+    placed = room.on_top(box, small)
+    assert placed[5] == pytest.approx(0.7, abs=1e-6)
+    assert np.hypot(placed[0] - 1.5, placed[1] - 1.5) < np.hypot(0.5, 0.3)
+    other = room.put(roof, 1.5, 1.5, 0.3, size=(1.2, 0.8, 0.7), check=False)
+    assert room.on_top(other, small) is None
+
+
+def test_held_out_furniture_is_in_the_shifted_rooms_alone(plans):
+    usual, shifted = ({model.name for models in rooms.pack(held_out).values() for model, _ in models}
+                      for held_out in (False, True))
+    assert not usual & shifted and len(usual | shifted) == len(furniture.load()) and len(shifted) > 30
+    assert not {model.name for model in plans[1]} & shifted
+    assert rooms.SHIFTED.held_out and not any(setting.held_out for setting in rooms.SETTINGS.values())
+    assert (np.median([getattr(rooms.SHIFTED, name) for name in ("spacing", "noise", "light", "warmth")], axis=1)
+            > [getattr(rooms.USUAL, name)[1] for name in ("spacing", "noise", "light", "warmth")]).all()

@@ -15,7 +15,7 @@ from test_folder import DAMAGE, QUICK, damage, peak_memory, scene_or_clear_error
 
 from data import scene_item
 from fusion import link_views
-from scenes import rooms, scannet
+from scenes import boxes, generate, scannet
 from scenes.folder import load_frames, load_scene, read_classes
 from scenes.points import complete
 
@@ -213,7 +213,7 @@ def visible_voxels(folder, scene):
 @pytest.mark.parametrize("sens", [True, False], ids=["sens", "exported"])
 def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(tmp_path, sens):
     folders = tmp_path / "room", tmp_path / "out" / "train" / "scene0001_00"
-    rooms.write_scene(folders[0], (3, 0, 0), COLOR_SIZE)
+    boxes.write_scene(folders[0], (3, 0, 0), COLOR_SIZE)
     write_room(tmp_path / "raw" / "scans" / "scene0001_00", folders[0], sens)
     (tmp_path / "raw" / "scannetv2_train.txt").write_text("scene0001_00\n")
     scannet.main([str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--frames", "1", "--workers", "1"])
@@ -221,7 +221,7 @@ def test_a_room_that_goes_through_the_official_files_comes_back_as_it_was(tmp_pa
     for key in ("color", "segment", "instance", "superpoint"):
         np.testing.assert_array_equal(back[key], direct[key], err_msg=key)
     assert np.abs(back["coord"] - direct["coord"]).max() < 1e-5
-    assert back["frame_ids"] == direct["frame_ids"] == list(range(rooms.FRAMES)) and back["notes"] == []
+    assert back["frame_ids"] == direct["frame_ids"] == list(range(generate.FRAMES)) and back["notes"] == []
     back["normal"] = direct["normal"]  # the scan is without faces
     (old, expected), (new, found) = (visible_voxels(*both) for both in zip(folders, (direct, back)))
     for key in ("image", "depth"):

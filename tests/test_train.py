@@ -23,7 +23,7 @@ from data import Scenes
 from guard import MAX_SKIPPED_IN_A_ROW
 from losses import weighted_sum
 from runs import Stop, Stopped, commit, finite, read_checkpoint, read_log
-from scenes import rooms
+from scenes import generate
 from scenes.folder import CLASS_NAMES
 from stages import INSTANCE, curriculum, stage_epochs
 from tower import LITE0
@@ -132,7 +132,7 @@ def test_data_or_weights_that_cannot_be_had_stop_the_run_before_it_begins(lacks,
 def test_default_rooms_are_completed_with_their_own_seed_and_broken_json_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     spec, asked = Path("data/rooms/rooms.json"), []
-    monkeypatch.setattr(rooms, "generate", lambda root, seed, image_size: asked.append((seed, image_size)))
+    monkeypatch.setattr(generate, "generate", lambda *_: asked.append((_[4], tuple(_[6]))))
     for text in ("", '{"generator": 1, "seed": 5, "image_size": [64, 48]}'):
         if text:
             spec.parent.mkdir(parents=True)
