@@ -1,5 +1,6 @@
 """A checkpoint and any scan -> labelled .ply files, a list of instances and pictures.
 
+    python predict.py scan.ply                        # by the weights that come along, weights/small.pt
     python predict.py runs/bifusion/best.pt data/rooms/val/room_0000 scan.ply [more scans] --out predictions
 
 A scan is a .ply (points or mesh, ascii or binary), a .npy (N, 3) or (N, 6) or .npz (coord, color, normal) of points, a
@@ -31,6 +32,9 @@ from scenes.folder import CAMERAS, IGNORE, SCENE, UP, load_frames, message, read
 from scenes.picture import class_colors, draw, instance_colors
 from scenes.points import complete, instance_targets, tiles  # torch and the networks only once a scan is read
 
+WEIGHTS = Path(__file__).parent / "weights" / "small.pt"  # taken where no checkpoint is given; experiments/ship.py
+ABOUT = ("no checkpoint given: weights/small.pt, trained on generated furnished rooms alone: on a real scan trust "
+         "walls, floors and large furniture, little else; it expects metres and 1 to 4 cm between points; frames help")
 TILE_VOXELS = 300_000  # of a tile, its margin apart
 TILE_SIDE = 1.5  # times the longest side of a train scene: beyond it a network finds neither classes nor instances
 TILE_FRAMES = 4  # times as many frames as evaluation takes may look at a tile, as far as they show more of it
@@ -163,8 +167,8 @@ def write(out, model, scene, prediction, min_score):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="stage3.pt, best.pt, ... of a run")
-    parser.add_argument("scenes", nargs="+", help=".ply, .npy, .npz, scene folders, folders with points and frames")
+    parser.add_argument("paths", nargs="+", help="a checkpoint (.pt), which may be left out, then .ply, .npy, .npz, "
+                        "scene folders, folders with points and frames")
     parser.add_argument("--out", default="predictions", help="folder for the files (default predictions)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
     parser.add_argument("--scale", type=float, help="metres of a unit of points and poses, 0.001 for mm (default 1)")
@@ -173,7 +177,12 @@ def main(argv=None):
     parser.add_argument("--depth-scale", type=float, help="metres of a unit of depth (default 0.001, of floats 1)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    paths = [*dict.fromkeys(Path(scene).resolve() for scene in args.scenes)]
+    given = args.paths.pop(0) if args.paths[0].endswith(".pt") else None
+    if not args.paths:
+        parser.error(f"expected scans after the checkpoint {given}")
+    if not given:
+        print(ABOUT)
+    paths = [*dict.fromkeys(Path(scene).resolve() for scene in args.paths)]
     stems = [path.name if path.is_dir() else path.stem for path in paths]
     out, network, failed, root = Path(args.out), None, [], os.path.commonpath([path.parent for path in paths])
     for path, stem in zip(paths, stems):
@@ -181,7 +190,7 @@ def main(argv=None):
         try:
             if not network:
                 readable = bool(read_scan(path, scale=args.scale, up=args.up))  # a broken one is told in a second
-                network = open_checkpoint(args.checkpoint, args.device)
+                network = open_checkpoint(given or WEIGHTS, args.device)
             out.mkdir(parents=True, exist_ok=True)
             how = network[0].semantic_head.weight.device, args.scale, args.up, args.cameras, args.depth_scale
             scene, prediction = predict_scene(*network, path, *how)

@@ -176,7 +176,7 @@ def test_a_step_of_the_ramp_moves_the_logits_little(make_model, make_batch, row,
 
 
 @pytest.mark.parametrize("epoch", [10, 21, 30, 50, 70])
-def test_a_pretrained_tower_is_frozen_and_trains_whole_from_epoch_41_on(make_model, make_batch, row, train_steps, epoch):
+def test_a_pretrained_tower_is_frozen_and_trains_whole_from_epoch_41(make_model, make_batch, row, train_steps, epoch):
     model, batch = make_model(pretrained=True), make_batch()
     before = copy.deepcopy(model.tower.visual.state_dict())
     train_steps(model, row(epoch, pretrained=True), batch)

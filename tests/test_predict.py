@@ -15,6 +15,7 @@ from test_folder import write_ply as write_mesh
 import predict
 import train
 from data import collate, scene_item
+from experiments.ship import ship
 from metrics import instance_ap
 from scenes import picture, points
 from scenes.folder import CLASS_COLORS, CLASS_NAMES, NYU40_IDS, SCANNET20, load_frames, load_scene
@@ -263,3 +264,20 @@ def test_a_floor_of_rooms_has_frames_for_every_room_and_is_cut_as_large_as_the_t
     _, parts = predict.predict_scene(model, config, floor)
     assert parts["notes"][-1] == "cut into 4 tiles" and whole["notes"][-1:] != parts["notes"][-1:]
     assert whole["seen"] < 0.5 * single["seen"] < 0.5 * parts["seen"] * 1.1
+
+
+def test_without_a_checkpoint_the_weights_that_come_along_are_taken_and_said(
+        checkpoints, predicted, room, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "small.pt"
+    ship(checkpoints["bifusion"], shipped)
+    assert shipped.stat().st_size < 0.6 * sum(
+        value.nbytes for value in torch.load(checkpoints["bifusion"], weights_only=True)["model"].values())
+    monkeypatch.setattr(predict, "WEIGHTS", shipped)
+    predict.main([str(room), "--out", str(tmp_path), "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines()[0] == predict.ABOUT
+    own, whole = (PlyData.read(folder / f"{room.name}_semantic.ply")["vertex"]["label"]
+                  for folder in (tmp_path, predicted["bifusion"][0]))
+    assert np.mean(own == whole) > 0.99  # half precision
+    with pytest.raises(SystemExit):
+        predict.main([str(shipped)])
+    assert f"expected scans after the checkpoint {shipped}" in capsys.readouterr().err
