@@ -9,6 +9,7 @@ share), K classes, H, W image size.
 
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import runs
 from scenes.augment import augment_images, augment_points, blank, recolor
 from scenes.folder import IGNORE, WARN_ONCE, load_frames, load_scene, read_classes, usable_frames
-from scenes.points import VERSION, complete, instance_targets, voxel_majority, voxel_means, voxelise
+from scenes.points import VERSION, complete, instance_targets, lacks, voxel_majority, voxel_means, voxelise
 from tower import MapCache, digest
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
@@ -44,10 +45,14 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
         color = recolor(color, rng)
         image = augment_images(image, rng) if vary_images else image
     grid_coord, point_to_voxel = voxelise(coord, voxel_size)
-    m = len(grid_coord)
+    m, shape = len(grid_coord), grid_coord.max(0) + 1
+    if shape.max() >= 2**31 or shape.astype(float).prod() >= 2**62:  # spconv's indices would wrap
+        raise ValueError(f"{scene['name']}: {len(coord)} points span {' x '.join(map(str, shape))} voxels of "
+                         f"{voxel_size} m; are the units metres? Remove points far off, or take a larger voxel size")
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
-    voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], voxel_coord[:, 2].min())
+    floor = np.quantile(voxel_coord[:, 2], 0.001, method="lower")  # a point below it does not lift the scene
+    voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], floor)
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     segment, superpoint, classes = scene["segment"], scene["superpoint"], scene["classes"]
     if segment is None:
@@ -132,18 +137,20 @@ class SceneDataset(torch.utils.data.Dataset):
     def _complete(self, folder):
         """A scene, completed; what that computes is kept on disk, named by what it is computed from."""
         scene = load_scene(folder, self.classes)
+        if not any(lacks(scene)[1:]):
+            return scene
         given = {key: scene[key].tobytes() for key in ("coord", "normal", "superpoint") if scene[key] is not None}
-        name = digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz"
-        try:
-            return scene | dict(np.load(self.computed / name))
-        except Exception:  # not there, or damaged
-            scene, notes = complete(scene)
+        kept = self.computed and self.computed / (digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz")
+        with suppress(Exception):  # NumPy raises all kinds on a damaged file
+            if kept and kept.is_file():
+                return scene | dict(np.load(kept))
+        scene, notes = complete(scene)
         for note in (note for note in notes if not note.startswith("no ")):
             WARN_ONCE(f"scenes of {folder.parent}: {note}")
-        if notes and self.computed:
+        if kept:
             try:
                 self.computed.mkdir(parents=True, exist_ok=True)
-                with runs.whole_file(self.computed / name) as file:
+                with runs.whole_file(kept) as file:
                     np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
             except OSError as error:
                 WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
@@ -180,8 +187,8 @@ def collate(items):
     """Scenes -> one batch: dict of tensors, and names (list of B str).
 
     Voxels: grid_coord (M, 3) int32, batch_index (M,) int64, color (M, 3) f32 in [-1, 1], normal (M, 3) f32 augmented,
-    coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel, world_coord (M, 3)
-    f32 NOT augmented, segment (M,) int64.
+    coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its floor (the lowest voxel but a
+    thousandth), world_coord (M, 3) f32 NOT augmented, segment (M,) int64.
     Views: image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
     view_batch (V,) int64; with maps image is (V, 3, 0, 0) and level_0, level_1, ... (V, C, h, w) f16 are what the
     frozen tower made of it.

@@ -153,7 +153,7 @@ def _to_bytes(path, color, few=0.02):
     top = 1 if color.dtype.kind == "f" and high <= 2 else 255 if high <= 510 else 65535
     scaled = color.astype(np.float32) * np.float32(255 / top)
     outside = (scaled < -0.5) | (scaled > 255.5)
-    if outside.mean() > few or (510 < high < 4096 and color.dtype != np.uint16):  # too little for 16 bit
+    if outside.mean() > few or (510 < high < 4096):  # too little for 16 bit
         raise fault(path, "colours in 0..255, or floats in 0..1", f"{color.min()}..{color.max()}")
     return np.rint(scaled).clip(0, 255).astype("u1"), [f"a few colours beyond 0..{top}: clipped"] * int(outside.any())
 
@@ -176,7 +176,7 @@ def read_ply(path):
     with open(path, "rb") as file, reading(path, "a whole .ply"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         elements = _elements(file)
-        vertex, face = elements["vertex"], elements.get("face", {})
+        vertex, face = elements.get("vertex", {}), elements.get("face", {})
         raw, of_faces = ({key: np.stack([of[name] for name in names.split()], 1) for key, choices in COLUMNS.items()
                           for names in reversed(choices) if {*names.split()} <= of.keys()} for of in (vertex, face))
     if "coord" not in raw:
@@ -195,7 +195,7 @@ def read_ply(path):
 
 def _elements(file):
     """The elements of an open .ply: {name: {property in small letters: its numbers}}. Numbers are (n,), of lists (n, k)
-    where all are as long, else n arrays; in a text they are floats where the declared type cannot hold them."""
+    where all are as long, else n arrays; in a text they are doubles where the declared type holds them not to 1e-4."""
     data, found = np.asarray(np.memmap(file, mode="r")), {}
     if not (header := HEADER.match(data)):
         raise ValueError(f"it starts with {data[:20].tobytes()} and has no end_header")
@@ -230,7 +230,7 @@ def _elements(file):
             if not size:
                 values = np.reshape(values, -1)
                 exact = values.astype(TYPES[kind])
-                values = exact if exact.dtype.kind == "f" or (exact == values).all() else values
+                values = exact if order or (np.abs(exact - values) <= 1e-4).all() else values
             found.setdefault(name, {}).setdefault(key.lower(), values)
     if not order and len(data):
         raise ValueError("more numbers than its header announces")
@@ -302,25 +302,28 @@ def read_scan(path, classes=SCANNET20, scale=None, up="z"):
 
 
 def looks_like(path, coord, refuse=False):
-    """Points (N, 3) that do not look like metres with z up: at most one str, with the flag of predict.py that mends it;
-    refuse: ValueError for what no building measures. A floor is told by nothing above it and walls on all sides."""
-    some = coord[:: len(coord) // 10000 + 1].astype(np.float64)
+    """Points (N, 3) that do not look like metres with z up: at most one str, with the flag of predict.py that mends it,
+    after one of points at one place; refuse: ValueError for what no building measures. A floor is told by nothing above
+    it and walls on all sides."""
+    some, count = np.unique(coord[:: len(coord) // 10000 + 1].astype(np.float64), axis=0, return_counts=True)
+    notes = [f"{count.max() / count.sum():.0%} of the points lie at one place: remove them if they are invalid"] * int(
+        count.max() > max(9, 0.01 * count.sum()))
     low, high = np.quantile(some, (0.01, 0.99), axis=0)
     short, _, long = np.sort(high - low)
     if np.abs(np.ptp(coord, axis=0).max() - [1, 2]).min() < 1e-5:
-        return ["exactly 1 or 2 long, as normalised scans are: --scale makes metres, with the metres of a unit"]
-    if short > 6 or 0 < long < 0.3 or (long > 50 and short < 1.8):  # neither a room nor a long floor of one storey
+        return [*notes, "exactly 1 or 2 long, as normalised scans are: --scale makes metres, with the metres of a unit"]
+    if short > 20 or short > max(6, 0.4 * long) or 0 < long < 0.3 or (long > 50 and short < 0.02 * long):  # no hall
         unit = min(UNITS, key=lambda unit: abs(np.log(UNITS[unit] * max(short, long / 20) / 2.6)))
         said = f"{short:.4g}..{long:.4g} long: the units look like {unit} (a guess), --scale {UNITS[unit]} makes metres"
         if refuse and (short > 20 or long > 500):
             raise fault(path, "a building in metres", f"{said}, --scale 1 takes it as it is")
-        return [said]
+        return [*notes, said]
     ends = np.stack([(some < low + 0.04 * short).mean(0), (some > high - 0.04 * short).mean(0)])  # (2, 3) shares
     for i, up in enumerate(UP if short > 0.35 * long else ()):
         (floor, top), walls = ends[:: 1 if i < 3 else -1, i % 3], np.delete(ends, i % 3, 1)
         if up != "z" and floor > max(0.1, 3 * top, 0.8 * walls.max()) and walls.max() < 2 * max(walls.min(), 0.03):
-            return [f"the floor seems to lie across {up[-1]}: --up{'=' if '-' in up else ' '}{up} turns it"]
-    return []
+            return [*notes, f"the floor seems to lie across {up[-1]}: --up{'=' if '-' in up else ' '}{up} turns it"]
+    return notes
 
 
 def _placed(folder, scene, scale, up):
@@ -329,7 +332,9 @@ def _placed(folder, scene, scale, up):
         raise ValueError(f"--scale must be above 0, got {scale}")
     coord, normal, file_to_world, rows = scene["coord"], scene["normal"], np.eye(4), np.array(UP[up])
     turn = np.sign(rows)[:, None] * np.eye(3)[np.abs(rows) - 1]
-    middle = np.median(coord[:: len(coord) // 1000 + 1], axis=0)  # a point far off decides nothing
+    some = coord[:: len(coord) // 1000 + 1]
+    places = np.unique(some @ (1, np.pi, np.e), return_index=True)[1]
+    middle = np.median(some[places], axis=0)  # points far off, or many at one place, decide nothing
     far, notes = np.abs(middle).max(), []
     if coord.dtype.kind == "f" and np.spacing(far) * scale > 1e-3:
         notes.append(f"coordinates near {far:.0f} in {coord.dtype} are exact to {np.spacing(far):.2g}: export doubles")
@@ -494,12 +499,13 @@ def _read_image(path, image_size, mode=None, decode=True):
             Image.open(path, formats=("JPEG", "PNG", "TIFF")) if array is None else  # an EPS starts Ghostscript
             Image.fromarray(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))) as image:
         size = image.size
-        if size[0] * size[1] > MAX_PIXELS:
-            raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
         if not decode:
             return np.zeros((0, 0, 3), np.uint8), size
         if mode:
             image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+        if image.size[0] * image.size[1] > MAX_PIXELS:
+            raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
+        if mode:
             if image.mode[0] == "I":  # grey of 16 bit, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert(mode)
