@@ -153,7 +153,7 @@ class SceneDataset(torch.utils.data.Dataset):
                 with runs.whole_file(kept) as file:
                     np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
             except OSError as error:
-                WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
+                kept.is_file() or WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
         return scene
 
     def _once(self, key, read):

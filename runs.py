@@ -69,8 +69,9 @@ def read_checkpoint(path, device="cpu"):
     """A checkpoint as a dict, read without running any code of it. ValueError where it is broken or not ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises all kinds on a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+    except Exception as error:  # torch raises all kinds on a damaged file, and buries the cause in advice
+        cause = error.__context__ or error
+        raise ValueError(f"{path} is not a readable checkpoint: {' '.join(str(cause).split()) or repr(cause)}") from error
     missing = {"model", "optimizer", "next", "row", "ramp", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")

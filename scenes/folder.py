@@ -111,11 +111,13 @@ def read_classes(root):
     if not path.is_file():
         return SCANNET20
     with reading(path, 'an object as {"names": ["road", "tree"], "stuff": ["road"]}, with "ids" and "colors" or not'):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8-sig"))
         names, colors, stuff = found.pop("names"), found.pop("colors", []), found.pop("stuff", [])
         ids = found.pop("ids", list(range(len(names))))
-        rules = {f"no {', '.join(found)}": not found, "two names or more, each once": 2 <= len(names) == len({*names}),
-                 "ids, one a name, 0..65535, each once": len(names) == len(ids) == len({*ids} & {*range(2**16)}),
+        rules = {f"no {', '.join(found)}": not found, "a list of two names or more, each once": type(names) is list
+                 and 2 <= len(names) == len({name for name in names if type(name) is str and name}),
+                 "ids, one a name, 0..65535, each once": len(names) == len(ids) == len(
+                     {i for i in ids if type(i) is int and 0 <= i < 2**16}),
                  "colors, one a name, 0..255": np.shape(colors) in ((0,), (len(names), 3)) and {
                      value for color in colors for value in color} <= {*range(256)}}
         if broken := [rule for rule, holds in rules.items() if not holds]:

@@ -494,6 +494,15 @@ def test_a_damaged_entry_is_computed_anew(harm, root, tmp_path, monkeypatch):
     assert path.read_bytes() == whole and list((tmp_path / "points").iterdir()) == [path]
 
 
+def test_what_another_process_keeps_at_the_same_moment_is_no_fault(root, tmp_path, monkeypatch):
+    replace, plain = os.replace, dataset(root, None)[0]
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), replace(*paths)))  # its file is gone already
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(dataset(root, tmp_path / "both")[0], plain) and same(dataset(root, tmp_path / "both")[0], plain)
+    assert len(list((tmp_path / "both").iterdir())) == 1
+
+
 def test_a_folder_that_takes_nothing_costs_the_keeping_and_is_said_once(root, tmp_path, monkeypatch):
     (tmp_path / "points").write_text("a file")
     full = OSError(28, "No space left on device")
