@@ -153,7 +153,8 @@ class SceneDataset(torch.utils.data.Dataset):
                 with runs.whole_file(kept) as file:
                     np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
             except OSError as error:
-                kept.is_file() or WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
+                if not kept.is_file():  # by another process, at the same moment
+                    WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
         return scene
 
     def _once(self, key, read):

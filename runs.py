@@ -71,7 +71,8 @@ def read_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises all kinds on a damaged file, and buries the cause in advice
         cause = error.__context__ or error
-        raise ValueError(f"{path} is not a readable checkpoint: {' '.join(str(cause).split()) or repr(cause)}") from error
+        said = " ".join(str(cause).split()) or repr(cause)
+        raise ValueError(f"{path} is not a readable checkpoint: {said}") from error
     missing = {"model", "optimizer", "next", "row", "ramp", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")
