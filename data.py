@@ -114,8 +114,8 @@ class SceneDataset(torch.utils.data.Dataset):
         ids, placed = scene["frame_ids"], scene["file_to_world"]
         chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views]) if self.augment \
             else evenly_spread(ids, self.views)
-        frames = self._frames(folder, [], placed)
-        single = [self._once((folder, c), lambda c=c: self._frames(folder, [c], placed)) for c in chosen]
+        frames, files = self._frames(folder, {}, placed), scene["frame_files"]
+        single = [self._once((folder, c), lambda c=c: self._frames(folder, {c: files[c]}, placed)) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
         if not self.augment:
             return scene_item(scene, frames, self.voxel_size)

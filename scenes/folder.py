@@ -140,7 +140,8 @@ def _finite(path, what, values):
     """The values (N, 3), of one point or more, all finite."""
     if len(values) == 0:
         raise fault(path, "at least one point", "none")
-    if broken := int((~np.isfinite(values)).any(1).sum()):
+    if not np.isfinite(values).all():
+        broken = int((~np.isfinite(values)).any(1).sum())
         raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove these points")
     return values
 
@@ -346,9 +347,9 @@ def _placed(folder, scene, scale, up):
         coord = (coord - origin) @ file_to_world[:3, :3].T  # f64
         normal = None if normal is None else (normal @ turn.T).astype(np.float32)
     coord = _finite(folder, "coordinates", coord.astype(np.float32, copy=False))
-    frames, more = usable_frames(folder)
-    return scene | {"coord": coord, "normal": normal, "file_to_world": file_to_world, "frame_ids": list(frames),
-                    "notes": [*scene.get("notes", ()), *notes, *more]}
+    files, more = usable_frames(folder)
+    return scene | {"coord": coord, "normal": normal, "file_to_world": file_to_world, "frame_ids": list(files),
+                    "frame_files": files, "notes": [*scene.get("notes", ()), *notes, *more]}
 
 
 def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
@@ -357,9 +358,10 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
 
     Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
     instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64,
-    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of
-    str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another
-    shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
+    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; frame_files,
+    dict of `usable_frames`; notes, list of str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a
+    file that is truncated or of another shape, lengths that differ, labels or colours out of range, coordinates that
+    are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{key}.npy" for key in SCENE}
@@ -441,7 +443,8 @@ def usable_frames(folder):
 
 
 def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, cameras="opencv", depth_scale=None):
-    """Read frames (ids, list of int), resized to image_size (W, H), with intrinsics to match.
+    """Read frames (ids, list of int, or dict as of `usable_frames`), resized to image_size (W, H), with intrinsics to
+    match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
     resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point. file_to_world: of
@@ -452,7 +455,7 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
     Raises ValueError: an image or a matrix that cannot be read.
     """
     folder, (width, height), v = Path(folder), image_size, len(ids)
-    camera_file, files = folder / CAMERA_FILE, frame_files(folder)[0] if v else {}
+    camera_file, files = folder / CAMERA_FILE, ids if isinstance(ids, dict) or not v else frame_files(folder)[0]
     camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)

@@ -122,16 +122,16 @@ def lacks(scene):
     if normal is None:
         return np.zeros((n, 3), np.float32), "no normals", pieces
     coord, normal = scene["coord"], np.nan_to_num(normal)
-    known = np.flatnonzero(normal.any(1))
-    some = known[:: len(known) // 10_000 + 1]
+    known = np.flatnonzero(np.abs(normal) @ np.ones(3, np.float32))
+    some = known[:: len(known) // 5000 + 1]
     some = some[np.unique(coord[some] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
-    if len(some) > 50:
-        near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 50)[1]]  # (P, 50)
+    if len(some) > 30:
+        near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
         patch = coord[near].astype(np.float64)
         patch -= patch.mean(1, keepdims=True)
         spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
         flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
-        if flat.any() and np.abs(normal[near] @ axes[:, :, :1])[flat].mean() < 0.7:
+        if flat.sum() > 4 and np.abs(normal[near] @ axes[:, :, :1])[flat].mean() < 0.7:
             return 0 * normal, "normals that do not fit the points", pieces
     return normal, "normals that are 0 or NaN" * (len(known) < n), pieces
 
