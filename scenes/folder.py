@@ -60,7 +60,7 @@ MAX_PIXELS = 2**26  # of an image, more than of most phones: a damaged header mu
 FRAME_FILES = {"color": (".jpg", ".jpeg", ".png"), "depth": (".png", ".npy", ".tif", ".tiff"), "pose": (".txt",)}
 FRAME_NUMBER, CAMERA_FILE = re.compile(r"(\d{1,18})\D*$"), "intrinsic/intrinsic_color.txt"
 IN_PLACE = np.eye(4)  # file_to_world of what is neither shifted, turned nor scaled
-CAMERAS = ("opencv", "opengl", "inverse")  # x right, y down, z ahead; y up, z back; opencv, but world_to_camera
+CAMERAS = ("opencv", "opengl", "inverse", "inverse-opengl")  # x right, y down, z ahead; y up, z back; world_to_camera
 UNITS = {"mm": 0.001, "cm": 0.01, "inches": 0.0254, "dm": 0.1, "feet": 0.3048, "km": 1000}  # metres
 UP = {"x": (2, 3, 1), "y": (1, -3, 2), "z": (1, 2, 3), "-x": (3, 2, -1), "-y": (1, 3, -2), "-z": (1, -2, -3)}
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
@@ -470,8 +470,9 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
         depth = _read_image(depth_file, image_size)[0]
         units = 1 / depth_scale if depth_scale else 1 if depth.dtype.kind == "f" else 1000  # a metre
         frames["depth"][i] = np.nan_to_num(depth.astype(np.float32), posinf=0).clip(0) / np.float32(units)
-        pose = _read_matrix(pose_file, 4) * np.repeat([1, -1 if cameras == "opengl" else 1, 1], (1, 2, 1))
-        pose = file_to_world @ (np.linalg.inv(pose) if cameras == "inverse" else pose)  # f64: it may lie far off
+        pose = _read_matrix(pose_file, 4)  # f64: it may lie far off
+        pose = file_to_world @ (np.linalg.inv(pose) if "inverse" in cameras else pose)
+        pose[:, 1:3] *= -1 if "opengl" in cameras else 1
         pose[:3, :3] /= np.cbrt(np.linalg.det(file_to_world[:3, :3]))
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
         frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]

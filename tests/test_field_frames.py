@@ -176,13 +176,16 @@ OPENGL = np.diag([1.0, -1, -1, 1])
 
 @pytest.mark.parametrize(("pose", "depth", "flags"), [
     (lambda pose: pose, 1, {}), (lambda pose: pose @ OPENGL, 1, {"cameras": "opengl"}),
-    (np.linalg.inv, 1, {"cameras": "inverse"}), (lambda pose: pose, 5, {"depth_scale": 0.0002}),
+    (np.linalg.inv, 1, {"cameras": "inverse"}), (lambda pose: pose, 0.1, {"depth_scale": 0.01}),
+    (lambda pose: np.linalg.inv(pose @ OPENGL), 1, {"cameras": "inverse-opengl"}),
+    (lambda pose: pose, 5, {"depth_scale": 0.0002}),
     (lambda pose: pose @ OPENGL, 4, {"cameras": "opengl", "depth_scale": 0.00025}),
     (lambda pose: pose, np.float32(1), {"depth_scale": 0.001})])
 def test_frames_that_see_hardly_a_point_name_the_flags_with_which_they_would(room, tmp_path, pose, depth, flags):
     odd = changed(room, tmp_path / "odd", pose=pose)
     for file in odd.glob("depth/*.png"):
         values = np.asarray(Image.open(file)) * depth
+        values = values.astype("u2") if depth == 0.1 else values  # cm
         np.save(file.with_suffix(".npy"), values)
         file.unlink()
     scene = load_scene(odd)
@@ -192,7 +195,7 @@ def test_frames_that_see_hardly_a_point_name_the_flags_with_which_they_would(roo
         rf"frames see \d% of the points; with{shown} [5-9]\d%", said[0]))
     frames, plain = load_frames(odd, [0, 3], SIZE, **flags), load_frames(room, [0, 3], SIZE)
     np.testing.assert_allclose(frames["world_to_camera"], plain["world_to_camera"], atol=1e-6)
-    np.testing.assert_allclose(frames["depth"], plain["depth"], rtol=1e-6)
+    np.testing.assert_allclose(frames["depth"], plain["depth"], rtol=1e-6, atol=0.01 * (depth == 0.1))
 
 
 def test_the_cameras_are_doubted_by_predict_and_before_training_and_the_flag_mends_them(
