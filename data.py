@@ -47,8 +47,8 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     grid_coord, point_to_voxel = voxelise(coord, voxel_size)
     m, shape = len(grid_coord), grid_coord.max(0) + 1
     if shape.max() >= 2**31 or shape.astype(float).prod() >= 2**62:  # spconv's indices would wrap
-        raise ValueError(f"{scene['name']}: {len(coord)} points span {' x '.join(map(str, shape))} voxels of "
-                         f"{voxel_size} m; are the units metres? Remove points far off, or take a larger voxel size")
+        raise ValueError(f"{len(coord)} points span {' x '.join(map(str, shape))} voxels of {voxel_size} m; are the "
+                         "units metres? Remove points far off, or take a larger voxel size")
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
     floor = np.quantile(voxel_coord[:, 2], 0.001, method="lower")  # a point below it does not lift the scene
@@ -117,9 +117,11 @@ class SceneDataset(torch.utils.data.Dataset):
         frames, files = self._frames(folder, {}, placed), scene["frame_files"]
         single = [self._once((folder, c), lambda c=c: self._frames(folder, {c: files[c]}, placed)) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
-        if not self.augment:
-            return scene_item(scene, frames, self.voxel_size)
-        return blank(scene_item(scene, frames, self.voxel_size, rng, self.vary_images), self.blank, rng)
+        try:
+            item = scene_item(scene, frames, self.voxel_size, rng if self.augment else None, self.vary_images)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        return blank(item, self.blank, rng) if self.augment else item
 
     def _frames(self, folder, frames, file_to_world):
         """`load_frames` of one frame or none; with maps, without the image but with the tower's levels of it."""

@@ -169,7 +169,7 @@ def main(argv=None):
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="of the instances shown (default 0.3)")
     parser.add_argument("--scale", type=float, help="metres of a unit of points and poses, 0.001 for mm (default 1)")
     parser.add_argument("--up", choices=UP, default="z", help="the axis that points up; --up=-y if it starts with -")
-    parser.add_argument("--cameras", choices=CAMERAS, default="opencv", help="x right, y down; y up; world_to_camera, too")
+    parser.add_argument("--cameras", choices=CAMERAS, default="opencv", help="x right, y down; y up; world_to_camera")
     parser.add_argument("--depth-scale", type=float, help="metres of a unit of depth (default 0.001, of floats 1)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     args = parser.parse_args(argv)
