@@ -47,12 +47,10 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
     grid_coord, point_to_voxel = voxelise(coord, voxel_size)
     m, shape = len(grid_coord), grid_coord.max(0) + 1
     if shape.max() >= 2**31 or shape.astype(float).prod() >= 2**62:  # spconv's indices would wrap
-        raise ValueError(f"{len(coord)} points span {' x '.join(map(str, shape))} voxels of {voxel_size} m; are the "
-                         "units metres? Remove points far off, or take a larger voxel size")
+        raise ValueError(f"{scene['name']}: points span {shape} voxels of {voxel_size} m: no metres or points far off?")
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
-    floor = np.quantile(voxel_coord[:, 2], 0.001, method="lower")  # a point below it does not lift the scene
-    voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], floor)
+    voxel_coord = voxel_coord - [*voxel_coord.mean(0)[:2], np.quantile(voxel_coord[:, 2], 0.001, method="lower")]
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     segment, superpoint, classes = scene["segment"], scene["superpoint"], scene["classes"]
     if segment is None:
@@ -117,11 +115,9 @@ class SceneDataset(torch.utils.data.Dataset):
         frames, files = self._frames(folder, {}, placed), scene["frame_files"]
         single = [self._once((folder, c), lambda c=c: self._frames(folder, {c: files[c]}, placed)) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
-        try:
-            item = scene_item(scene, frames, self.voxel_size, rng if self.augment else None, self.vary_images)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-        return blank(item, self.blank, rng) if self.augment else item
+        if not self.augment:
+            return scene_item(scene, frames, self.voxel_size)
+        return blank(scene_item(scene, frames, self.voxel_size, rng, self.vary_images), self.blank, rng)
 
     def _frames(self, folder, frames, file_to_world):
         """`load_frames` of one frame or none; with maps, without the image but with the tower's levels of it."""
@@ -143,9 +139,8 @@ class SceneDataset(torch.utils.data.Dataset):
             return scene
         given = {key: scene[key].tobytes() for key in ("coord", "normal", "superpoint") if scene[key] is not None}
         kept = self.computed and self.computed / (digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz")
-        with suppress(Exception):  # NumPy raises all kinds on a damaged file
-            if kept and kept.is_file():
-                return scene | dict(np.load(kept))
+        with suppress(Exception):  # not there, or damaged, of which NumPy raises all kinds
+            return scene | dict(np.load(kept))
         scene, notes = complete(scene)
         for note in (note for note in notes if not note.startswith("no ")):
             WARN_ONCE(f"scenes of {folder.parent}: {note}")
@@ -155,8 +150,7 @@ class SceneDataset(torch.utils.data.Dataset):
                 with runs.whole_file(kept) as file:
                     np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
             except OSError as error:
-                if not kept.is_file():  # by another process, at the same moment
-                    WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
+                WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
         return scene
 
     def _once(self, key, read):

@@ -176,10 +176,8 @@ def main(argv=None):
     paths = [*dict.fromkeys(Path(scene).resolve() for scene in args.scenes)]
     stems = [path.name if path.is_dir() else path.stem for path in paths]
     out, network, failed, root = Path(args.out), None, [], os.path.commonpath([path.parent for path in paths])
-    names = [stem if stems.count(stem) == 1 else "_".join(path.relative_to(root).parts)
-             for path, stem in zip(paths, stems)]
-    for i, (path, name) in enumerate(zip(paths, names)):
-        name, readable = name + f"_{i}" * (names.count(name) > 1), False
+    for path, stem in zip(paths, stems):
+        name, readable = stem if stems.count(stem) == 1 else "_".join(path.relative_to(root).parts), False
         try:
             if not network:
                 readable = bool(read_scan(path, scale=args.scale, up=args.up))  # a broken one is told in a second

@@ -27,7 +27,7 @@ from torch import nn
 def whole_file(path):
     """Open a file for writing bytes beside path, renamed to path once it is whole and on the disk: so path holds the
     old or the new content, whenever the process is killed; a failed write leaves nothing."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # another process may write the same
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -70,9 +70,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises all kinds on a damaged file, and buries the cause in advice
-        cause = error.__context__ or error
-        said = " ".join(str(cause).split()) or repr(cause)
-        raise ValueError(f"{path} is not a readable checkpoint: {said}") from error
+        why = error.__context__ or error
+        raise ValueError(f"{path} is not a readable checkpoint: {' '.join(str(why).split()) or repr(why)}") from error
     missing = {"model", "optimizer", "next", "row", "ramp", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")

@@ -114,10 +114,9 @@ def read_classes(root):
         found = json.loads(path.read_text("utf-8-sig"))
         names, colors, stuff = found.pop("names"), found.pop("colors", []), found.pop("stuff", [])
         ids = found.pop("ids", list(range(len(names))))
-        rules = {f"no {', '.join(found)}": not found, "a list of two names or more, each once": type(names) is list
-                 and 2 <= len(names) == len({name for name in names if type(name) is str and name}),
-                 "ids, one a name, 0..65535, each once": len(names) == len(ids) == len(
-                     {i for i in ids if type(i) is int and 0 <= i < 2**16}),
+        rules = {f"no {', '.join(found)}": not found, "a list of two names or more, each once":
+                 names == [*names] and 2 <= len(names) == len({*names} - {""}) <= len("".join(names)),
+                 "one id, 0..65535, a name": len(names) == len(ids) == len({range(2**16)[i] for i in ids} & {*ids}),
                  "colors, one a name, 0..255": np.shape(colors) in ((0,), (len(names), 3)) and {
                      value for color in colors for value in color} <= {*range(256)}}
         if broken := [rule for rule, holds in rules.items() if not holds]:
@@ -140,9 +139,8 @@ def _finite(path, what, values):
     """The values (N, 3), of one point or more, all finite."""
     if len(values) == 0:
         raise fault(path, "at least one point", "none")
-    if not np.isfinite(values).all():
-        broken = int((~np.isfinite(values)).any(1).sum())
-        raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove these points")
+    if (lost := ~np.isfinite(values)).any():
+        raise fault(path, f"finite {what}", f"{lost.any(1).sum()} of {len(values)} points without; remove these points")
     return values
 
 
@@ -305,9 +303,8 @@ def read_scan(path, classes=SCANNET20, scale=None, up="z"):
 
 
 def looks_like(path, coord, refuse=False):
-    """Points (N, 3) that do not look like metres with z up: at most one str, with the flag of predict.py that mends it,
-    after one of points at one place; refuse: ValueError for what no building measures. A floor is told by nothing above
-    it and walls on all sides."""
+    """What is odd about points (N, 3), list of str: many at one place; no metres or another axis up, with the flag that
+    mends it. refuse: ValueError for what no building measures. A floor has nothing above it and walls on all sides."""
     some, count = np.unique(coord[:: len(coord) // 10000 + 1].astype(np.float64), axis=0, return_counts=True)
     notes = [f"{count.max() / count.sum():.0%} of the points lie at one place: remove them if they are invalid"] * int(
         count.max() > max(9, 0.01 * count.sum()))
@@ -335,9 +332,8 @@ def _placed(folder, scene, scale, up):
         raise ValueError(f"--scale must be above 0, got {scale}")
     coord, normal, file_to_world, rows = scene["coord"], scene["normal"], np.eye(4), np.array(UP[up])
     turn = np.sign(rows)[:, None] * np.eye(3)[np.abs(rows) - 1]
-    some = coord[:: len(coord) // 1000 + 1]
-    places = np.unique(some @ (1, np.pi, np.e), return_index=True)[1]
-    middle = np.median(some[places], axis=0)  # points far off, or many at one place, decide nothing
+    some = coord[:: len(coord) // 1000 + 1]  # points far off, or many at one place, decide nothing
+    middle = np.median(some[np.unique(some @ (1, np.pi, np.e), return_index=True)[1]], axis=0)
     far, notes = np.abs(middle).max(), []
     if coord.dtype.kind == "f" and np.spacing(far) * scale > 1e-3:
         notes.append(f"coordinates near {far:.0f} in {coord.dtype} are exact to {np.spacing(far):.2g}: export doubles")
@@ -358,10 +354,9 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
 
     Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
     instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64,
-    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; frame_files,
-    dict of `usable_frames`; notes, list of str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a
-    file that is truncated or of another shape, lengths that differ, labels or colours out of range, coordinates that
-    are not finite.
+    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_files, dict of `usable_frames`;
+    frame_ids, its keys; notes, list of str. Raises FileNotFoundError: no coord.npy or color.npy; ValueError: a file cut
+    or of another shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{key}.npy" for key in SCENE}
@@ -443,8 +438,7 @@ def usable_frames(folder):
 
 
 def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, cameras="opencv", depth_scale=None):
-    """Read frames (ids, list of int, or dict as of `usable_frames`), resized to image_size (W, H), with intrinsics to
-    match.
+    """Read frames (ids, list of int or dict of files), resized to image_size (W, H), with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
     resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point. file_to_world: of
@@ -454,7 +448,7 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
     depth (V, H, W) f32 metres, 0 = no reading; world_to_camera (V, 4, 4), intrinsics (V, 3, 3) f32 for image_size.
     Raises ValueError: an image or a matrix that cannot be read.
     """
-    folder, (width, height), v = Path(folder), image_size, len(ids)
+    folder, (width, height), v, y = Path(folder), image_size, len(ids), -1 if "opengl" in cameras else 1
     camera_file, files = folder / CAMERA_FILE, ids if isinstance(ids, dict) or not v else frame_files(folder)[0]
     camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
@@ -472,8 +466,7 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
         frames["depth"][i] = np.nan_to_num(depth.astype(np.float32), posinf=0).clip(0) / np.float32(units)
         pose = _read_matrix(pose_file, 4)  # f64: it may lie far off
         pose = file_to_world @ (np.linalg.inv(pose) if "inverse" in cameras else pose)
-        pose[:, 1:3] *= -1 if "opengl" in cameras else 1
-        pose[:3, :3] /= np.cbrt(np.linalg.det(file_to_world[:3, :3]))
+        pose[:3, :3] *= np.array([1, y, y]) / np.cbrt(np.linalg.det(file_to_world[:3, :3]))
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
         frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
         scale = np.array([width / size[0], height / size[1]])
@@ -507,8 +500,7 @@ def _read_image(path, image_size, mode=None, decode=True):
         size = image.size
         if not decode:
             return np.zeros((0, 0, 3), np.uint8), size
-        if mode:
-            image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+        image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
         if image.size[0] * image.size[1] > MAX_PIXELS:
             raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
         if mode:

@@ -3,8 +3,6 @@
 Axes: N points, M voxels, F triangles, C channels, S superpoints.
 """
 
-import math
-
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -30,7 +28,7 @@ def voxelise(coord, voxel_size):
     axes = [(axis - axis.min()) / coord.dtype.type(voxel_size) for axis in np.ascontiguousarray(coord.T)]
     x, y, z = (np.minimum(axis, 2.0**62).astype(np.int64) for axis in axes)  # a cast of more would wrap
     shape = [int(axis.max()) + 1 for axis in (x, y, z)]
-    if math.prod(shape) >= 2**63:  # one key cannot number them
+    if shape[0] * shape[1] * shape[2] >= 2**63:  # one key cannot number them
         grid_coord, point_to_voxel = np.unique(np.stack([x, y, z], 1), axis=0, return_inverse=True)
         return grid_coord, point_to_voxel.ravel()
     cell, point_to_voxel = np.unique((x * shape[1] + y) * shape[2] + z, return_inverse=True)  # one key: fast
@@ -114,39 +112,33 @@ def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8
 
 def lacks(scene):
     """What of a scan `complete` must compute: normal (N, 3) f32, 0 where it is unknown; why, str, of the normals and of
-    the superpoints, "" where nothing is to be computed. Normals are held against the planes of patches that are flat.
-    """
-    normal, n, superpoint = scene["normal"], len(scene["coord"]), scene["superpoint"]
-    crowded = superpoint is not None and bool(superpoint.max() >= max(1000, n / 20))
-    pieces = "no superpoints" if superpoint is None else "too many superpoints" * crowded
-    if normal is None:
-        return np.zeros((n, 3), np.float32), "no normals", pieces
-    coord, normal = scene["coord"], np.nan_to_num(normal)
+    the superpoints, "" where nothing is to be computed. Normals are held against the planes of flat patches."""
+    coord, given, s, n = scene["coord"], scene["normal"], scene["superpoint"], len(scene["coord"])
+    pieces = "no superpoints" if s is None else "too many superpoints" * bool(s.max() >= max(1000, n / 20))
+    normal = np.zeros((n, 3), np.float32) if given is None else np.nan_to_num(given)
     known = np.flatnonzero(np.abs(normal) @ np.ones(3, np.float32))
     some = known[:: len(known) // 5000 + 1]
     some = some[np.unique(coord[some] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
     if len(some) > 30:
         near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
-        patch = coord[near].astype(np.float64)
-        patch -= patch.mean(1, keepdims=True)
+        patch = coord[near] - coord[near].mean(1, keepdims=True)
         spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
         flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
         if flat.sum() > 4 and np.abs(normal[near] @ axes[:, :, :1])[flat].mean() < 0.7:
             return 0 * normal, "normals that do not fit the points", pieces
-    return normal, "normals that are 0 or NaN" * (len(known) < n), pieces
+    return normal, "no normals" if given is None else "normals that are 0 or NaN" * (len(known) < n), pieces
 
 
 def complete(scene):
     """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed and why.
-    Placeholders are computed anew: normals of 0 or NaN, of noise, all alike, of other axes; over 1,000 superpoints of
-    less than 20 points on average. Points at one place (0.1 mm) count once.
+    Placeholders (of `lacks`) are computed anew; points at one place (0.1 mm) count once.
 
     scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
     """
     coord, superpoint, (normal, why, pieces) = scene["coord"], scene["superpoint"], lacks(scene)
     if not why and not pieces:
         return scene, []
-    edge, notes, unknown = 1e-4, [], ~normal.any(1)  # metres
+    edge, unknown = 1e-4, ~normal.any(1)  # metres
     grid, point_to_cell = voxelise(coord, edge)
     if why and scene.get("faces") is not None:
         places = voxel_means(coord, point_to_cell, len(grid))
@@ -159,9 +151,8 @@ def complete(scene):
     if left.any():
         normal[left] = estimate_normals(cells)[point_to_cell[left]]
     how = "estimated" if left.sum() == unknown.sum() else "from the faces" + ", else estimated" * bool(left.any())
-    notes += [f"{why}: {how}"] * bool(why)
+    notes = [f"{why}: {how}"] * bool(why) + [f"{pieces}: computed" + " anew" * (superpoint is not None)] * bool(pieces)
     if pieces:
-        notes.append(f"{pieces}: computed" + " anew" * (superpoint is not None))
         superpoint = superpoints_from_points(cells, voxel_means(normal, point_to_cell, len(grid)))[point_to_cell]
     return scene | {"normal": normal, "superpoint": superpoint}, notes
 
@@ -172,12 +163,11 @@ def tiles(coord, voxel_size, limit, side=np.inf):
     Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
     """
     def cut(rows):  # in the middle, not at the median: points far off are a tile of their own
-        low, high = coord[rows, :2].min(0), coord[rows, :2].max(0)
-        extent = high - low
+        extent = np.ptp(coord[rows, :2], axis=0)
         if extent.max() <= side and (len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit):
             return [rows]
         axis = extent.argmax()
-        left = coord[rows, axis] < low[axis] / 2 + high[axis] / 2
+        left = coord[rows, axis] < coord[rows, axis].min() + extent[axis] / 2
         if not left.any():
             raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
         return cut(rows[left]) + cut(rows[~left])

