@@ -305,7 +305,7 @@ def read_scan(path, classes=SCANNET20, scale=None, up="z"):
 def looks_like(path, coord, refuse=False):
     """What is odd about points (N, 3), list of str: many at one place; no metres or another axis up, with the flag that
     mends it. refuse: ValueError for what no building measures. A floor has nothing above it and walls on all sides."""
-    some, count = np.unique(coord[:: len(coord) // 10000 + 1].astype(np.float64), axis=0, return_counts=True)
+    some, count = np.unique(coord[:: len(coord) // 4000 + 1].astype(np.float64), axis=0, return_counts=True)
     notes = [f"{count.max() / count.sum():.0%} of the points lie at one place: remove them if they are invalid"] * int(
         count.max() > max(9, 0.01 * count.sum()))
     low, high = np.quantile(some, (0.01, 0.99), axis=0)
