@@ -279,6 +279,7 @@ def test_a_stray_point_below_the_floor_does_not_lift_a_scene_and_one_too_far_nam
         write_scene(tmp_path / name / "train" / name, len(coord), coord=coord, normal=None)
     plain, low, far = (SceneDataset(tmp_path / name, "train", voxel_size=0.08, image_size=(32, 24))
                        for name in ("plain", "low", "far"))
+    assert far.longest_side() == pytest.approx(plain.longest_side(), abs=0.05) and plain.longest_side() > 3
     plain, low = plain[0]["coord"][:, 2], low[0]["coord"][:, 2]
     assert low.min() < -40 and min(len(low), len(plain)) > 2000
     assert np.abs(np.quantile(low, (0.01, 0.5, 1)) - np.quantile(plain, (0.01, 0.5, 1))).max() < 0.1
