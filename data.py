@@ -9,6 +9,7 @@ share), K classes, H, W image size.
 
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import runs
 from scenes.augment import augment_images, augment_points, blank, recolor
 from scenes.folder import IGNORE, WARN_ONCE, load_frames, load_scene, read_classes, usable_frames
-from scenes.points import VERSION, complete, instance_targets, voxel_majority, voxel_means, voxelise
+from scenes.points import VERSION, complete, instance_targets, lacks, voxel_majority, voxel_means, voxelise
 from tower import MapCache, digest
 
 KEPT_BYTES = 2**30  # decoded scenes and frames that all loading processes keep in memory together
@@ -44,10 +45,12 @@ def scene_item(scene, frames, voxel_size, rng=None, vary_images=True):
         color = recolor(color, rng)
         image = augment_images(image, rng) if vary_images else image
     grid_coord, point_to_voxel = voxelise(coord, voxel_size)
-    m = len(grid_coord)
+    m, shape = len(grid_coord), grid_coord.max(0) + 1
+    if shape.max() >= 2**31 or shape.astype(float).prod() >= 2**62:  # spconv's indices would wrap
+        raise ValueError(f"{scene['name']}: points span {shape} voxels of {voxel_size} m: no metres or points far off?")
     means = voxel_means(np.concatenate([coord, scene["coord"], color, normal], 1), point_to_voxel, m)  # (M, 12)
     voxel_coord, world_coord, color, normal = np.split(means, 4, 1)
-    voxel_coord = voxel_coord - np.append(voxel_coord.mean(0)[:2], voxel_coord[:, 2].min())
+    voxel_coord = voxel_coord - [*voxel_coord.mean(0)[:2], np.quantile(voxel_coord[:, 2], 0.001, method="lower")]
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     segment, superpoint, classes = scene["segment"], scene["superpoint"], scene["classes"]
     if segment is None:
@@ -109,8 +112,8 @@ class SceneDataset(torch.utils.data.Dataset):
         ids, placed = scene["frame_ids"], scene["file_to_world"]
         chosen = sorted(rng.permutation(ids).astype(int).tolist()[: self.views]) if self.augment \
             else evenly_spread(ids, self.views)
-        frames = self._frames(folder, [], placed)
-        single = [self._once((folder, c), lambda c=c: self._frames(folder, [c], placed)) for c in chosen]
+        frames, files = self._frames(folder, {}, placed), scene["frame_files"]
+        single = [self._once((folder, c), lambda c=c: self._frames(folder, {c: files[c]}, placed)) for c in chosen]
         frames = {k: np.concatenate([frames[k], *(f[k] for f in single)]) for k in frames}
         if not self.augment:
             return scene_item(scene, frames, self.voxel_size)
@@ -132,18 +135,19 @@ class SceneDataset(torch.utils.data.Dataset):
     def _complete(self, folder):
         """A scene, completed; what that computes is kept on disk, named by what it is computed from."""
         scene = load_scene(folder, self.classes)
+        if not any(lacks(scene)[1:]):
+            return scene
         given = {key: scene[key].tobytes() for key in ("coord", "normal", "superpoint") if scene[key] is not None}
-        name = digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz"
-        try:
-            return scene | dict(np.load(self.computed / name))
-        except Exception:  # not there, or damaged
-            scene, notes = complete(scene)
+        kept = self.computed and self.computed / (digest(repr((VERSION, *given)).encode(), *given.values()) + ".npz")
+        with suppress(Exception):  # not there, or damaged, of which NumPy raises all kinds
+            return scene | dict(np.load(kept))
+        scene, notes = complete(scene)
         for note in (note for note in notes if not note.startswith("no ")):
             WARN_ONCE(f"scenes of {folder.parent}: {note}")
-        if notes and self.computed:
+        if kept:
             try:
                 self.computed.mkdir(parents=True, exist_ok=True)
-                with runs.whole_file(self.computed / name) as file:
+                with runs.whole_file(kept) as file:
                     np.savez(file, normal=scene["normal"], superpoint=scene["superpoint"])
             except OSError as error:
                 WARN_ONCE(f"{self.computed}: normals and superpoints cannot be kept here ({error.strerror})")
@@ -160,9 +164,9 @@ class SceneDataset(torch.utils.data.Dataset):
         return self.kept[key]
 
     def longest_side(self, count=8):
-        """The longest horizontal side, metres, of so many of the scenes: float."""
-        places = (load_scene(folder, self.classes)["coord"][:, :2] for folder in evenly_spread(self.folders, count))
-        return round(float(max(np.ptp(place, axis=0).max() for place in places)), 2)
+        """The longest horizontal side, metres, of so many of the scenes, but for a few points far off: float."""
+        sides = (load_scene(folder, self.classes)["coord"][:, :2] for folder in evenly_spread(self.folders, count))
+        return round(float(max(np.ptp(np.quantile(xy, (0.001, 0.999), axis=0), axis=0).max() for xy in sides)), 2)
 
     def view_files(self):
         """{(folder, frame id): (colour file, depth file)} of every view that an item may take."""
@@ -180,8 +184,8 @@ def collate(items):
     """Scenes -> one batch: dict of tensors, and names (list of B str).
 
     Voxels: grid_coord (M, 3) int32, batch_index (M,) int64, color (M, 3) f32 in [-1, 1], normal (M, 3) f32 augmented,
-    coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its lowest voxel, world_coord (M, 3)
-    f32 NOT augmented, segment (M,) int64.
+    coord (M, 3) f32 augmented, metres, xy from the middle of the scene, z above its floor (the lowest voxel but a
+    thousandth), world_coord (M, 3) f32 NOT augmented, segment (M,) int64.
     Views: image (V, 3, H, W) u8, depth (V, H, W) f32 metres, world_to_camera (V, 4, 4), intrinsics (V, 3, 3),
     view_batch (V,) int64; with maps image is (V, 3, 0, 0) and level_0, level_1, ... (V, C, h, w) f16 are what the
     frozen tower made of it.

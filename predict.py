@@ -83,7 +83,7 @@ def predict_scene(model, config, path, device="cpu", scale=None, up="z", cameras
     size, n = RECIPES[config.preset]["image_size"], len(scene["coord"])
     cut = tiles(scene["coord"], config.voxel_size, TILE_VOXELS, TILE_SIDE * (config.side or np.inf))
     placed = {"file_to_world": scene["file_to_world"], "cameras": cameras, "depth_scale": depth_scale}
-    count = 2 * config.views if use_images else 0  # as many as evaluation takes
+    count = 2 * config.views if use_images and scene["frame_ids"] else 0  # as many as evaluation takes
     sight, cell = sights(path, scene, config.voxel_size, placed) if count and len(cut) > 1 else (None, None)
     found, labels, voxels, seen = [], np.zeros(n, np.int64), 0, 0.0
     for core, rows in cut:

@@ -27,7 +27,7 @@ from torch import nn
 def whole_file(path):
     """Open a file for writing bytes beside path, renamed to path once it is whole and on the disk: so path holds the
     old or the new content, whenever the process is killed; a failed write leaves nothing."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # another process may write the same
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -69,8 +69,9 @@ def read_checkpoint(path, device="cpu"):
     """A checkpoint as a dict, read without running any code of it. ValueError where it is broken or not ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises all kinds on a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint: {str(error).partition(chr(10))[0]}") from error
+    except Exception as error:  # torch raises all kinds on a damaged file, and buries the cause in advice
+        why = error.__context__ or error
+        raise ValueError(f"{path} is not a readable checkpoint: {' '.join(str(why).split()) or repr(why)}") from error
     missing = {"model", "optimizer", "next", "row", "ramp", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py: it lacks {sorted(missing)}")

@@ -130,11 +130,11 @@ def read_weights(path):
                 torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zip and safetensors raise all kinds; torch buries the cause in advice
         raise ValueError(f"{path}: {brief(error.__context__ or error)}") from error
-    state = state.get("state_dict", state.get("model", state))
+    found = state.get("state_dict", state.get("model", state))
     state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", key): value  # of DistributedDataParallel, torch.compile
-             for key, value in state.items() if torch.is_tensor(value)}
+             for key, value in found.items() if torch.is_tensor(value)}
     if not state:
-        raise ValueError("it holds no tensors")
+        raise ValueError(f"it holds no tensors under its names, {[*found][:9]}")
     own = re.compile(r"(vision_model\.)?(embeddings|encoder|pre_|post_)((?!position_ids|k_proj|v_proj).)+$")
     if any(own.match(key) and "class_embedding" in key for key in state):  # of transformers; open_clip has qkv in one
         found = {"proj": state["visual_projection.weight"].T} if "visual_projection.weight" in state else {}

@@ -58,13 +58,13 @@ def recolor(color, rng):
 
 def augment_points(coord, normal, rng):
     """All geometric augmentations: (N, 3), (N, 3) -> the same. The caller keeps the old coord for projection."""
-    extent = np.ptp(coord, axis=0).astype(np.float64)
+    extent = np.ptp(np.quantile(coord[:: len(coord) // 1000 + 1], (0.01, 0.99), axis=0), axis=0)
     if np.prod(extent / 0.2 + 3) > MAX_WARP_CELLS:
         raise ValueError(f"the points span {' x '.join(f'{edge:.0f}' for edge in extent)} m, too much to warp in 0.2 m "
                          "cells; check the units (metres) and outliers, or cut the scene into parts")
     coord, normal = rotate(*flip(coord, normal, rng), rng)
     coord = scale(coord, rng)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and np.prod(np.ptp(coord, axis=0) / 0.2 + 3, dtype=float) <= MAX_WARP_CELLS:  # none far off
         coord = elastic(elastic(coord, rng, 0.2, 0.4), rng, 0.8, 1.6)
     return jitter(coord, rng), normal
 

@@ -60,7 +60,7 @@ MAX_PIXELS = 2**26  # of an image, more than of most phones: a damaged header mu
 FRAME_FILES = {"color": (".jpg", ".jpeg", ".png"), "depth": (".png", ".npy", ".tif", ".tiff"), "pose": (".txt",)}
 FRAME_NUMBER, CAMERA_FILE = re.compile(r"(\d{1,18})\D*$"), "intrinsic/intrinsic_color.txt"
 IN_PLACE = np.eye(4)  # file_to_world of what is neither shifted, turned nor scaled
-CAMERAS = ("opencv", "opengl", "inverse")  # x right, y down, z ahead; y up, z back; opencv, but world_to_camera
+CAMERAS = ("opencv", "opengl", "inverse", "inverse-opengl")  # x right, y down, z ahead; y up, z back; world_to_camera
 UNITS = {"mm": 0.001, "cm": 0.01, "inches": 0.0254, "dm": 0.1, "feet": 0.3048, "km": 1000}  # metres
 UP = {"x": (2, 3, 1), "y": (1, -3, 2), "z": (1, 2, 3), "-x": (3, 2, -1), "-y": (1, 3, -2), "-z": (1, -2, -3)}
 ARRAYS = {"coord": ("coord", "points", "xyz"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")}
@@ -111,11 +111,12 @@ def read_classes(root):
     if not path.is_file():
         return SCANNET20
     with reading(path, 'an object as {"names": ["road", "tree"], "stuff": ["road"]}, with "ids" and "colors" or not'):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8-sig"))
         names, colors, stuff = found.pop("names"), found.pop("colors", []), found.pop("stuff", [])
         ids = found.pop("ids", list(range(len(names))))
-        rules = {f"no {', '.join(found)}": not found, "two names or more, each once": 2 <= len(names) == len({*names}),
-                 "ids, one a name, 0..65535, each once": len(names) == len(ids) == len({*ids} & {*range(2**16)}),
+        rules = {f"no {', '.join(found)}": not found, "a list of two names or more, each once":
+                 names == [*names] and 2 <= len(names) == len({*names} - {""}) <= len("".join(names)),
+                 "one id, 0..65535, a name": len(names) == len(ids) == len({range(2**16)[i] for i in ids} & {*ids}),
                  "colors, one a name, 0..255": np.shape(colors) in ((0,), (len(names), 3)) and {
                      value for color in colors for value in color} <= {*range(256)}}
         if broken := [rule for rule, holds in rules.items() if not holds]:
@@ -138,8 +139,8 @@ def _finite(path, what, values):
     """The values (N, 3), of one point or more, all finite."""
     if len(values) == 0:
         raise fault(path, "at least one point", "none")
-    if broken := int((~np.isfinite(values)).any(1).sum()):
-        raise fault(path, f"finite {what}", f"{broken} of {len(values)} points without; remove these points")
+    if (lost := ~np.isfinite(values)).any():
+        raise fault(path, f"finite {what}", f"{lost.any(1).sum()} of {len(values)} points without; remove these points")
     return values
 
 
@@ -153,7 +154,7 @@ def _to_bytes(path, color, few=0.02):
     top = 1 if color.dtype.kind == "f" and high <= 2 else 255 if high <= 510 else 65535
     scaled = color.astype(np.float32) * np.float32(255 / top)
     outside = (scaled < -0.5) | (scaled > 255.5)
-    if outside.mean() > few or (510 < high < 4096 and color.dtype != np.uint16):  # too little for 16 bit
+    if outside.mean() > few or (510 < high < 4096):  # too little for 16 bit
         raise fault(path, "colours in 0..255, or floats in 0..1", f"{color.min()}..{color.max()}")
     return np.rint(scaled).clip(0, 255).astype("u1"), [f"a few colours beyond 0..{top}: clipped"] * int(outside.any())
 
@@ -176,7 +177,7 @@ def read_ply(path):
     with open(path, "rb") as file, reading(path, "a whole .ply"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         elements = _elements(file)
-        vertex, face = elements["vertex"], elements.get("face", {})
+        vertex, face = elements.get("vertex", {}), elements.get("face", {})
         raw, of_faces = ({key: np.stack([of[name] for name in names.split()], 1) for key, choices in COLUMNS.items()
                           for names in reversed(choices) if {*names.split()} <= of.keys()} for of in (vertex, face))
     if "coord" not in raw:
@@ -195,7 +196,7 @@ def read_ply(path):
 
 def _elements(file):
     """The elements of an open .ply: {name: {property in small letters: its numbers}}. Numbers are (n,), of lists (n, k)
-    where all are as long, else n arrays; in a text they are floats where the declared type cannot hold them."""
+    where all are as long, else n arrays; in a text they are doubles where the declared type holds them not to 1e-4."""
     data, found = np.asarray(np.memmap(file, mode="r")), {}
     if not (header := HEADER.match(data)):
         raise ValueError(f"it starts with {data[:20].tobytes()} and has no end_header")
@@ -230,7 +231,7 @@ def _elements(file):
             if not size:
                 values = np.reshape(values, -1)
                 exact = values.astype(TYPES[kind])
-                values = exact if exact.dtype.kind == "f" or (exact == values).all() else values
+                values = exact if order or (np.abs(exact - values) <= 1e-4).all() else values
             found.setdefault(name, {}).setdefault(key.lower(), values)
     if not order and len(data):
         raise ValueError("more numbers than its header announces")
@@ -302,25 +303,27 @@ def read_scan(path, classes=SCANNET20, scale=None, up="z"):
 
 
 def looks_like(path, coord, refuse=False):
-    """Points (N, 3) that do not look like metres with z up: at most one str, with the flag of predict.py that mends it;
-    refuse: ValueError for what no building measures. A floor is told by nothing above it and walls on all sides."""
-    some = coord[:: len(coord) // 10000 + 1].astype(np.float64)
+    """What is odd about points (N, 3), list of str: many at one place; no metres or another axis up, with the flag that
+    mends it. refuse: ValueError for what no building measures. A floor has nothing above it and walls on all sides."""
+    some, count = np.unique(coord[:: len(coord) // 4000 + 1].astype(np.float64), axis=0, return_counts=True)
+    notes = [f"{count.max() / count.sum():.0%} of the points lie at one place: remove them if they are invalid"] * int(
+        count.max() > max(9, 0.01 * count.sum()))
     low, high = np.quantile(some, (0.01, 0.99), axis=0)
     short, _, long = np.sort(high - low)
     if np.abs(np.ptp(coord, axis=0).max() - [1, 2]).min() < 1e-5:
-        return ["exactly 1 or 2 long, as normalised scans are: --scale makes metres, with the metres of a unit"]
-    if short > 6 or 0 < long < 0.3 or (long > 50 and short < 1.8):  # neither a room nor a long floor of one storey
+        return [*notes, "exactly 1 or 2 long, as normalised scans are: --scale makes metres, with the metres of a unit"]
+    if short > 20 or short > max(6, 0.4 * long) or 0 < long < 0.3 or (long > 50 and short < 0.02 * long):  # no hall
         unit = min(UNITS, key=lambda unit: abs(np.log(UNITS[unit] * max(short, long / 20) / 2.6)))
         said = f"{short:.4g}..{long:.4g} long: the units look like {unit} (a guess), --scale {UNITS[unit]} makes metres"
         if refuse and (short > 20 or long > 500):
             raise fault(path, "a building in metres", f"{said}, --scale 1 takes it as it is")
-        return [said]
+        return [*notes, said]
     ends = np.stack([(some < low + 0.04 * short).mean(0), (some > high - 0.04 * short).mean(0)])  # (2, 3) shares
     for i, up in enumerate(UP if short > 0.35 * long else ()):
         (floor, top), walls = ends[:: 1 if i < 3 else -1, i % 3], np.delete(ends, i % 3, 1)
         if up != "z" and floor > max(0.1, 3 * top, 0.8 * walls.max()) and walls.max() < 2 * max(walls.min(), 0.03):
-            return [f"the floor seems to lie across {up[-1]}: --up{'=' if '-' in up else ' '}{up} turns it"]
-    return []
+            return [*notes, f"the floor seems to lie across {up[-1]}: --up{'=' if '-' in up else ' '}{up} turns it"]
+    return notes
 
 
 def _placed(folder, scene, scale, up):
@@ -329,7 +332,8 @@ def _placed(folder, scene, scale, up):
         raise ValueError(f"--scale must be above 0, got {scale}")
     coord, normal, file_to_world, rows = scene["coord"], scene["normal"], np.eye(4), np.array(UP[up])
     turn = np.sign(rows)[:, None] * np.eye(3)[np.abs(rows) - 1]
-    middle = np.median(coord[:: len(coord) // 1000 + 1], axis=0)  # a point far off decides nothing
+    some = coord[:: len(coord) // 1000 + 1]  # points far off, or many at one place, decide nothing
+    middle = np.median(some[np.unique(some @ (1, np.pi, np.e), return_index=True)[1]], axis=0)
     far, notes = np.abs(middle).max(), []
     if coord.dtype.kind == "f" and np.spacing(far) * scale > 1e-3:
         notes.append(f"coordinates near {far:.0f} in {coord.dtype} are exact to {np.spacing(far):.2g}: export doubles")
@@ -339,9 +343,9 @@ def _placed(folder, scene, scale, up):
         coord = (coord - origin) @ file_to_world[:3, :3].T  # f64
         normal = None if normal is None else (normal @ turn.T).astype(np.float32)
     coord = _finite(folder, "coordinates", coord.astype(np.float32, copy=False))
-    frames, more = usable_frames(folder)
-    return scene | {"coord": coord, "normal": normal, "file_to_world": file_to_world, "frame_ids": list(frames),
-                    "notes": [*scene.get("notes", ()), *notes, *more]}
+    files, more = usable_frames(folder)
+    return scene | {"coord": coord, "normal": normal, "file_to_world": file_to_world, "frame_ids": list(files),
+                    "frame_files": files, "notes": [*scene.get("notes", ()), *notes, *more]}
 
 
 def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
@@ -350,9 +354,9 @@ def load_scene(folder, classes=SCANNET20, scale=None, up="z", to_predict=False):
 
     Returns a dict: name str, classes, coord (N, 3) f32 metres, color (N, 3) u8; normal (N, 3) f32 unit, segment,
     instance (N,) int64 and superpoint (N,) int64 0..S-1, each None where the folder has none; file_to_world (4, 4) f64,
-    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_ids, list of int; notes, list of
-    str. Raises FileNotFoundError: no coord.npy or no color.npy; ValueError: a file that is truncated or of another
-    shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
+    which took the file's coordinates to coord, near 0 if they lie beyond 10 km; frame_files, dict of `usable_frames`;
+    frame_ids, its keys; notes, list of str. Raises FileNotFoundError: no coord.npy or color.npy; ValueError: a file cut
+    or of another shape, lengths that differ, labels or colours out of range, coordinates that are not finite.
     """
     folder = Path(folder)
     file = {key: folder / f"{key}.npy" for key in SCENE}
@@ -434,7 +438,7 @@ def usable_frames(folder):
 
 
 def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, cameras="opencv", depth_scale=None):
-    """Read frames (ids, list of int), resized to image_size (W, H), with intrinsics to match.
+    """Read frames (ids, list of int or dict of files), resized to image_size (W, H), with intrinsics to match.
 
     Colour and depth images may differ in size (ScanNet: 1296x968 and 640x480): they are registered, so both are
     resized. A pixel's centre is an integer, so u' = (u + 0.5) s - 0.5 moves the principal point. file_to_world: of
@@ -444,8 +448,8 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
     depth (V, H, W) f32 metres, 0 = no reading; world_to_camera (V, 4, 4), intrinsics (V, 3, 3) f32 for image_size.
     Raises ValueError: an image or a matrix that cannot be read.
     """
-    folder, (width, height), v = Path(folder), image_size, len(ids)
-    camera_file, files = folder / CAMERA_FILE, frame_files(folder)[0] if v else {}
+    folder, (width, height), v, y = Path(folder), image_size, len(ids), -1 if "opengl" in cameras else 1
+    camera_file, files = folder / CAMERA_FILE, ids if isinstance(ids, dict) or not v else frame_files(folder)[0]
     camera = _read_matrix(camera_file, 3) if v else np.eye(3)
     if not np.isfinite(camera).all():
         raise fault(camera_file, "finite numbers", camera)
@@ -460,9 +464,9 @@ def load_frames(folder, ids, image_size, colors=True, file_to_world=IN_PLACE, ca
         depth = _read_image(depth_file, image_size)[0]
         units = 1 / depth_scale if depth_scale else 1 if depth.dtype.kind == "f" else 1000  # a metre
         frames["depth"][i] = np.nan_to_num(depth.astype(np.float32), posinf=0).clip(0) / np.float32(units)
-        pose = _read_matrix(pose_file, 4) * np.repeat([1, -1 if cameras == "opengl" else 1, 1], (1, 2, 1))
-        pose = file_to_world @ (np.linalg.inv(pose) if cameras == "inverse" else pose)  # f64: it may lie far off
-        pose[:3, :3] /= np.cbrt(np.linalg.det(file_to_world[:3, :3]))
+        pose = _read_matrix(pose_file, 4)  # f64: it may lie far off
+        pose = file_to_world @ (np.linalg.inv(pose) if "inverse" in cameras else pose)
+        pose[:3, :3] *= np.array([1, y, y]) / np.cbrt(np.linalg.det(file_to_world[:3, :3]))
         frames["world_to_camera"][i, :3, :3] = pose[:3, :3].T  # the inverse of a rigid motion
         frames["world_to_camera"][i, :3, 3] = -pose[:3, :3].T @ pose[:3, 3]
         scale = np.array([width / size[0], height / size[1]])
@@ -494,12 +498,12 @@ def _read_image(path, image_size, mode=None, decode=True):
             Image.open(path, formats=("JPEG", "PNG", "TIFF")) if array is None else  # an EPS starts Ghostscript
             Image.fromarray(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))) as image:
         size = image.size
-        if size[0] * size[1] > MAX_PIXELS:
-            raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
         if not decode:
             return np.zeros((0, 0, 3), np.uint8), size
+        image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
+        if image.size[0] * image.size[1] > MAX_PIXELS:
+            raise ValueError(f"{size[0]}x{size[1]} pixels, more than {MAX_PIXELS}")
         if mode:
-            image.draft(mode, image_size)  # a JPEG of several times the size is decoded smaller
             if image.mode[0] == "I":  # grey of 16 bit, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert(mode)

@@ -18,7 +18,7 @@ def doubt_cameras(folder, scene, image_size):
     see over twice as many, or that none is known where they see under 5 %."""
     coord, ids, shares = scene["coord"], scene["frame_ids"], {}
     coord, ids = coord[:: len(coord) // 4000 + 1], ids[:: -(-len(ids) // 8) or 1]
-    for cameras, scale in product(CAMERAS, (None, 1, 1e-3, 2e-4, 2.5e-4, 1e-4, 1 / 256)):  # TUM, Matterport, KITTI
+    for cameras, scale in product(CAMERAS, (None, 1, 0.01, 1e-3, 2e-4, 2.5e-4, 1e-4, 1 / 256)):  # TUM, Matterport
         frames = load_frames(folder, ids, image_size, False, scene["file_to_world"], cameras, scale)
         arrays = coord, *(frames[key] for key in ("world_to_camera", "intrinsics", "depth"))
         flags = f" --cameras {cameras}" * (cameras != CAMERAS[0]) + f" --depth-scale {scale}" * (scale is not None)

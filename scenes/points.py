@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 IGNORE = -1
-VERSION = 1  # of what `complete` computes: raise it whenever the same scan gets other numbers
+VERSION = 2  # of what `complete` computes: raise it whenever the same scan gets other numbers
 MARGIN = 1.0  # metres around a tile that the network sees as well
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
 
@@ -23,16 +23,14 @@ def voxelise(coord, voxel_size):
     Returns:
         grid_coord:     (M, 3) int64 >= 0, in ascending order (x first): the order of the points does not matter.
         point_to_voxel: (N,) int64, row of grid_coord of each point.
-
-    Raises:
-        ValueError: an extent of more voxels than 63 bits can number.
     """
+    coord = coord.astype(np.float64) if np.ptp(coord) > 1e4 else coord  # m; f32 is too coarse beside a point far off
     axes = [(axis - axis.min()) / coord.dtype.type(voxel_size) for axis in np.ascontiguousarray(coord.T)]
-    shape = [int(min(axis.max(), 2.0**62)) + 1 for axis in axes]  # a cast of more to int64 would wrap
-    if shape[0] * shape[1] * shape[2] >= 2**63:
-        raise ValueError(f"{len(coord)} points span {shape[0]} x {shape[1]} x {shape[2]} voxels of {voxel_size} m, "
-                         "which overflows; take a larger voxel size, or check the units (metres) and outliers")
-    x, y, z = (axis.astype(np.int64) for axis in axes)
+    x, y, z = (np.minimum(axis, 2.0**62).astype(np.int64) for axis in axes)  # a cast of more would wrap
+    shape = [int(axis.max()) + 1 for axis in (x, y, z)]
+    if shape[0] * shape[1] * shape[2] >= 2**63:  # one key cannot number them
+        grid_coord, point_to_voxel = np.unique(np.stack([x, y, z], 1), axis=0, return_inverse=True)
+        return grid_coord, point_to_voxel.ravel()
     cell, point_to_voxel = np.unique((x * shape[1] + y) * shape[2] + z, return_inverse=True)  # one key: fast
     return np.stack(np.unravel_index(cell, shape), 1), point_to_voxel
 
@@ -65,8 +63,8 @@ def vertex_normals(coord, faces):
 def estimate_normals(coord, neighbours=12, chunk=50_000):
     """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; 0 in a scan of one or two.
     Turned to where a room is seen from: up on level surfaces (down in the top tenth of height), else to the middle."""
-    tree, middle = cKDTree(coord), coord.mean(0)
-    ceiling = coord[:, 2].min() + 0.9 * np.ptp(coord[:, 2])
+    tree, middle = cKDTree(coord), np.median(coord, axis=0)
+    ceiling = np.quantile(coord[:, 2], (0.001, 0.999)) @ (0.1, 0.9)  # a point far off decides nothing
     k = min(neighbours, len(coord))
     normal = np.zeros_like(coord, dtype=np.float32)
     for start in range(0, len(coord) if k >= 3 else 0, chunk):
@@ -112,22 +110,37 @@ def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8
     return np.unique(piece, return_inverse=True)[1]
 
 
+def lacks(scene):
+    """What of a scan `complete` must compute: normal (N, 3) f32, 0 where it is unknown; why, str, of the normals and of
+    the superpoints, "" where nothing is to be computed. Normals are held against the planes of flat patches."""
+    coord, given, s, n = scene["coord"], scene["normal"], scene["superpoint"], len(scene["coord"])
+    pieces = "no superpoints" if s is None else "too many superpoints" * bool(s.max() >= max(1000, n / 20))
+    normal = np.zeros((n, 3), np.float32) if given is None else np.nan_to_num(given)
+    known = np.flatnonzero(np.abs(normal) @ np.ones(3, np.float32))
+    some = known[:: len(known) // 5000 + 1]
+    some = some[np.unique(coord[some] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
+    if len(some) > 30:
+        near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
+        patch = coord[near] - coord[near].mean(1, keepdims=True)
+        spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
+        flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
+        if flat.sum() > 4 and np.abs(normal[near] @ axes[:, :, :1])[flat].mean() < 0.7:
+            return 0 * normal, "normals that do not fit the points", pieces
+    return normal, "no normals" if given is None else "normals that are 0 or NaN" * (len(known) < n), pieces
+
+
 def complete(scene):
     """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed and why.
-    Placeholders are computed anew: normals of 0 or NaN, over 1,000 superpoints of less than 20 points on average.
-    Points at one place (0.1 mm) count once.
+    Placeholders (of `lacks`) are computed anew; points at one place (0.1 mm) count once.
 
     scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
     """
-    coord, n, superpoint, notes = scene["coord"], len(scene["coord"]), scene["superpoint"], []
-    normal = np.zeros((n, 3), np.float32) if scene["normal"] is None else np.nan_to_num(scene["normal"])
-    unknown = ~normal.any(1)
-    crowded = superpoint is not None and superpoint.max() >= max(1000, n / 20)
-    if not unknown.any() and not crowded and superpoint is not None:
-        return scene, notes
-    edge = max(1e-4, np.prod((np.ptp(coord.astype(float), 0) + 1) / 2**20.9) ** (1 / 3))  # m; 63 bits for the cells
+    coord, superpoint, (normal, why, pieces) = scene["coord"], scene["superpoint"], lacks(scene)
+    if not why and not pieces:
+        return scene, []
+    edge, unknown = 1e-4, ~normal.any(1)  # metres
     grid, point_to_cell = voxelise(coord, edge)
-    if unknown.any() and scene.get("faces") is not None:
+    if why and scene.get("faces") is not None:
         places = voxel_means(coord, point_to_cell, len(grid))
         normal[unknown] = vertex_normals(places, point_to_cell[scene["faces"]])[point_to_cell[unknown]]
     left = ~normal.any(1)
@@ -138,10 +151,8 @@ def complete(scene):
     if left.any():
         normal[left] = estimate_normals(cells)[point_to_cell[left]]
     how = "estimated" if left.sum() == unknown.sum() else "from the faces" + ", else estimated" * bool(left.any())
-    why = "no normals" if scene["normal"] is None else "normals that are 0 or NaN"
-    notes += [f"{why}: {how}"] * int(unknown.any())
-    if crowded or superpoint is None:
-        notes.append("too many superpoints: computed anew" if crowded else "no superpoints: computed")
+    notes = [f"{why}: {how}"] * bool(why) + [f"{pieces}: computed" + " anew" * (superpoint is not None)] * bool(pieces)
+    if pieces:
         superpoint = superpoints_from_points(cells, voxel_means(normal, point_to_cell, len(grid)))[point_to_cell]
     return scene | {"normal": normal, "superpoint": superpoint}, notes
 
@@ -151,12 +162,12 @@ def tiles(coord, voxel_size, limit, side=np.inf):
 
     Returns a list of (core, rows): point indices of the tile, and of the tile with MARGIN around it.
     """
-    def cut(rows):
+    def cut(rows):  # in the middle, not at the median: points far off are a tile of their own
         extent = np.ptp(coord[rows, :2], axis=0)
         if extent.max() <= side and (len(rows) <= limit or len(voxelise(coord[rows], voxel_size)[0]) <= limit):
             return [rows]
         axis = extent.argmax()
-        left = coord[rows, axis] < np.median(coord[rows, axis])
+        left = coord[rows, axis] < coord[rows, axis].min() + extent[axis] / 2
         if not left.any():
             raise ValueError(f"{len(rows)} points lie above one another, too many for a tile; check the coordinates")
         return cut(rows[left]) + cut(rows[~left])

@@ -62,21 +62,21 @@ def kill_and_resume(out, data, kills, longest, rng, *flags):
 
     done = met = 0
     while done < kills:
-        process, before, saved = going_on(), written("*.pt.tmp"), written("last.pt")
+        process, before, saved = going_on(), written("*.pt.*tmp"), written("last.pt")
         ahead, moment = rng.random() < 0.5, rng.uniform(0, longest)
         while process.is_alive() and ahead and written("last.pt") == saved:
             time.sleep(0.001)
         moment += time.time()
         while process.is_alive() and time.time() < moment:
             time.sleep(0.001)
-        while done % 3 == 2 and process.is_alive() and not written("*.pt.tmp") - before:
+        while done % 3 == 2 and process.is_alive() and not written("*.pt.*tmp") - before:
             pass
         if not process.is_alive():
             break  # it came to its end
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         done += 1
-        met += bool(written("*.pt.tmp") - before)
+        met += bool(written("*.pt.*tmp") - before)
         last = Path(out, "last.pt")
         print(f"kill {done}: {[name for name, _ in written('*.tmp')]}, last.pt goes on at "
               f"{read_checkpoint(last)['next'] if last.exists() else 'nothing'}", flush=True)

@@ -67,6 +67,8 @@ def test_without_classes_json_the_classes_are_scannets_and_files_are_found_by_th
     room = sorted((own_rooms / "train").iterdir())[0]
     labels = np.load(room / "segment.npy")
     assert np.array_equal(load_scene(room, classes)["segment"], labels)
+    (own_rooms / "classes.json").write_text(json.dumps(OWN), "utf-8-sig")  # as Windows writes it
+    assert read_classes(own_rooms) == classes
     np.save(room / "segment3.npy", labels * 0)
     assert not load_scene(room, classes)["segment"].any()  # the number of classes in its name comes first
 
@@ -76,7 +78,11 @@ def test_without_classes_json_the_classes_are_scannets_and_files_are_found_by_th
     ('{"names": ["a", "b"], "stuff": ["c"]}', "'c' is not in list"), ('{"names": ["a", "b"], "ids": [1]}', "ids"),
     ('{"names": ["a", "b"], "ids": [1, 70000]}', "ids"), ('{"names": ["a", "b"], "colors": [[1, 2, 3]]}', "colors"),
     ('{"names": ["a", "b"], "colors": [[1, 2, 3], [1, 2, 300]]}', "colors"),
-    ('{"names": ["a", "b"], "hue": 1}', "hue")])
+    ('{"names": ["a", "b"], "hue": 1}', "hue"), ('{"names": "abc"}', "a list of two names"),
+    ('{"names": {"0": "a", "1": "b"}}', "a list of two names"), ('{"names": ["a", null]}', "expected str instance"),
+    ('{"names": ["a", ""]}', "a list of two names"), ('{"names": [1, 2]}', "expected str instance"),
+    ('{"names": ["a", "b"], "ids": [1.0, 2]}', "range indices must be integers"),
+    ('{"names": ["a", "b"], "ids": [-1, 2]}', "one id, 0..65535, a name")])
 def test_a_classes_json_of_another_form_is_refused_by_what_is_wrong(tmp_path, content, said):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=rf"classes\.json: expected an object as .*{said}"):

@@ -206,11 +206,88 @@ def test_one_extreme_value_decides_nothing(case, form, tmp_path):
 
 
 @pytest.mark.parametrize("color", [np.linspace(-1, 1, 300), np.linspace(0, 300, 300), np.arange(300) * 4,
-                                   np.linspace(0, 1.5, 300), np.arange(300) * 1e5, np.arange(300) % 256 - 40])
+                                   np.linspace(0, 1.5, 300), np.arange(300) * 1e5, np.arange(300) % 256 - 40,
+                                   (np.arange(300) * 3).astype("u2"), (np.arange(300) * 13).astype("u2")])
 def test_colours_out_of_every_range_are_refused(color, tmp_path):
     np.savez(tmp_path / "a.npz", coord=np.random.rand(300, 3), color=color[:, None].repeat(3, 1))
     with pytest.raises(ValueError, match=f"a.npz: expected colours in 0..255, .*, found {color.min()}..{color.max()}"):
         read_scan(tmp_path / "a.npz")
+
+
+# ---- normals that say nothing, points far off
+
+
+NORMALS = {"all alike": lambda n: 0 * n + [0, 0, 1], "askew": lambda n: 0 * n + [0.6, 0, 0.8],
+           "noise": lambda n: np.random.default_rng(0).normal(size=n.shape), "of other axes": lambda n: n[:, [0, 2, 1]],
+           "as colours": lambda n: (n + 1) / 2}
+
+
+@pytest.mark.parametrize("kind", NORMALS)
+def test_normals_that_do_not_fit_the_points_count_as_absent(room, kind, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, coord=room["coord"], normal=NORMALS[kind](room["normal"]))
+    scan, superpoint = read_scan(path)[0], np.arange(len(room["coord"])) // 100
+    scene, notes = complete(scan)
+    expected, _ = complete(bare(scan["coord"]))
+    assert notes == ["normals that do not fit the points: estimated", "no superpoints: computed"]
+    for key in ("normal", "superpoint"):
+        np.testing.assert_array_equal(scene[key], expected[key])
+    scene, notes = complete(scan | {"superpoint": superpoint})
+    assert notes == ["normals that do not fit the points: estimated"] and scene["superpoint"] is superpoint
+    np.testing.assert_array_equal(scene["normal"], expected["normal"])
+
+
+def test_normals_of_a_room_are_kept_however_noisy_sparse_or_turned_inside_out(tiny_rooms):
+    rng = np.random.default_rng(0)
+    for path in tiny_rooms.glob("*/*"):
+        coord, normal = np.load(path / "coord.npy"), np.load(path / "normal.npy")
+        for factor, noise in ((1, 0), (-1, 0.01), (1, 0.03), (1, 0.1)):
+            noisy = coord + rng.normal(0, noise, coord.shape).astype("f4")
+            scene, notes = complete(bare(noisy, factor * normal, np.zeros(len(coord), int)))
+            assert notes == [] and scene["normal"] is not None
+            np.testing.assert_array_equal(scene["normal"], factor * normal)
+
+
+STRAYS = {"below": [[2, 2, -50.0]], "east": [[1e6, 0, 0]], "everywhere": [[-32768.0] * 3],
+          "beyond": [[1e9, -1e9, 1e9]], "at 0": np.zeros((900, 3)), "half of them": np.full((9000, 3), -1e3)}
+
+
+@pytest.mark.parametrize("off", [(0, 0, 0), (4.2e6, 1.7e5, 4.78e6)], ids=str)
+@pytest.mark.parametrize("kind", STRAYS)
+def test_invalid_points_far_off_or_at_0_change_nothing_of_the_others(room, kind, off, tmp_path):
+    n, strays = len(room["coord"]), np.array(STRAYS[kind])
+    np.save(tmp_path / "a.npy", np.concatenate([room["coord"].astype(float) + off, strays]))
+    np.save(tmp_path / "b.npy", room["coord"].astype(float) + off)
+    (scan, said), (clean, _) = (read_scan(tmp_path / f"{name}.npy") for name in "ab")
+    assert [note for note in said if "long" in note] == []
+    share = round(100 * len(strays) / (n + len(strays)))
+    assert [note for note in said if "one place" in note] == [
+        f"{share}% of the points lie at one place: remove them if they are invalid"] * (len(strays) > 1)
+    back = [one["coord"][:n] - one["file_to_world"][:3, 3] - off for one in (scan, clean)]
+    np.testing.assert_allclose(back[0], back[1], atol=1e-5)
+    scan, clean = (complete(one)[0] for one in (scan, clean))
+    assert ((scan["normal"][:n] * clean["normal"]).sum(1) > 0.99).mean() > 0.98
+    assert 0.7 < (scan["superpoint"][:n].max() + 1) / (clean["superpoint"].max() + 1) < 1.5
+    if far := any(off) or kind not in ("below", "at 0"):
+        cores = sorted([core.tolist() for core, _ in points.tiles(scan["coord"], 0.1, 10**6, side=8.0)])
+        assert far and cores == [[*range(n)], [*range(n, n + len(strays))]]
+
+
+def test_a_stray_point_below_the_floor_does_not_lift_a_scene_and_one_too_far_names_it(room, tmp_path):
+    for name, stray in (("plain", []), ("low", [[2, 2, -48]]), ("far", [[1e7, 1e7, 1e7]])):
+        coord = np.concatenate([room["coord"], np.array(stray).reshape(-1, 3)]).astype("f4")
+        write_scene(tmp_path / name / "train" / name, len(coord), coord=coord, normal=None)
+    plain, low, far = (SceneDataset(tmp_path / name, "train", voxel_size=0.08, image_size=(32, 24))
+                       for name in ("plain", "low", "far"))
+    assert far.longest_side() == pytest.approx(plain.longest_side(), abs=0.05) and plain.longest_side() > 3
+    plain, low = plain[0]["coord"][:, 2], low[0]["coord"][:, 2]
+    assert low.min() < -40 and min(len(low), len(plain)) > 2000
+    assert np.abs(np.quantile(low, (0.01, 0.5, 1)) - np.quantile(plain, (0.01, 0.5, 1))).max() < 0.1
+    with pytest.raises(ValueError, match=r"^far: points span \[125000\d+ 125000\d+ 125000\d+\] voxels of 0.08 m"):
+        far[0]
+    far.voxel_size, far.augment = 10.0, True
+    items = [far[epoch, 0] for epoch in range(4)]  # with and without elastic warps, which such a point would make huge
+    assert all(np.isfinite(item["coord"]).all() and len(item["point_to_voxel"]) == len(coord) for item in items)
 
 
 # ---- parts that nobody needs
@@ -266,6 +343,14 @@ def test_what_windows_writes_for_nan_makes_a_normal_unknown_and_a_coordinate_a_f
     path.write_text(ply(f"0 0 0 0 0 2\n1 {token} 0 0 1 0\n0 1 0 0 0 -3\n", 3, properties))
     with pytest.raises(ValueError, match="finite coordinates, found 1 of 3 points without; remove these points"):
         read_ply(path)
+
+
+def test_a_text_with_more_digits_than_its_types_hold_keeps_them(tmp_path):
+    (tmp_path / "a.ply").write_text(ply("431000.2512 5290000.5034 0.1\n431001.2 5290001.25 0.2\n", 2))
+    scene, notes = read_scan(tmp_path / "a.ply")
+    np.testing.assert_allclose(scene["coord"] - scene["file_to_world"][:3, 3], [[431000.2512, 5290000.5034, 0.1],
+                                                                             [431001.2, 5290001.25, 0.2]], atol=1e-5)
+    assert not [note for note in notes if "export doubles" in note]
 
 
 @pytest.mark.parametrize("values", [["127.0", "0.0", "255.0"], ["0.498", "0.0", "1.0"], ["127", "0", "255"]])
@@ -410,6 +495,24 @@ def test_a_damaged_entry_is_computed_anew(harm, root, tmp_path, monkeypatch):
     path.write_bytes(harm(whole))
     assert same(dataset(root, tmp_path / "points")[0], expected) and done == ["scene_0"]
     assert path.read_bytes() == whole and list((tmp_path / "points").iterdir()) == [path]
+
+
+def test_what_another_process_keeps_at_the_same_moment_is_no_fault(root, tmp_path, monkeypatch):
+    replace, me, both, done = os.replace, os.getpid(), tmp_path / "both", []
+
+    def meanwhile(*paths):  # another process writes the same before this one is done
+        if not done:
+            done.append(monkeypatch.setattr(os, "getpid", lambda: me + 1))
+            done.append(dataset(root, both)[0])
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = dataset(root, both)[0]
+    plain = dataset(root, None)[0]
+    assert same(first, plain) and same(done[1], plain) and same(dataset(root, both)[0], plain)
+    assert len(list(both.iterdir())) == 1
 
 
 def test_a_folder_that_takes_nothing_costs_the_keeping_and_is_said_once(root, tmp_path, monkeypatch):

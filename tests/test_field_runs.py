@@ -381,3 +381,12 @@ def test_spconv_triton_is_taken_where_there_is_no_spconv(triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None if name == "spconv" else find(name))
     assert model_module.import_spconv().__name__ == "spconv_triton.pytorch"
+
+
+@pytest.mark.parametrize(("content", "cause"), [(b"", "EOFError()"), (b"<html>", "Unsupported operand 60"),
+                                                (b"version https://git-lfs", "Unsupported operand 118")], ids=str)
+def test_what_is_no_checkpoint_is_refused_by_its_cause_without_advice_to_run_its_code(tmp_path, content, cause):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_checkpoint(tmp_path / "a.pt")
+    assert str(error.value) == f"{tmp_path / 'a.pt'} is not a readable checkpoint: {cause}"

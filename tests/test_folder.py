@@ -215,7 +215,7 @@ def test_a_folder_is_a_scene_or_one_file_of_points_with_frames(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("a.ply", "", "a whole .ply"), ("a.ply", "solid cube", "no end_header"), ("a.ply", ply("0 0 0\n", -5), "negative"),
-    ("a.ply", "ply\nformat ascii 1.0\nelement face 0\nend_header\n", "'vertex'"),
+    ("a.ply", "ply\nformat ascii 1.0\nelement face 0\nend_header\n", "vertex properties x y z, found none"),
     ("a.ply", ply("", vertices=0), "at least one point"), ("a.ply", ply("0 a 0\n"), "a file that cannot be read"),
     ("a.ply", ply("1 2 3\n", properties=XYZ.replace("float y", "float w")), "vertex properties x y z, found x, w"),
     ("a.ply", ply("1 0 0 0\n", properties=XYZ.replace("float x", "list uchar float x")), "a file that cannot be read"),

@@ -47,10 +47,14 @@ def test_the_order_of_the_points_does_not_matter_and_a_voxel_leads_to_itself():
 
 
 @pytest.mark.parametrize("far", [1e7, 1e18, 1e30, 3e38])
-def test_too_many_voxels_say_what_to_do(far):
-    coord = np.array([[0, 0, 0], [far, far, far], [-far, 0, 0]], np.float32)
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"overflows; take a larger voxel size.*metres"):
-        voxelise(coord, 0.02)
+def test_points_however_far_apart_get_voxels_of_their_own_and_near_ones_keep_theirs(far):
+    coord = np.array([[0, 0, 0], [far, far, far], [-far, 0, 0], [0.03, 0, 0], [0.031, 0, 0]], np.float32)
+    with np.errstate(over="ignore"):
+        grid, point_to_voxel = voxelise(coord, 0.02)
+    first = [1, 3, 0, 2, 2] if far == 1e7 else [1, 2, 0, 1, 1]  # beside 1e18 m no double knows 3 cm
+    assert point_to_voxel.tolist() == first and grid.min() == 0
+    if far == 1e7:
+        np.testing.assert_array_equal(grid - [5e8, 0, 0], [[-5e8, 0, 0], [0, 0, 0], [1, 0, 0], [5e8, 5e8, 5e8]])
 
 
 def test_estimated_normals_stand_on_a_plane_and_point_into_a_room():
