@@ -1,12 +1,12 @@
-"""Timings: training steps by stage beside the 3D baseline's, where the time of a step goes, projection and sampling,
-prediction of a scan. A minute or two on two cores.
+"""Timings: training steps by stage beside the 3D baseline's, where the time of a step goes, prediction of a scan. A
+minute or two on two cores.
 
     python -m experiments.bench                                   # preset small
     python -m experiments.bench --preset base --device cuda       # full size, a tower of random weights
-    python -m experiments.bench --only steps predict              # some of it
+    python -m experiments.bench --only steps                      # or parts, predict
 
-Times are medians by torch.utils.benchmark. Data: one generated room, for base as dense and as large as a scan of
-ScanNet; a batch is that room as often as the recipe has scenes, each time augmented differently.
+Times are medians by torch.utils.benchmark. Data: one furnished room; a batch is that room as often as the recipe has
+scenes (base on the CPU: once), each time augmented differently.
 """
 
 import argparse
@@ -25,21 +25,17 @@ from torch.utils.benchmark import Timer
 
 import runs
 import train
-from data import collate, evenly_spread, scene_item
-from fusion import link_views, sample_views
+from data import SceneDataset, collate
 from guard import Guard
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import PRESETS
 from predict import predict_scene
-from scenes.boxes import write_scene
-from scenes.folder import load_frames, load_scene
+from scenes.rooms import write_scene
 from stages import apply_row, clip_by_branch, curriculum, parameter_groups, set_rates
 from tower import SCRATCH
 
 ROWS = curriculum()
-SIZES = {  # scenes of a batch, voxels of each (about; None: the room as it is), views of each
-    ("small", "cpu"): (2, None, 5), ("small", "cuda"): (2, None, 5), ("base", "cpu"): (1, 40_000, 4),
-    ("base", "cuda"): (4, 100_000, 10)}
+VOXEL_SIZE = 0.05  # metres at least: the points of the room lie too far apart for voxels of base's 2 cm to touch
 
 
 def seconds(*functions, turns=3):
@@ -54,22 +50,19 @@ def ms(value):
 
 
 class Setup:
-    """What the rows share. Attributes: preset, device; config, train.Config of BiFusion; folder, the scene's; batch,
-    with images, and cached, with the frozen tower's maps."""
+    """What the rows share. Attributes: device; config, train.Config of BiFusion; folder, the scene's; batch, with
+    images, and cached, with the frozen tower's maps."""
 
     def __init__(self, root, preset, device):
-        self.preset, self.device, self.folder = preset, device, Path(root, "room")
-        self.config = train.parse_config(["--preset", preset, "--tower-weights", SCRATCH, "--device", device,
-                                          "--out", f"{root}/no run"])
-        scenes, voxels, views = SIZES[preset, device]
-        write_scene(self.folder, 0)
-        if voxels:
-            densify(self.folder, voxels)
-        scene, image_size = load_scene(self.folder), train.RECIPES[preset]["image_size"]
-        frames = load_frames(self.folder, evenly_spread(scene["frame_ids"], views), image_size)
-        frames = {key: np.resize(value, (views, *value.shape[1:])) for key, value in frames.items()}  # some twice
-        self.batch = train.to_device(collate([scene_item(scene, frames, self.config.voxel_size,
-                                                         np.random.default_rng(i)) for i in range(scenes)]), device)
+        self.device, self.folder = device, Path(root, "train", "room")
+        self.config = config = train.parse_config([
+            "--preset", preset, "--tower-weights", SCRATCH, "--device", device, "--out", f"{root}/no run",
+            "--voxel-size", str(max(VOXEL_SIZE, train.RECIPES[preset]["voxel_size"]))])
+        scenes, views = (1, 4) if (preset, device) == ("base", "cpu") else (config.batch_size, config.views)
+        write_scene(self.folder, (0, 0, 3))  # a living room
+        room = SceneDataset(root, "train", voxel_size=config.voxel_size, views=views, augment=True,
+                            image_size=train.RECIPES[preset]["image_size"])
+        self.batch = train.to_device(collate([room[epoch, 0] for epoch in range(scenes)]), device)
         with torch.no_grad():
             levels = self.model("bifusion").tower.eval().encode(self.batch["image"], self.batch["depth"])
         self.cached = self.batch | {"image": self.batch["image"][..., :0, :0]} \
@@ -103,22 +96,6 @@ class Setup:
         return step, model, batch
 
 
-def densify(folder, voxels, edge=0.02):
-    """Make a room of write_scene as dense as a scan of ScanNet and cut it to about so many voxels of edge metres."""
-    rng, names = np.random.default_rng(0), ("coord", "color", "normal", "segment20", "instance", "superpoint")
-    scene = {name: np.load(folder / f"{name}.npy").repeat(10, 0) for name in names}
-    shift = rng.uniform(-edge, edge, scene["coord"].shape)
-    shift -= (shift * scene["normal"]).sum(1, keepdims=True) * scene["normal"]  # along the surface
-    scene["coord"] = (scene["coord"] + shift).astype(np.float32)
-    order = np.linalg.norm(scene["coord"] - scene["coord"].mean(0), axis=1).argsort()
-    cells = np.unique(np.floor(scene["coord"][order] / edge), axis=0, return_index=True)[1]
-    order = order[: np.sort(cells)[:voxels][-1] + 1]
-    patch = np.column_stack([scene["superpoint"], np.floor(scene["coord"] / 0.25)])[order]  # some 15 to 1,000 voxels
-    for name in names:
-        np.save(folder / f"{name}.npy", scene[name][order])
-    np.save(folder / "superpoint.npy", np.unique(patch, axis=0, return_inverse=True)[1].ravel())
-
-
 # functions of a Setup -> rows of the table: what, its figure, what stands beside it, note
 
 
@@ -146,26 +123,13 @@ def parts(setup, operations=12):
             yield f"stage {row.stage}: {name:.33}", ms(spent[name]), f"{spent[name] / sum(spent.values()):.1%}", ""
 
 
-def projection(setup):
-    points, views = setup.batch["batch_index"] == 0, setup.batch["view_batch"] == 0  # of one scene
-    scene = [setup.batch["world_coord"][points],
-             *(setup.batch[key][views] for key in ("world_to_camera", "intrinsics", "depth"))]
-    width, height = size = train.RECIPES[setup.preset]["image_size"]
-    maps = torch.randn(len(scene[1]), 256, height // 8, width // 8, device=setup.device, requires_grad=True)
-    project, both = seconds(lambda: link_views(*scene), lambda: sample_views(
-        maps, link_views(*scene), size, len(scene[0]))[0].sum().backward())
-    of = f"{len(scene[0]):,} voxels, {len(maps)} views {width}x{height}, {len(link_views(*scene).point):,} links"
-    yield "project", ms(project), "", of
-    yield "project and sample, forward and backward", ms(both), "", f"maps of 256 channels {width // 8}x{height // 8}"
-
-
 def predict(setup):
     model = setup.model("bifusion").eval()
     (spent,) = seconds(lambda: predict_scene(model, setup.config, setup.folder, setup.device))
     yield "predict a scan", ms(spent), "", f"{len(np.load(setup.folder / 'coord.npy')):,} points, reading included"
 
 
-BENCHES = {"steps": steps, "parts": parts, "projection": projection, "predict": predict}
+BENCHES = {"steps": steps, "parts": parts, "predict": predict}
 
 
 def main(argv=None):

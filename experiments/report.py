@@ -57,21 +57,24 @@ def read_run(folder):
     return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log}
 
 
-def numbers(log, key):
-    """{epoch: value} of a key of the log, or of a dict and a key in it ("losses semantic"), where it is finite."""
-    found = {}
-    for entry in log:
-        value = entry
-        for part in key.split():
-            value = (value or {}).get(part)
-        if is_finite(value):
-            found[entry["epoch"]] = value
-    return found
-
-
 def is_finite(value):
     """True for a finite number; False for None, NaN, infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def numbers(log, key):
+    """{epoch: value} of a key of the log, or of a dict and a key in it ("losses semantic"), where it is finite."""
+    name, _, inner = key.partition(" ")
+    found = {entry["epoch"]: (entry.get(name) or {}).get(inner) if inner else entry.get(name) for entry in log}
+    return {epoch: value for epoch, value in found.items() if is_finite(value)}
+
+
+def mean(lines, key):
+    """The mean over lines of a number, or of a dict's numbers by name; None where it is nowhere."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    if values and isinstance(values[0], dict):
+        return {name: round(mean(values, name), 4) for name in sorted({name for value in values for name in value})}
+    return round(statistics.fmean(values), 6) if values else None
 
 
 def final_miou(log):
@@ -80,21 +83,11 @@ def final_miou(log):
 
 
 def criteria(log, baseline_log=None):
-    """Judge a run by its log: stability, performance, fusion; the function of each, below, says its rule.
+    """Judge a run by its log, and the baseline's or None: stability, performance, fusion; their functions say the rules.
 
-    Args:
-        log: list of dicts in ascending epoch, each epoch once; None stands for a number that is not finite. Keys read:
-             epoch; loss; losses {term: float}; grad_norm {branch: float}; skipped_steps; val_miou (None: not
-             evaluated); fusion_2d_ratio (None: not measured), seen_share; fusion_ramp 0..1; replaced: `read_log`'s.
-        baseline_log: the same for the baseline, or None. `judge` compares the configs as well.
-
-    Returns: list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
-    Raises ValueError where a log is empty or its epochs do not ascend.
+    A log is `runs.read_log`'s: ascending epochs, each once, at least one; None stands for a number that is not finite.
+    Returns list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
     """
-    for name, entries in (("log", log), ("baseline_log", log if baseline_log is None else baseline_log)):
-        epochs = [entry["epoch"] for entry in entries]
-        if not epochs or epochs != sorted(set(epochs)):
-            raise ValueError(f"{name} must hold ascending epochs, each once, at least one; got {epochs}")
     judged = {"stability": _stability(log), "performance": _performance(log, baseline_log), "fusion": _fusion(log)}
     return [{"name": name, "figure": figure, "passed": passed,
              "detail": "; ".join(details[:3] + [f"and {len(details) - 3} more"] * (len(details) > 3))}
@@ -183,12 +176,12 @@ def incomparable(run, baseline):
 
 def watched(run):
     """What has no verdict, lines of text: clipped steps and spikes of the log; what `experiments.probe` left."""
-    branches = {branch: numbers(run["log"], f"clipped {branch}").values()
-                for branch in sorted({branch for entry in run["log"] for branch in entry.get("clipped") or {}})}
-    lines = ["steps clipped: " + ", ".join(f"{branch} {statistics.mean(v):.2f}" for branch, v in branches.items())
-             + f"; loss spikes {statistics.mean(numbers(run['log'], 'spikes').values()):.4f}"] if branches else []
-    if (run["folder"] / "probe.json").is_file():
-        found = json.loads((run["folder"] / "probe.json").read_text())
+    clipped, path, lines = mean(run["log"], "clipped"), run["folder"] / "probe.json", []
+    if clipped:
+        shares = ", ".join(f"{branch} {share:.2f}" for branch, share in clipped.items())
+        lines = [f"steps clipped: {shares}; loss spikes {mean(run['log'], 'spikes'):.4f}"]
+    if path.is_file():
+        found = json.loads(path.read_text())
         whole, images, points = (found[key] for key in ("as they are", "images black", "points black"))
         lines += [f"gate: deviation of alpha {found['alpha_deviation']:.3f}, AUC {found['alpha_auc']:.3f} "
                   "(a fixed 0.5: 0 and 0.5)",
