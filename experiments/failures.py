@@ -30,11 +30,10 @@ from losses import LOSS_WEIGHTS, semantic_loss, weighted_sum
 from model import build_model
 from scenes.boxes import write_scene
 from scenes.folder import SCANNET20
-from stages import apply_row, clip_by_branch, curriculum
+from stages import clip_by_branch
 from tower import SCRATCH
 
 FAILURES = {}  # name: Failure
-FINE = (0.08, 8, (160, 120))  # of `room`, for questions of geometry: all frames at the size of the preset
 
 
 class Failure(NamedTuple):
@@ -54,20 +53,12 @@ def failure(name, measure, sick, well):
 
 
 @functools.cache
-def room(voxel_size=0.2, views=4, image_size=(64, 48), augment=False):
-    """One generated room as data.collate makes it. Do not write into it."""
+def room(augment=False):
+    """One generated room with all its frames as data.collate makes it. Do not write into it."""
     with tempfile.TemporaryDirectory() as root:
         write_scene(f"{root}/train/room", 0)
-        return collate([SceneDataset(root, "train", voxel_size=voxel_size, views=views, image_size=image_size,
+        return collate([SceneDataset(root, "train", voxel_size=0.08, views=8, image_size=(160, 120),
                                      augment=augment)[0]])
-
-
-def small_model():
-    """BiFusion of the preset `small`, its tower from scratch, ready to train in stage 3: always the same."""
-    torch.manual_seed(0)
-    model = build_model("bifusion", "small", len(SCANNET20.names), tower_weights=SCRATCH)
-    model.ramp = 1.0
-    return apply_row(model, curriculum(pretrained=False)[-1]).train()
 
 
 @failure("no view sees a voxel", "share of steps lost", 1, 0)
@@ -75,27 +66,19 @@ def no_reading_of_depth(cured):
     def sum_over_the_mask_by_its_size(feat_3d, feat_2d, seen, *_):  # commonly written
         return ((1 - F.cosine_similarity(feat_3d, feat_2d.detach())) * seen).sum() / seen.sum()
 
-    model, batch = small_model(), room() | {"depth": torch.zeros_like(room()["depth"])}  # as of a lost sensor
+    torch.manual_seed(0)
+    model = build_model("bifusion", "small", len(SCANNET20.names), tower_weights=SCRATCH)
+    batch = room() | {"depth": torch.zeros_like(room()["depth"])}  # as of a lost sensor
     with contextlib.nullcontext() if cured else mock.patch("train.alignment_loss", sum_over_the_mask_by_its_size):
         loss = weighted_sum(train.forward(model, batch, model.row)[0], LOSS_WEIGHTS["bifusion"])
     loss.backward()
     return float(not torch.stack([loss, *clip_by_branch(model, model.row.clip).values()]).isfinite().all())
 
 
-@failure("activations beyond fp16", "share of image features not finite", 0.5, 0)
-def fp16_overflow(cured):
-    model = small_model()
-    model.tower.visual.net.conv_stem.rgb.weight.data *= 1e6  # fp16 ends at 65504
-    dtype = torch.bfloat16 if cured else torch.float16  # commonly written, and what torch.autocast takes on a GPU
-    with torch.no_grad(), mock.patch("tower.autocast", lambda like, precision: torch.autocast("cpu", dtype)):
-        feat_2d, seen = model.encode_2d(room())
-    return 1 - feat_2d[seen].isfinite().float().mean().item()
-
-
 def misread(cured, sideways=0.0):
     """Share of the voxels that read a surface of another class in any pixel, where each camera stands so many metres
     beside its true place."""
-    batch = room(*FINE)
+    batch = room()
     coord, depth, intrinsics, pose = (batch[key] for key in ("world_coord", "depth", "intrinsics", "world_to_camera"))
     pose = pose.inverse()  # (V, 4, 4)
     claimed = pose.clone()
@@ -126,7 +109,7 @@ def points_turn_and_cameras_stay(cured):
         return len(link_views(batch[key], *cameras).point.unique()) / len(batch[key])
 
     key = "world_coord" if cured else "coord"  # commonly written: what the network gets is projected
-    return 1 - min(1, seen(room(*FINE, augment=True), key) / seen(room(*FINE), "world_coord"))
+    return 1 - min(1, seen(room(augment=True), key) / seen(room(), "world_coord"))
 
 
 class FiLMOf2D(FiLM):

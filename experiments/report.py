@@ -69,12 +69,12 @@ def numbers(log, key):
     return {epoch: value for epoch, value in found.items() if is_finite(value)}
 
 
-def mean(lines, key):
+def mean(lines, key, digits=6):
     """The mean over lines of a number, or of a dict's numbers by name; None where it is nowhere."""
     values = [line[key] for line in lines if line.get(key) is not None]
     if values and isinstance(values[0], dict):
-        return {name: round(mean(values, name), 4) for name in sorted({name for value in values for name in value})}
-    return round(statistics.fmean(values), 6) if values else None
+        return {name: mean(values, name, 4) for name in sorted({name for value in values for name in value})}
+    return round(statistics.fmean(values), digits) if values else None
 
 
 def final_miou(log):
@@ -83,7 +83,7 @@ def final_miou(log):
 
 
 def criteria(log, baseline_log=None):
-    """Judge a run by its log, and the baseline's or None: stability, performance, fusion; their functions say the rules.
+    """Judge a run by its log and the baseline's, or None: stability, performance, fusion; each has a function below.
 
     A log is `runs.read_log`'s: ascending epochs, each once, at least one; None stands for a number that is not finite.
     Returns list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
@@ -273,9 +273,8 @@ def draw_curves(logs, path):
             ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
-        ax.margins(x=0)
         ax.set_title(title, fontweight="bold", pad=18)
-        ax.set_xlabel("epoch")
+        ax.set(xlabel="epoch", xmargin=0)
         ax.grid(axis="y", color="#d5d9de", lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
