@@ -58,16 +58,15 @@ def film_of_2d(config, load=True):
     return model
 
 
-def no_standardisation(config, load=True):
-    model = train.new_model(config, load)
+def no_standardisation(config, load=True, build=train.new_model):
+    model = build(config, load)
     model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
     return model
 
 
 def unprotected(config, load=True):
     """No standardisation, no query-key norm, and the batch norms of the tower take the batch's statistics."""
-    model = no_query_key_norm(config, load)
-    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    model = no_standardisation(config, load, no_query_key_norm)
     model.tower.pretrained = False
     return model
 
@@ -80,10 +79,8 @@ def from_the_start(rows):
 def only_2d(config, load=True):
     """The image side alone: the same heads on seen voxels, zeros in place of the 3D features; its U-Net never runs."""
     model = train.new_model(config, load)
-    dim, gate = model.semantic_head.in_features, torch.nn.Module()
-    model.encode_3d = lambda batch: batch["color"].new_zeros(len(batch["color"]), dim)
-    gate.forward = lambda feat_2d, feat_3d, seen: seen.to(feat_2d.dtype)
-    model.gates["simple"] = gate
+    model.encode_3d = lambda batch: batch["color"].new_zeros(len(batch["color"]), model.semantic_head.in_features)
+    model.gates["simple"].forward = lambda feat_2d, feat_3d, seen: seen.to(feat_2d.dtype)
     return model
 
 

@@ -196,12 +196,12 @@ def summary_table(runs):
              "minutes")]
     for run in runs:
         log, config = run["log"], run["config"]
-        miou, ratios = numbers(log, "val_miou"), numbers(log, "fusion_2d_ratio")
+        miou, ratios = numbers(log, "val_miou"), [None, *numbers(log, "fusion_2d_ratio").values()]
         best, final = [f"{miou[e]:.4f} @{e}" for e in (max(miou, key=miou.get), max(miou))] if miou else ("-", "-")
         rows.append((run["name"], config.get("model", "?"), config.get("seed", "?"),
                      f"{len(log)}/{config.get('epochs', '?')}", best, final,
                      "/".join(_number(log[-1].get(key), 3) for key in ("val_ap", "val_ap50", "val_ap25")),
-                     _number([None, *ratios.values()][-1], 3), sum(e.get("skipped_steps") or 0 for e in log),
+                     _number(ratios[-1], 3), sum(e.get("skipped_steps") or 0 for e in log),
                      f"{sum(e.get('seconds') or 0 for e in log) / 60:.1f}"))
     return _table(rows)
 
@@ -249,16 +249,14 @@ def draw_curves(logs, path):
     figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     for title, ax in zip(PANELS, figure.subplots(2, 3).flat):
-        faulty = [entry["epoch"] for entry in log if epoch_fault(entry)] if title == "Losses" else []
-        if faulty:
+        if title == "Losses" and (faulty := [entry["epoch"] for entry in log if epoch_fault(entry)]):
             ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
         if title == "Share of the 2D branch":
             ax.axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
         curves = []
         for i, key in enumerate(PANELS[title]):
             for name, entries in logs.items() if key in COMPARED else [("", log)]:
-                values = numbers(entries, key)
-                if values:
+                if values := numbers(entries, key):
                     *_, last = values.values()
                     line = [values.get(epoch, math.nan) for epoch in range(entries[-1]["epoch"] + 1)]  # null: a gap
                     label = f"{key.split()[-1]} {name[:20]} {last:.3g}"
@@ -303,12 +301,8 @@ def main(argv=None):
 
     everything = list({run["folder"].resolve(): run for run in runs + against}.values())  # each folder once
     for run in everything:
-        name, log, planned = run["name"], run["log"], run["config"].get("epochs")
-        for entry in log:
-            if "replaced" in entry:
-                print(f"note: {name} was resumed at epoch {entry['epoch']}; {len(entry['replaced'])} lines replaced")
-        if is_finite(planned) and len(log) < planned:
-            print(f"note: {name} has logged {len(log)} of {planned} epochs; the verdicts cover these")
+        if len(run["log"]) < (planned := run["config"].get("epochs", 0)):
+            print(f"note: {run['name']} has logged {len(run['log'])} of {planned} epochs; the verdicts cover these")
     print(summary_table(everything))
     if len(runs) > 1:
         print("\n" + seeds_summary(everything, baselines))
