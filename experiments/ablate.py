@@ -1,4 +1,4 @@
-"""One thing changed at a time: the gates, the naive recipe, injected faults, each a run of train.py.
+"""One thing changed at a time: a part left out, the naive recipe, a stress, each a run of train.py.
 
     python -m experiments.ablate concat 0 --compress 8            # variant, seed, flags of train.py, as --resume
     python -m experiments.ablate naive+poses 0 --compress 8       # under a stress of STRESS

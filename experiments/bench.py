@@ -73,8 +73,7 @@ class Setup:
         return train.new_model(replace(self.config, model=name)).to(self.device)
 
     def step(self, name, row):
-        """A function that does one step of train.py's loop in a row; its model and batch, of maps if the tower is
-        frozen."""
+        """A function that does one step of train.py's loop in a row; its model; its batch, of a frozen tower's maps."""
         model, batch = self.model(name), self.batch if "tower" in row.trains else self.cached
         optimizer = torch.optim.AdamW(parameter_groups(model, self.config.lr, self.config.weight_decay), fused=True)
         apply_row(model, row)
@@ -106,7 +105,7 @@ def steps(setup):
 
 
 def parts(setup, operations=12):
-    """The forward pass of both branches beside a whole step; by torch.profiler the operations of the step, forward and
+    """The forward pass of each branch beside a whole step; by torch.profiler the operations of that step, forward and
     backward, that take longest by their own time, on CUDA that of their kernels."""
     clock = "self_cpu_time_total" if setup.device == "cpu" else "self_device_time_total"
     activities = {ProfilerActivity.CPU, ProfilerActivity.CPU if setup.device == "cpu" else ProfilerActivity.CUDA}

@@ -39,8 +39,8 @@ def room(augment=False):
     """One generated room with all its frames as data.collate makes it. Do not write into it."""
     with tempfile.TemporaryDirectory() as root:
         write_scene(f"{root}/train/room", 0)
-        return collate([SceneDataset(root, "train", voxel_size=0.08, views=8, image_size=(160, 120),
-                                     augment=augment)[0]])
+        scenes = SceneDataset(root, "train", voxel_size=0.08, views=8, image_size=(160, 120), augment=augment)
+        return collate([scenes[0]])
 
 
 @failure("voxels behind a surface", "share of voxels reading another class", 0.1, 0.01)
