@@ -1,8 +1,7 @@
-"""One thing changed at a time: the gates, the naive recipe, injected faults, each a run of train.py.
+"""One thing changed at a time: a part left out, the naive recipe, a stress, each a run of train.py.
 
     python -m experiments.ablate concat 0 --compress 8            # variant, seed, flags of train.py, as --resume
     python -m experiments.ablate naive+poses 0 --compress 8       # under a stress of STRESS
-    python -m experiments.ablate --blank runs/bifusion/stage3.pt  # checkpoints with images or points blanked
 
 A variant changes rows of the curriculum (stages.Row) or the model; data, seeds, epochs, rates are train.py's. A run is
 evaluated after its last epoch alone; its result stands in blanked.json of the run folder.
@@ -34,14 +33,15 @@ from tower import SCRATCH
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
 
 
-def fused(prior=True, **columns):
-    """Function rows -> rows with other columns where 2D is on; there FiLM and gate train where they are in use, and a
-    gate that is learned has its prior among the losses where prior says so."""
+def fused(*more, prior=True, **columns):
+    """Function rows -> rows with other columns where 2D is on; there FiLM and gate train where they are in use, and
+    `more` parts; a gate that is learned has its prior among the losses where prior says so."""
     def change(row):
         row = replace(row, **columns)
         gate = ("gate",) * (row.fusion == "learned")
-        trains = (*(part for part in row.trains if part not in ("film", "gate")), *("film",) * row.film, *gate)
-        return replace(row, trains=trains, losses=(*(loss for loss in row.losses if loss != "gate"), *gate * prior))
+        trains = (*(part for part in row.trains if part not in ("film", "gate")), *("film",) * row.film, *gate, *more)
+        return replace(row, trains=tuple(dict.fromkeys(trains)),
+                       losses=(*(loss for loss in row.losses if loss != "gate"), *gate * prior))
     return lambda rows: tuple(row if row.fusion == "identity" else change(row) for row in rows)
 
 
@@ -51,12 +51,6 @@ def joint(rows, losses=("semantic", *INSTANCE, "alignment", "gate"), **columns):
     return tuple(replace(row, trains=tuple(PARTS), losses=losses, **columns) for row in rows)
 
 
-def tower_at_once(rows):
-    """The image tower trains from the row on in which images join."""
-    return tuple(row if row.fusion == "identity" else replace(
-        row, trains=tuple(dict.fromkeys((*row.trains, "tower"))), tower_rate=rows[-1].tower_rate) for row in rows)
-
-
 def film_of_2d(config, load=True):
     model = train.new_model(config, load)
     with torch.random.fork_rng(devices=[]):  # all that is drawn later stays as in the other variants
@@ -64,16 +58,15 @@ def film_of_2d(config, load=True):
     return model
 
 
-def no_standardisation(config, load=True):
-    model = train.new_model(config, load)
+def no_standardisation(config, load=True, build=train.new_model):
+    model = build(config, load)
     model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
     return model
 
 
 def unprotected(config, load=True):
     """No standardisation, no query-key norm, and the batch norms of the tower take the batch's statistics."""
-    model = no_query_key_norm(config, load)
-    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    model = no_standardisation(config, load, no_query_key_norm)
     model.tower.pretrained = False
     return model
 
@@ -86,10 +79,8 @@ def from_the_start(rows):
 def only_2d(config, load=True):
     """The image side alone: the same heads on seen voxels, zeros in place of the 3D features; its U-Net never runs."""
     model = train.new_model(config, load)
-    dim, gate = model.semantic_head.in_features, torch.nn.Module()
-    model.encode_3d = lambda batch: batch["color"].new_zeros(len(batch["color"]), dim)
-    gate.forward = lambda feat_2d, feat_3d, seen: seen.to(feat_2d.dtype)
-    model.gates["simple"] = gate
+    model.encode_3d = lambda batch: batch["color"].new_zeros(len(batch["color"]), model.semantic_head.in_features)
+    model.gates["simple"].forward = lambda feat_2d, feat_3d, seen: seen.to(feat_2d.dtype)
     return model
 
 
@@ -111,13 +102,6 @@ def concat(config, load=True):
     model.gates["concat"] = Concat(model.semantic_head.in_features)
     model.blend = model.gates["concat"].__call__
     return model
-
-
-def with_concat(rows):
-    """The curriculum's rows with Concat, which trains from stage 2 on."""
-    return tuple(row if row.fusion == "identity" else replace(
-        row, fusion="simple", trains=tuple(dict.fromkeys((*row.trains, "gate"))),
-        losses=tuple(loss for loss in row.losses if loss != "gate")) for row in rows)
 
 
 def no_zero_start(config, load=True):
@@ -212,11 +196,11 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "joint": (joint, train.new_model),  # all at once with every measure but the stages
     "only_2d": (lambda rows: fused(prior=False, fusion="simple", film=False, ramp_epochs=0.0, blank=0.0)(
         from_the_start(rows)), only_2d),
-    "concat": (with_concat, concat),
+    "concat": (fused("gate", fusion="simple"), concat),
     "kept": (fused(), train.new_model),  # the curriculum
     "scratch": (fused(), train.new_model),  # its tower of random weights
     "less_stage_1": (from_the_start, train.new_model),  # the curriculum less one part, from here on
-    "less_frozen_tower": (tower_at_once, train.new_model),
+    "less_frozen_tower": (lambda rows: fused("tower", tower_rate=rows[-1].tower_rate)(rows), train.new_model),
     "less_fixed_gate": (fused(fusion="learned"), train.new_model),
     "less_standardisation": (fused(), no_standardisation),
     "less_branch_clip": (fused(), train.new_model),  # one clip for all
@@ -251,7 +235,6 @@ STRESS = {  # any variant + one of these: {name: other value}
 BLANKED = {  # what is done to every batch of the val scenes
     "as they are": dict,
     "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
-    "no images": dict,
     "points black": lambda batch: batch | {"color": torch.full_like(batch["color"], -1),
                                            "normal": torch.zeros_like(batch["normal"])},
     "both black": lambda batch: BLANKED["points black"](BLANKED["images black"](batch)),
@@ -268,14 +251,19 @@ def open_run(path, device):
 def blanked(path, names=tuple(BLANKED), device=train.Config.device):
     """Val mIoU of a checkpoint, of train.py or of a variant, with its inputs blanked in these ways: dict."""
     model, config, _ = open_run(path, device)
-    return {name: round(judge(model, config, device, BLANKED[name], name != "no images")["miou"], 4) for name in names}
+    return {name: round(judge(model, config, device, BLANKED[name])["miou"], 4) for name in names}
 
 
-def judge(model, config, device, change=dict, images=True):
+def rooms(config, split):
+    """The scenes of a run's data as train.py evaluates them."""
+    return SceneDataset(config.data, split, voxel_size=config.voxel_size, seed=config.seed,
+                        views=2 * config.views if config.model == "bifusion" else 0,
+                        image_size=train.RECIPES[config.preset]["image_size"])
+
+
+def judge(model, config, device, change=dict):
     """What train.evaluate says of a model, whose val batches go through the function `change`."""
-    views = 2 * config.views if config.model == "bifusion" and images else 0
-    scenes = SceneDataset(config.data, "val", voxel_size=config.voxel_size, views=views, seed=config.seed,
-                          image_size=train.RECIPES[config.preset]["image_size"])
+    scenes = rooms(config, "val")
     batches = map(change, DataLoader(scenes, config.batch_size, collate_fn=collate))
     return train.evaluate(model, batches, torch.device(device), scenes.classes.things)
 
@@ -317,9 +305,6 @@ def run(name, argv):
 
 def main(argv):
     match argv:
-        case ["--blank", *paths] if paths:
-            for path in paths:
-                print(path, json.dumps(blanked(path)), flush=True)
         case [name, seed, *flags] if (variant := name.partition("+"))[0] in VARIANTS and variant[2] in ("", *STRESS):
             with patched(variant[0], variant[2]):
                 run(name, ["--model", "baseline" if variant[0] == "baseline" else "bifusion", "--seed", seed,

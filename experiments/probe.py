@@ -13,16 +13,17 @@ points with inputs blanked: ablate.BLANKED.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 import train
-from data import SceneDataset, collate
-from experiments.ablate import blanked, open_run
+from data import collate
+from experiments.ablate import blanked, open_run, rooms
 from fusion import link_views, sample_views
 from metrics import semantic_iou
 from scenes.folder import IGNORE
@@ -32,9 +33,9 @@ RIDGE = 1e-3  # of the variance of a feature
 
 def auc(values, positive):
     """Chance that a positive has a higher value than a negative, ties by half; NaN without either. (N,), (N,) bool."""
-    ranks, hits = rankdata(values), int(positive.sum())
-    misses = len(positive) - hits
-    return (ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * misses) if hits and misses else float("nan")
+    high, low = values[positive], values[~positive]
+    pairs = len(high) * len(low)
+    return mannwhitneyu(high, low, method="asymptotic").statistic / pairs if pairs else math.nan
 
 
 def miou(truth, found):
@@ -52,10 +53,8 @@ def collect(path, device):
     if model.tower.pretrained:
         towers["before"] = train.new_model(config).to(device).eval().tower
     for split in ("train", "val"):
-        scenes = SceneDataset(config.data, split, voxel_size=config.voxel_size, views=2 * config.views,
-                              image_size=train.RECIPES[config.preset]["image_size"])
-        for i in range(len(scenes)):
-            batch = train.to_device(collate([scenes[i]]), device)
+        for scene in rooms(config, split):
+            batch = train.to_device(collate([scene]), device)
             out, voxels = model(batch), batch["world_coord"]
             links = link_views(voxels, batch["world_to_camera"], batch["intrinsics"], batch["depth"],
                                tolerance=model.depth_tolerance)

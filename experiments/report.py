@@ -57,21 +57,24 @@ def read_run(folder):
     return {"name": folder.resolve().name, "folder": folder, "config": config, "log": log}
 
 
-def numbers(log, key):
-    """{epoch: value} of a key of the log, or of a dict and a key in it ("losses semantic"), where it is finite."""
-    found = {}
-    for entry in log:
-        value = entry
-        for part in key.split():
-            value = (value or {}).get(part)
-        if is_finite(value):
-            found[entry["epoch"]] = value
-    return found
-
-
 def is_finite(value):
     """True for a finite number; False for None, NaN, infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def numbers(log, key):
+    """{epoch: value} of a key of the log, or of a dict and a key in it ("losses semantic"), where it is finite."""
+    name, _, inner = key.partition(" ")
+    found = {entry["epoch"]: (entry.get(name) or {}).get(inner) if inner else entry.get(name) for entry in log}
+    return {epoch: value for epoch, value in found.items() if is_finite(value)}
+
+
+def mean(lines, key, digits=6):
+    """The mean over lines of a number, or of a dict's numbers by name; None where it is nowhere."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    if values and isinstance(values[0], dict):
+        return {name: mean(values, name, 4) for name in sorted({name for value in values for name in value})}
+    return round(statistics.fmean(values), digits) if values else None
 
 
 def final_miou(log):
@@ -80,21 +83,11 @@ def final_miou(log):
 
 
 def criteria(log, baseline_log=None):
-    """Judge a run by its log: stability, performance, fusion; the function of each, below, says its rule.
+    """Judge a run by its log and the baseline's, or None: stability, performance, fusion; each has a function below.
 
-    Args:
-        log: list of dicts in ascending epoch, each epoch once; None stands for a number that is not finite. Keys read:
-             epoch; loss; losses {term: float}; grad_norm {branch: float}; skipped_steps; val_miou (None: not
-             evaluated); fusion_2d_ratio (None: not measured), seen_share; fusion_ramp 0..1; replaced: `read_log`'s.
-        baseline_log: the same for the baseline, or None. `judge` compares the configs as well.
-
-    Returns: list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
-    Raises ValueError where a log is empty or its epochs do not ascend.
+    A log is `runs.read_log`'s: ascending epochs, each once, at least one; None stands for a number that is not finite.
+    Returns list of three dicts: name; figure (str, as printed); passed (None: not judged); detail (str, why).
     """
-    for name, entries in (("log", log), ("baseline_log", log if baseline_log is None else baseline_log)):
-        epochs = [entry["epoch"] for entry in entries]
-        if not epochs or epochs != sorted(set(epochs)):
-            raise ValueError(f"{name} must hold ascending epochs, each once, at least one; got {epochs}")
     judged = {"stability": _stability(log), "performance": _performance(log, baseline_log), "fusion": _fusion(log)}
     return [{"name": name, "figure": figure, "passed": passed,
              "detail": "; ".join(details[:3] + [f"and {len(details) - 3} more"] * (len(details) > 3))}
@@ -183,12 +176,12 @@ def incomparable(run, baseline):
 
 def watched(run):
     """What has no verdict, lines of text: clipped steps and spikes of the log; what `experiments.probe` left."""
-    branches = {branch: numbers(run["log"], f"clipped {branch}").values()
-                for branch in sorted({branch for entry in run["log"] for branch in entry.get("clipped") or {}})}
-    lines = ["steps clipped: " + ", ".join(f"{branch} {statistics.mean(v):.2f}" for branch, v in branches.items())
-             + f"; loss spikes {statistics.mean(numbers(run['log'], 'spikes').values()):.4f}"] if branches else []
-    if (run["folder"] / "probe.json").is_file():
-        found = json.loads((run["folder"] / "probe.json").read_text())
+    clipped, path, lines = mean(run["log"], "clipped"), run["folder"] / "probe.json", []
+    if clipped:
+        shares = ", ".join(f"{branch} {share:.2f}" for branch, share in clipped.items())
+        lines = [f"steps clipped: {shares}; loss spikes {mean(run['log'], 'spikes'):.4f}"]
+    if path.is_file():
+        found = json.loads(path.read_text())
         whole, images, points = (found[key] for key in ("as they are", "images black", "points black"))
         lines += [f"gate: deviation of alpha {found['alpha_deviation']:.3f}, AUC {found['alpha_auc']:.3f} "
                   "(a fixed 0.5: 0 and 0.5)",
@@ -203,12 +196,12 @@ def summary_table(runs):
              "minutes")]
     for run in runs:
         log, config = run["log"], run["config"]
-        miou, ratios = numbers(log, "val_miou"), numbers(log, "fusion_2d_ratio")
+        miou, ratios = numbers(log, "val_miou"), [None, *numbers(log, "fusion_2d_ratio").values()]
         best, final = [f"{miou[e]:.4f} @{e}" for e in (max(miou, key=miou.get), max(miou))] if miou else ("-", "-")
         rows.append((run["name"], config.get("model", "?"), config.get("seed", "?"),
                      f"{len(log)}/{config.get('epochs', '?')}", best, final,
                      "/".join(_number(log[-1].get(key), 3) for key in ("val_ap", "val_ap50", "val_ap25")),
-                     _number([None, *ratios.values()][-1], 3), sum(e.get("skipped_steps") or 0 for e in log),
+                     _number(ratios[-1], 3), sum(e.get("skipped_steps") or 0 for e in log),
                      f"{sum(e.get('seconds') or 0 for e in log) / 60:.1f}"))
     return _table(rows)
 
@@ -256,16 +249,14 @@ def draw_curves(logs, path):
     figure = Figure(figsize=(16.5, 8.4), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     for title, ax in zip(PANELS, figure.subplots(2, 3).flat):
-        faulty = [entry["epoch"] for entry in log if epoch_fault(entry)] if title == "Losses" else []
-        if faulty:
+        if title == "Losses" and (faulty := [entry["epoch"] for entry in log if epoch_fault(entry)]):
             ax.plot(faulty, [0.02] * len(faulty), "rx", transform=ax.get_xaxis_transform(), label="bad epoch")
         if title == "Share of the 2D branch":
             ax.axhspan(*FUSION_BAND, color="C2", alpha=0.16, lw=0, label="goal")
         curves = []
         for i, key in enumerate(PANELS[title]):
             for name, entries in logs.items() if key in COMPARED else [("", log)]:
-                values = numbers(entries, key)
-                if values:
+                if values := numbers(entries, key):
                     *_, last = values.values()
                     line = [values.get(epoch, math.nan) for epoch in range(entries[-1]["epoch"] + 1)]  # null: a gap
                     label = f"{key.split()[-1]} {name[:20]} {last:.3g}"
@@ -280,9 +271,8 @@ def draw_curves(logs, path):
             ax.axhline(0, color="grey", lw=0.6)  # 0 is always in sight
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5, handlelength=1)
-        ax.margins(x=0)
         ax.set_title(title, fontweight="bold", pad=18)
-        ax.set_xlabel("epoch")
+        ax.set(xlabel="epoch", xmargin=0)
         ax.grid(axis="y", color="#d5d9de", lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         for stage, entries in groupby(log, key=lambda entry: entry.get("stage")):
@@ -311,12 +301,8 @@ def main(argv=None):
 
     everything = list({run["folder"].resolve(): run for run in runs + against}.values())  # each folder once
     for run in everything:
-        name, log, planned = run["name"], run["log"], run["config"].get("epochs")
-        for entry in log:
-            if "replaced" in entry:
-                print(f"note: {name} was resumed at epoch {entry['epoch']}; {len(entry['replaced'])} lines replaced")
-        if is_finite(planned) and len(log) < planned:
-            print(f"note: {name} has logged {len(log)} of {planned} epochs; the verdicts cover these")
+        if len(run["log"]) < (planned := run["config"].get("epochs", 0)):
+            print(f"note: {run['name']} has logged {len(run['log'])} of {planned} epochs; the verdicts cover these")
     print(summary_table(everything))
     if len(runs) > 1:
         print("\n" + seeds_summary(everything, baselines))

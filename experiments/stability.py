@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import runs
+from experiments.report import mean, read_run
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
@@ -34,26 +34,17 @@ NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone",
          "joint": "joint, all measures but the stages"}
 
 
-def mean(log, key):
-    """The mean over a log's epochs of a number, or of a dict's numbers by name; None where it is nowhere."""
-    values = [line[key] for line in log if line.get(key) is not None]
-    if values and isinstance(values[0], dict):
-        return {name: round(float(np.mean([v[name] for v in values if v.get(name) is not None])), 4)
-                for name in sorted({name for value in values for name in value})}
-    return round(float(np.mean(values)), 6) if values else None
-
-
 def line_of(folder, recipe, rate, seed):
     """The line of a finished run: dict."""
-    folder = Path(folder)
-    result, log = json.loads((folder / "blanked.json").read_text()), runs.read_log(folder / "log.jsonl")
+    run, result = read_run(folder), json.loads(Path(folder, "blanked.json").read_text())
+    log = run["log"]
     return {"recipe": recipe, "rate": rate, "seed": seed, "miou": result.get("as they are"),
             "loss": result.get("loss at the end"), "start": result["loss at the start"],
             "images_black": result.get("images black"), "points_black": result.get("points black"),
             "ap": log[-1]["val_ap"], "ratio": log[-1]["fusion_2d_ratio"], "diverged": "diverged" in result,
             "skipped": sum(line["skipped_steps"] for line in log), "spikes": mean(log, "spikes"),
             "clipped": mean(log, "clipped"), "update_rms": mean(log, "update_rms"),
-            "commit": json.loads((folder / "config.json").read_text())["commit"]}
+            "commit": run["config"]["commit"]}
 
 
 def read_lines(folder):
@@ -90,28 +81,26 @@ def sweep(out, recipes, rates, seeds, flags, at_a_time=2):
                 tqdm.write(failed)
 
 
-def by_rate(lines, key, broken):
-    """{rate: values of the seeds} of a recipe's lines, ascending; `broken` of a line in place of what it lacks."""
-    return {rate: np.array([line[key] if line[key] is not None else broken(line)
+def by_rate(lines, key):
+    """{rate: values of the seeds} of a recipe's lines, ascending; a run that diverged ends as the untrained network."""
+    ends = {"miou": lambda line: 0.0, "loss": lambda line: line["start"], "ratio": lambda line: np.nan}
+    return {rate: np.array([line[key] if line[key] is not None else ends[key](line)
                             for line in lines if line["rate"] == rate])
             for rate in sorted({line["rate"] for line in lines})}
 
 
 def judge(lines):
-    """One recipe's lines -> dict of sensitivity_loss, sensitivity_miou, plateau (decades), diverged (first rate or
-    None), skipped, spikes, clipped; definitions above."""
+    """One recipe's lines -> dict of sensitivity_loss, sensitivity_miou, plateau (decades), best (rate), diverged (first
+    rate or None), skipped, spikes, clipped; definitions above."""
     losses = [np.minimum(values, [line["start"] for line in lines if line["rate"] == rate]).mean()
-              for rate, values in by_rate(lines, "loss", lambda line: line["start"]).items()]
-    miou = {rate: values.mean() for rate, values in by_rate(lines, "miou", lambda line: 0.0).items()}
-    rates, values = list(miou), np.array(list(miou.values()))
-    best = low = high = int(values.argmax())
-    while low > 0 and values[low - 1] >= 0.9 * values[best]:
-        low -= 1
-    while high < len(rates) - 1 and values[high + 1] >= 0.9 * values[best]:
-        high += 1
+              for rate, values in by_rate(lines, "loss").items()]
+    miou = {rate: values.mean() for rate, values in by_rate(lines, "miou").items()}
+    rates, values = np.array([*miou]), np.array([*miou.values()])
+    best, poor = values.argmax(), np.flatnonzero(values < 0.9 * values.max())
+    low, high = max(poor[poor < best], default=-1) + 1, min(poor[poor > best], default=len(rates)) - 1
     return {"sensitivity_loss": float(np.mean(losses) - min(losses)),
-            "sensitivity_miou": float(values[best] - values.mean()),
-            "plateau": float(np.log10(rates[high] / rates[low])), "best": rates[best],
+            "sensitivity_miou": float(values.max() - values.mean()),
+            "plateau": float(np.log10(rates[high] / rates[low])), "best": float(rates[best]),
             "diverged": min((line["rate"] for line in lines if line["diverged"]), default=None),
             "skipped": sum(line["skipped"] for line in lines), "spikes": mean(lines, "spikes"),
             "clipped": mean(lines, "clipped")}
@@ -139,18 +128,15 @@ def table(lines):
 def draw(lines, path):
     """Val mIoU, val loss and ratio over the rate: mean and range of the seeds, a curve a recipe."""
     figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
-    panels = {"val mIoU": ("miou", lambda line: 0.0), "val loss": ("loss", lambda line: line["start"]),
-              "fusion_2d_ratio": ("ratio", lambda line: np.nan)}
     axes = figure.subplot_mosaic([["val mIoU", "val loss"], ["fusion_2d_ratio", "."]], height_ratios=(3, 2))
     for i, recipe in enumerate(dict.fromkeys(line["recipe"] for line in lines)):
         own = [line for line in lines if line["recipe"] == recipe]
-        for name, (key, broken) in panels.items():
-            found = by_rate(own, key, broken)
-            if recipe in ("baseline", "only_2d", "concat") and key == "ratio":
+        for axis, key in zip(axes.values(), ("miou", "loss", "ratio")):
+            if key == "ratio" and recipe in ("baseline", "only_2d", "concat"):
                 continue
-            low, middle, high = zip(*((v.min(), v.mean(), v.max()) for v in found.values()))
-            axes[name].plot(list(found), middle, "o-", color=f"C{i}", label=NAMES.get(recipe, recipe))
-            axes[name].fill_between(list(found), low, high, color=f"C{i}", alpha=0.2)
+            rates, values = zip(*by_rate(own, key).items())
+            axis.plot(rates, [v.mean() for v in values], "o-", color=f"C{i}", label=NAMES.get(recipe, recipe))
+            axis.fill_between(rates, [v.min() for v in values], [v.max() for v in values], color=f"C{i}", alpha=0.2)
     for name, axis in axes.items():
         axis.set(xscale="log", xlabel="peak learning rate", title=name)
         axis.grid(color="#d5d9de", lw=0.6)

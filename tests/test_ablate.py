@@ -95,13 +95,11 @@ def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed
     ("concat", lambda line, state: not state["gates.concat.weight"].equal(0.5 * torch.eye(64).repeat(1, 2))),
     ("less_branch_clip", lambda line, state: set(line["grad_norm"]) == {"all"}),
     ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 1e-3)])  # nothing standardises it
-def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, capsys, variant, check):
+def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, variant, check):
     log, result = run(variant)
     path = tmp_path / variant / "last.pt"
     assert check(log[-1], torch.load(path, weights_only=True)["model"])
-    capsys.readouterr()
-    ablate.main(["--blank", str(path)])
-    said = json.loads(capsys.readouterr().out.partition(" ")[2])
+    said = ablate.blanked(path, device="cpu")
     assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
     assert said["images black"] == result["images black"] and set(said) == set(ablate.BLANKED)
     plain = train.parse_config(["--tower-weights", "scratch", "--out", str(tmp_path / "none")])
@@ -153,8 +151,8 @@ def test_unknown_words_get_the_variants():
 
 @pytest.mark.parametrize("with_cure, code", [(0.0, 0), (0.5, 1)])
 def test_failures_exits_with_1_where_one_is_not_as_promised(capsys, monkeypatch, with_cure, code):
-    finding = failures.Finding("jolt", "jump of the logits", 1.5, with_cure, sick=0.1, well=1e-5)
-    monkeypatch.setattr(failures, "EXPERIMENTS", {"jolt": lambda: finding})
+    monkeypatch.setattr(failures, "FAILURES", {})
+    failures.failure("jolt", "jump of the logits", sick=0.1, well=1e-5)(lambda cured: with_cure if cured else 1.5)
     assert failures.main() == code
     assert capsys.readouterr().out.split()[-1] == ("NO" if code else "yes")
 

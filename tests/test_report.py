@@ -150,15 +150,6 @@ def test_fusion_cannot_be_judged_without_an_epoch_after_the_ramp_and_fails_when_
     assert blind["passed"] is False and "no voxel was seen" in blind["figure"]
 
 
-def test_criteria_refuse_an_empty_log_and_epochs_that_do_not_ascend():
-    log = make_log()
-    for bad in ([], [*log, log[-1]], log[::-1]):
-        with pytest.raises(ValueError, match=r"^log must hold ascending epochs"):
-            criteria(bad)
-        with pytest.raises(ValueError, match=r"^baseline_log must hold ascending epochs"):
-            criteria(log, bad)
-
-
 def test_the_command_exits_0_when_all_pass_prints_each_figure_and_draws_a_picture(fused, base, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", fused, "--against", base])
     with pytest.raises(SystemExit) as stop:
@@ -254,7 +245,7 @@ def test_a_broken_log_is_an_error_with_file_and_line(fused, text, message):
     assert report.main([fused]) == 2
 
 
-def test_a_resumed_run_replaces_what_was_logged_from_there_on_and_is_judged_by_that_too(tmp_path, capsys):
+def test_a_resumed_run_replaces_what_was_logged_from_there_on_and_is_judged_by_that_too(tmp_path):
     log = make_log()
     log[35]["loss"] = None
     again = [{**entry, "loss": 7.0} for entry in make_log()[30:34]]
@@ -262,7 +253,6 @@ def test_a_resumed_run_replaces_what_was_logged_from_there_on_and_is_judged_by_t
     read = read_log(Path(folder, "log.jsonl"))
     assert read == [*log[:30], again[0] | {"replaced": log[30:]}, *again[1:]]
     assert report.main([folder]) == 1
-    assert "resumed was resumed at epoch 30; 10 lines replaced" in capsys.readouterr().out
     stability = verdict("stability", read)
     assert stability["passed"] is False  # it did happen, whatever came of it later
     assert stability["detail"] == "epoch 30: before it was resumed, epoch 35: loss is not finite"
