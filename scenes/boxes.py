@@ -2,12 +2,10 @@
 
     python -m scenes.boxes --out data/rooms --train 32 --val 12 --seed 0
 
-A room spans (0, 0, 0) to its size in metres: floor, four walls, furniture made of boxes, flat things on the walls, in
-ScanNet's 20 classes. Points are sampled on the surfaces, frames are ray cast, with noise. Same seed, same bytes.
-
-The rooms are BUILT so that images carry something which voxels cannot: classes of one group in GROUPS differ only in a
-surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all patterns have one mean and variance. So a
-gain of the image branch here shows that fusion works, not how much it would gain on real scans.
+A room spans (0, 0, 0) to its size in metres. It is BUILT so that images carry something which voxels cannot: classes of
+one group in GROUPS differ only in a surface pattern of 6 to 8 cm, which COLOR_DRIFT smears in the points, and all
+patterns have one mean and variance. So a gain of the image branch shows that fusion works, not how much it would gain
+on real scans. Same seed, same bytes.
 """
 
 import math
@@ -95,12 +93,11 @@ def _try_place(rng, size, place, parts, taken):
 
 
 def make_room(rng):
-    """Furnish a room at random (rng: numpy Generator). A dict of things (row 0 the floor, 1 the walls, then pieces) and
-    of boxes (row 0 the shell, floor and walls seen from inside, then parts of pieces):
-        size (3,) m; thing_label (T,) class index; thing_color (T, 3) mean colour in [0, 1]; thing_pattern (T,) index
-        into PATTERNS, not worn by floor and walls; thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths;
-        box_center, box_half (B, 3) m; box_yaw (B,) rad, about z; box_thing (B,) row of the thing, not of the shell.
-    """
+    """Furnish a room at random: a dict of things (row 0 the floor, 1 the walls, then pieces) and of boxes (row 0 the
+    shell, floor and walls seen from inside, then parts of pieces): size (3,) m; thing_label (T,) class index;
+    thing_color (T, 3) mean in [0, 1]; thing_pattern (T,) index into PATTERNS, not worn by floor and walls;
+    thing_wavelength (T,) m; thing_phase (T, 2) in wavelengths; box_center, box_half (B, 3) m; box_yaw (B,) rad, about
+    z; box_thing (B,) row of the thing, not of the shell."""
     def draw(name):
         return name, np.array(SHAPES[CLASSES[name][1]](*(rng.uniform(*r) for r in CLASSES[name][2])))      # (P, 2, 3)
 
@@ -239,9 +236,9 @@ def write_scene(folder, seed, image_size=(160, 120)):
     shared.save_scene(Path(folder), points, intrinsics, frames)
 
 
-def generate(root=ROOT, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
+def generate(out=ROOT, train=32, val=12, seed=0, workers=None, image_size=(160, 120)):
     """`scenes.generate.generate` of box rooms: make those that are not there yet, and return their number."""
-    return shared.generate(root, write_scene, {"train": train, "val": val}, GENERATOR, seed, workers, image_size)
+    return shared.generate(out, write_scene, {"train": train, "val": val}, GENERATOR, seed, workers, image_size)
 
 
 complete, main = partial(shared.complete, generate), partial(shared.main, generate, "scenes.boxes")

@@ -2,12 +2,8 @@
 
     python -m scenes.furniture sh3d  # makes furniture.npz anew, and the columns author and licence of FURNITURE.md
 
-sh3d is the folder of the extracted Debian package sweethome3d-furniture 1.8-1 (dpkg-deb -x); trimesh, scipy and
-fast-simplification do the rest. The first columns of FURNITURE.md say which models are taken, as what class, and where
-they stand: edit them and run this again. A class is what ScanNet's own table of labels makes of the name: a wardrobe,
-bench, bunk bed, crib, piano, radiator, trash can, washing machine or television stand is otherfurniture, an armchair a
-chair, a vanity a cabinet; a nightstand, dresser, open shelf, stool, lamp, television, stove or plant is none of the 20.
-Where we were unsure: a bar stool with a back is a chair, an office table a desk, a unit with doors no bookshelf.
+sh3d: folder of the extracted Debian package sweethome3d-furniture 1.8-1; needs trimesh, scipy and fast-simplification.
+The first columns of FURNITURE.md say which models are taken, as what class, and where they stand.
 """
 
 import re
@@ -16,6 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,62 +24,66 @@ MOST = 1500  # triangles of a model; half of it without a class
 FLAT = 0.1  # metres, depth of windows and doors: theirs is that of the wall they are made for
 COLORS = {"white": (226, 226, 222), "cream": (214, 202, 178), "wood": (158, 112, 70), "steel": (166, 168, 172),
           "dark": (42, 42, 46), "brass": (170, 140, 70), "bright": (232, 240, 248)}
-RANDOM = ("window", "curtain", "shower curtain", "picture", "refrigerator", "toilet", "bathtub", "counter", "door",
-          "sink", "bookshelf")  # classes with few real models, or with models that are much alike
+# classes of which the pack has few or similar models: share of their pieces in a room that are random models
+RANDOM = {"window": 0.6, "curtain": 0.8, "shower curtain": 0.8, "picture": 0.9, "refrigerator": 0.6, "toilet": 0.5,
+          "bathtub": 0.6, "counter": 0.9, "door": 0.5, "sink": 0.5, "bookshelf": 0.3}
 CUBE = np.array([(0, 1, 3), (0, 3, 2), (4, 6, 7), (4, 7, 5), (0, 4, 5), (0, 5, 1), (2, 3, 7), (2, 7, 6), (0, 2, 6),
                  (0, 6, 4), (1, 5, 7), (1, 7, 3)])  # triangles of the corners x y z, z changes first
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A piece of furniture of V vertices and F triangles, which may face either way.
+    """A piece of furniture of F triangles, which may face either way.
 
-    name: str.  label: one of scenes.folder.CLASS_NAMES, or "" for what annotators of ScanNet leave out of the 20.
+    label: one of scenes.folder.CLASS_NAMES, or "" for what annotators of ScanNet leave out of the 20.
     place: "floor", "wall" (hangs or is mounted on a wall, its back to it) or "top" (stands on furniture).
     elevation: metres of its lowest point above what it stands on, 0 on floor and top.
-    vertices: (V, 3) f32 m, x to the right, y to the back, z up; the footprint is centred at x = y = 0, the lowest point
-    has z = 0, the front faces -y.  faces: (F, 3) int32, rows of vertices.  color: (F, 3) u8.
+    triangles: (F, 3, 3) f32 m, x to the right, y to the back, z up; the footprint is centred at x = y = 0, the lowest
+    point has z = 0, the front faces -y.  color: (F, 3) u8.  size: (3,) m.
     """
 
     name: str
     label: str
     place: str
     elevation: float
-    vertices: np.ndarray
-    faces: np.ndarray
+    triangles: np.ndarray
     color: np.ndarray
 
+    @cached_property
+    def size(self):
+        return np.ptp(self.triangles, axis=(0, 1))
 
-def _model(name, label, place, elevation, vertices, faces, color):
-    low, high = vertices.min(0), vertices.max(0)
-    return Model(str(name), str(label), str(place), float(elevation), faces=np.int32(faces), color=np.uint8(color),
-                 vertices=np.float32(vertices - [*(low + high)[:2] / 2, low[2]]))
+
+def _centred(name, label, place, elevation, triangles, color):
+    low, high = triangles.min((0, 1)), triangles.max((0, 1))
+    triangles = np.float32(triangles - [*(low + high)[:2] / 2, low[2]])
+    return Model(name, label, place, elevation, triangles, np.uint8(color))
 
 
 def load():
-    """All models of furniture.npz beside this file: tuple of Model, each name once."""
+    """All models of furniture.npz beside this file: list of Model, each name once."""
     with np.load(HERE / "furniture.npz") as pack:
         data = dict(pack)
-    parts = [np.split(data[key], np.cumsum(data[count])[:-1]) for key, count in (
-        ("vertices", "points"), ("faces", "triangles"), ("color", "triangles"))]
-    return tuple(_model(*row[:4], row[4] / 1000, *row[5:]) for row in zip(
-        *(data[key] for key in ("name", "label", "place", "elevation")), *parts))
+    facts = (data[key].tolist() for key in ("name", "label", "place", "elevation"))
+    parts = (np.split(data[key], np.cumsum(data[count])[:-1]) for key, count in (
+        ("vertices", "points"), ("faces", "triangles"), ("color", "triangles")))
+    return [_centred(*row, vertices[faces] / 1000, color) for *row, vertices, faces, color in zip(*facts, *parts)]
 
 
-def hidden(model, share=0.2):
-    """Whether a model is one of those held out, about this share of every class of three or more: bool, the same on
-    every machine. The salt is one under which the classes come out even."""
-    return zlib.crc32(f"{model.name}1056".encode()) % 1000 < 1000 * share
+def hidden(model):
+    """Whether a model is one of those held out, a fifth of every class of three or more: bool, the same on every
+    machine. The salt is one under which the classes come out even."""
+    return zlib.crc32(f"{model.name}1056".encode()) % 1000 < 200
 
 
-def box(low, high):
-    """The corners (8, 3) and triangles (12, 3) of a box between two corners (3,)."""
-    return np.stack(np.meshgrid(*zip(low, high), indexing="ij"), -1).reshape(8, 3), CUBE
+def box(*sides):
+    """The triangles (12, 3, 3) of a box; sides: (low, high) along x, y, z."""
+    return np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(8, 3)[CUBE]
 
 
 class Shape:
-    """A random model put together of parts (vertices, faces, color). The method named as a class makes one, its back at
-    y = 0, its front towards -y, and returns place and elevation."""
+    """A random model, put together of parts (triangles, color). The method named as a class makes one, its back at
+    y = 0, its front towards -y, and returns place and elevation, if it does not stand on the floor."""
 
     def __init__(self, label, rng):
         self.shower, self.rng, self.u, self.parts = label == "shower curtain", rng, rng.uniform, []
@@ -98,8 +99,7 @@ class Shape:
         return np.clip(base + self.rng.normal(0, 10) + self.rng.normal(0, 3, 3), 0, 255)
 
     def box(self, color, *sides):
-        """A box; sides: (low, high) along x, y, z."""
-        self.parts.append((*box(*zip(*sides)), color))
+        self.parts.append((box(*sides), np.tile(color, (12, 1))))
 
     def cells(self, color, xs, y, zs, gap, knob=None):
         """Boxes in front of y between the edges xs and zs: doors, drawers, panels; knob: colour of their handles."""
@@ -113,16 +113,15 @@ class Shape:
 
     def grid(self, points, color):
         """A surface through points (R, C, 3); color (3,), or one of each cell ((R - 1) (C - 1), 3)."""
-        corner = np.arange(points[..., 0].size).reshape(points.shape[:2])
-        a, b, c, d = (of.ravel() for of in (corner[:-1, :-1], corner[:-1, 1:], corner[1:, :-1], corner[1:, 1:]))
-        faces = np.concatenate([np.stack([a, b, c], 1), np.stack([b, d, c], 1)])
-        self.parts.append((points.reshape(-1, 3), faces, np.tile(color, (2, 1)) if np.ndim(color) == 2 else color))
+        a, b, c, d = (of.reshape(-1, 3) for of in (points[:-1, :-1], points[:-1, 1:], points[1:, :-1], points[1:, 1:]))
+        triangles = np.concatenate([np.stack([a, b, c], 1), np.stack([b, d, c], 1)])
+        self.parts.append((triangles, np.tile(np.broadcast_to(color, a.shape), (2, 1))))
 
     def lathe(self, color, y, *rings):
         """A surface through rings around x = 0 and y: (radius in x, in y, height, power: 2 an ellipse, more a box)."""
-        wave = np.stack([np.cos(turn := np.linspace(0, 2 * np.pi, 29) + np.pi / 28), np.sin(turn)], 1)
-        self.grid(np.stack([np.column_stack([np.sign(wave) * abs(wave) ** (2 / p) * (rx, ry) + (0, y), 0 * turn + z])
-                            for rx, ry, z, p in rings]), color)
+        turn, (rx, ry, z, p) = np.linspace(0, 2 * np.pi, 29) + np.pi / 28, np.array(rings, float).T[..., None]  # (R, 1)
+        x, dy = (np.sign(of) * abs(of) ** (2 / p) * r for of, r in ((np.cos(turn), rx), (np.sin(turn), ry)))
+        self.grid(np.stack([0 + x, y + dy, z + 0 * turn], -1), color)
 
     def tap(self, x, z):
         color, h = self.paint("steel steel brass dark"), z + self.u(0.08, 0.25)
@@ -182,7 +181,6 @@ class Shape:
         self.cells(color, *doors, 0.005, self.paint("steel dark white"))
         if w > 0.78 and self.u() < 0.5:
             self.box(self.paint("dark"), (0.1 * w, 0.35 * w), (-d - 0.023, -d), (h * 0.5, h * 0.65))
-        return "floor", 0
 
     def toilet(self):
         rx, ry, h, hung = self.u(0.17, 0.2), self.u(0.22, 0.28), self.u(0.37, 0.44), self.u() < 0.3
@@ -209,7 +207,6 @@ class Shape:
         self.lathe(color, -d, (w, d, h, p), (w - rim, d - rim, h, inner), (0.85 * w, 0.75 * d, h * 0.5, inner),
                    (0.75 * w, 0.6 * d, 0.1, inner), (0, 0, 0.09, 2))
         self.tap(self.pick(-0.7, 0, 0.7) * w, h)
-        return "floor", 0
 
     def counter(self):
         w, d, h, plinth = self.u(1.0, 3.0), self.u(0.5, 0.65), self.u(0.82, 1.0), self.paint("dark")
@@ -224,7 +221,6 @@ class Shape:
         self.cells(color * 0.97, *doors, 0.006, self.paint("steel dark brass"))
         if self.u() < 0.4:
             self.box(top, (0, w), (-0.02, 0), (h, h + self.u(0.1, 0.5)))
-        return "floor", 0
 
     def door(self):
         w, h, edge, y = self.u(0.7, 1.0), self.u(1.95, 2.15), self.u(0.04, 0.09), -self.u(0.02, FLAT - 0.05)
@@ -253,29 +249,22 @@ class Shape:
         w, d, h, full = self.u(0.5, 1.2), self.u(0.25, 0.4), self.u(0.9, 2.2), self.u(0.3, 1)
         color, shelves = self.paint("wood wood white dark any"), round(h / self.u(0.28, 0.4))
         levels = np.linspace(0.05, h - 0.02, shelves + 1)
-        for x, y in (((0, 0.02), -d), ((w - 0.02, w), -d), ((0, w), -0.01)):
-            self.box(color, x, (y, 0), (0, h))
-        for z in levels:
-            self.box(color, (0, w), (-d, 0), (z, z + 0.02))
+        sides = ((0, 0.02), -d, 0, h), ((w - 0.02, w), -d, 0, h), ((0, w), -0.01, 0, h)
+        for x, y, low, high in (*sides, *(((0, w), -d, z, z + 0.02) for z in levels)):
+            self.box(color, x, (y, 0), (low, high))
         for z in levels[:-1]:
             ends = np.cumsum(self.u(0.02, 0.1, 40))
             for x in zip(ends, ends[1:][ends[1:] < w - 0.03]):
                 if self.u() < full and len(self.parts) < 120:
                     y, tall = (-d * self.u(0.7, 0.95), -0.02), self.u(0.55, 0.95) * (levels[1] - levels[0])
                     self.box(self.paint("any any white dark"), x, y, (z, z + tall))
-        return "floor", 0
 
 
 def parametric(label, rng):
-    """A random model of a class of RANDOM, whose name is the class; rng: numpy Generator. Raises KeyError: another."""
-    if label not in RANDOM:
-        raise KeyError(f"no random {label!r}; choose from {RANDOM}")
-    place, elevation = getattr(shape := Shape(label, rng), label.split()[-1])()
-    vertices, faces, color = zip(*shape.parts)
-    first = np.cumsum([0, *map(len, vertices)])
-    return _model(label, label, place, elevation, np.concatenate(vertices),
-                  np.concatenate([rows + start for rows, start in zip(faces, first)]),
-                  np.concatenate([np.broadcast_to(one, rows.shape) for one, rows in zip(color, faces)]))
+    """A random Model of a class of RANDOM, whose name is the class; rng: numpy Generator."""
+    shape = Shape(label, rng)
+    place, elevation = getattr(shape, label.split()[-1])() or ("floor", 0)
+    return _centred(label, label, place, elevation, *map(np.concatenate, zip(*shape.parts)))
 
 
 def welded(vertices, faces, cell):
@@ -286,11 +275,25 @@ def welded(vertices, faces, cell):
     return vertices, faces[np.unique(np.sort(faces, axis=1), axis=0, return_index=True)[1]]
 
 
+def thinned(vertices, faces, most):
+    """At most so many triangles of a surface: vertices, faces."""
+    if len(faces) <= most:
+        return vertices, faces
+    from fast_simplification import simplify
+    from trimesh.triangles import area
+
+    fewer = simplify(np.float32(vertices), faces, target_count=most)
+    found = welded(*fewer, 1e-5)
+    if area(fewer[0][fewer[1]]).sum() < 0.7 * area(vertices[faces]).sum() or len(found[1]) > most:  # it eats leaves
+        tries = (welded(vertices, faces, cell) for cell in np.geomspace(0.004, 4, 80))
+        return next(found for found in tries if len(found[1]) <= most)
+    return found
+
+
 def convert(path, item, most):
     """The .obj of an item of a catalogue in at most so many triangles: vertices (V, 3) m, faces, color (F, 3)."""
     import trimesh
     from scipy.spatial import cKDTree
-    from trimesh.triangles import area
 
     parts = [part for part in trimesh.load_scene(path, process=False).dump() if len(part.faces)]
     turn = np.array(item.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float).reshape(3, 3)
@@ -298,30 +301,22 @@ def convert(path, item, most):
     low, high = (of(np.concatenate(places), axis=0) for of in (np.min, np.max))
     scale = [float(item[key]) for key in ("width", "depth", "height")] / np.maximum(high - low, 1e-6) / 100
     places = [(vertices - low) * scale for vertices in places]
-    counts = budgets = np.array([len(part.faces) for part in parts])
-    sizes = np.array([area(vertices[part.faces]).sum() ** 0.5 + 1e-3 for vertices, part in zip(places, parts)])
-    for share in np.geomspace(1e6, 1, 2000):  # small parts keep all, the others share by size
-        budgets = budgets if budgets.sum() <= most else np.floor(np.minimum(counts, share * sizes))
+    counts = np.array([len(part.faces) for part in parts])
+    sizes = [trimesh.triangles.area(place[part.faces]).sum() ** 0.5 + 1e-3 for place, part in zip(places, parts)]
+    shares = (np.floor(np.minimum(counts, share * np.array(sizes))) for share in np.geomspace(1e6, 1, 2000))
+    budgets = next(budgets for budgets in shares if budgets.sum() <= most)  # small parts keep all
     mesh, total = [], 0
     for part, place, budget in zip(parts, places, budgets):
-        points, triangles = vertices, faces = welded(place, part.faces, 1e-4)
-        if len(faces) > budget:
-            from fast_simplification import simplify
-
-            fewer = simplify(np.float32(vertices), faces, target_count=budget)
-            if area(fewer[0][fewer[1]]).sum() > 0.7 * area(vertices[faces]).sum():  # it eats leaves
-                points, triangles = welded(*fewer, 1e-5)
-        for cell in np.geomspace(0.004, 4, 80):  # what is still too much
-            points, triangles = (points, triangles) if len(triangles) <= budget else welded(vertices, faces, cell)
+        vertices, faces = thinned(*welded(place, part.faces, 1e-4), budget)
         material, uv = getattr(part.visual, "material", None), getattr(part.visual, "uv", None)
-        color = np.tile(np.asarray(getattr(material, "diffuse", [128] * 3))[:3], (len(triangles), 1))
-        if getattr(material, "image", None) is not None and uv is not None and len(triangles):  # the mean nearby
+        color = np.tile(np.asarray(getattr(material, "diffuse", [128] * 3))[:3], (len(faces), 1))
+        if uv is not None and material.image is not None and len(faces):  # the mean nearby
             pixels, mix = np.asarray(material.image.convert("RGB")), np.random.default_rng(0).dirichlet((1, 1, 1), 16)
             u, v = np.nan_to_num(mix @ uv[part.faces]).reshape(-1, 2).T % 1
-            near = cKDTree((mix @ place[part.faces]).reshape(-1, 3)).query(points[triangles].mean(1), k=16)[1]
+            near = cKDTree((mix @ place[part.faces]).reshape(-1, 3)).query(vertices[faces].mean(1), k=16)[1]
             color = pixels[np.int64((1 - v) * (len(pixels) - 1)), np.int64(u * (pixels.shape[1] - 1))][near].mean(1)
-        mesh.append((points, triangles + total, color))
-        total += len(points)
+        mesh.append((vertices, faces + total, color))
+        total += len(vertices)
     vertices, faces, color = map(np.concatenate, zip(*mesh))
     used, faces = np.unique(faces, return_inverse=True)
     return vertices[used] - vertices[used].min(0), faces.reshape(-1, 3), color
@@ -343,8 +338,7 @@ def make(folder):
                 if row:
                     own = "".join(file.read_text(errors="ignore") for file in path.parent.glob("*LICENSE*"))
                     licence = "CC-BY 3.0" if "Attribution 3.0" in own else LICENCES[library.stem]  # not CC0 as the rest
-                    cells = " | ".join((name, *row.groups(), item["creator"], licence))
-                    text = text.replace(row[0], f"| {cells} |")
+                    text = text.replace(row[0], f"| {' | '.join((name, *row.groups(), item['creator'], licence))} |")
                     vertices, faces, color = convert(path, item, MOST // (1 + (row[1] == "-")))
                     if row[1] in ("window", "door"):
                         vertices[:, 1] *= min(1, FLAT / vertices[:, 1].max())

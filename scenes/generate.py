@@ -1,7 +1,4 @@
-"""What the generators of rooms share: footprints, cameras, the scene folder written, splits made in parallel.
-
-A generator is a module with `write_scene(folder, seed, image_size, ...)` and `generate`, which calls the one here.
-"""
+"""What the generators of rooms share: footprints, cameras, the scene folder written, splits made in parallel."""
 
 import argparse
 import inspect
@@ -23,10 +20,10 @@ PITCHES = (0, 0.2), (0.3, 0.55)     # rad below the horizon, of cameras to choos
 
 
 def turn(vectors, yaw):
-    """Vectors (N, 3) turned about z by `yaw` rad, one for all or (N,). scipy's Rotation would change the last bits."""
+    """Vectors (..., 3) turned about z by `yaw` rad, one or (...). scipy's Rotation would change the last bits."""
     c, s = np.cos(yaw), np.sin(yaw)
-    x, y, z = vectors.T
-    return np.stack([c * x - s * y, s * x + c * y, z], axis=1)
+    x, y, z = np.moveaxis(np.asarray(vectors), -1, 0)
+    return np.stack([c * x - s * y, s * x + c * y, z], axis=-1)
 
 
 def footprints_overlap(a, b, margin):
@@ -122,23 +119,18 @@ def read_spec(root):
     """What the rooms of a folder were made with: the dict of its rooms.json, {} without one; broken: ValueError."""
     spec = Path(root, "rooms.json")
     try:
-        found = json.loads(spec.read_text()) if spec.exists() else {}
-    except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
-        raise ValueError(f"{spec}: expected a JSON object, found {found}; delete {root} and generate the rooms anew")
-    return found
+        return dict(json.loads(spec.read_text())) if spec.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{spec}: expected a JSON object, found {error}; delete {root} and make it anew") from error
 
 
 def generate(root, write_scene, counts, generator, seed, workers, image_size, **more):
     """Make the rooms of <root>/<split> that are not there yet, and return their number.
 
-    Args:
-        root:        folder of the data set; <root>/rooms.json records what it was made with.
-        write_scene: function of folder, seed (3 int), image_size and more.
-        counts:      {split: number of rooms}; rooms beyond it are left alone.  generator: which, and its version.
-        seed:        int >= 0.  workers: number of processes, None: one a CPU core.
-        image_size:  (width, height) of the frames.  more: what else the rooms are made with.
+    root: folder of the data set; <root>/rooms.json records what it was made with.  write_scene: function of folder,
+    seed (3 int), image_size and more.  counts: {split: number of rooms}; rooms beyond it are left alone.  generator:
+    which, and its version.  seed: int >= 0.  workers: number of processes, None: one a CPU core.  image_size: (width,
+    height) of the frames.  more: what else the rooms are made with.
 
     Raises ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
     """
@@ -153,7 +145,7 @@ def generate(root, write_scene, counts, generator, seed, workers, image_size, **
     if not found and any(any(root.glob(f"{split}/[!.]*")) for split in counts):
         raise ValueError(f"{root} holds scenes but no rooms.json, so they are not generated rooms; "
                          "choose another folder with --out")
-    for name in (*(split for split in counts if counts[split] or split in ("train", "val")), ".unfinished"):
+    for name in (*counts, ".unfinished"):
         (root / name).mkdir(parents=True, exist_ok=True)
     if not found:
         (root / "rooms.json").write_text(json.dumps(asked) + "\n")
@@ -177,16 +169,13 @@ def complete(generate, root):
 
 def main(generate, module):
     """The command line of a generator; its flags and their defaults are the arguments of its `generate`."""
-    parser = argparse.ArgumentParser(f"python -m {module}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
-    texts = {"root": "folder of the data set", "seed": "same seed, same bytes", "setting": "what rooms are made with"}
-    for name in (name for name in flags if name not in ("workers", "image_size")):
-        parser.add_argument(f"--{name}".replace("root", "out"), dest=name, default=flags[name],
-                            type=type(flags[name]), help=texts.get(name, f"number of {name} rooms"))
+    parser = argparse.ArgumentParser(f"python -m {module}")
+    for name, default in ((name, flag.default) for name, flag in inspect.signature(generate).parameters.items()):
+        if name not in ("workers", "image_size"):
+            parser.add_argument(f"--{name}", default=default, type=type(default), help="default: %(default)s")
     args = vars(parser.parse_args())
     try:
         made = generate(**args)
     except ValueError as error:
         parser.error(str(error))
-    there = sum(value for name, value in args.items() if name not in texts) - made
-    print(f"{args['root']}: {made} rooms made, {there} were there")
+    print(f"{args['out']}: {made} rooms made")

@@ -69,20 +69,11 @@ LAYOUTS = {
 }
 KINDS, WET, FLOORS = list(LAYOUTS), ("bathroom", "washroom"), ("plain", "carpet", "tiles", "boards", "boards")
 WHITE = ("refrigerator", "toilet", "bathtub", "sink")       # seldom painted in another colour
-# class -> share of its pieces that are random models, as the pack has few or similar ones
-MADE = {"window": 0.6, "curtain": 0.8, "shower curtain": 0.8, "picture": 0.9, "refrigerator": 0.6, "toilet": 0.5,
-        "bathtub": 0.6, "counter": 0.9, "door": 0.5, "sink": 0.5, "bookshelf": 0.3}
-
-
 
 @cache
 def pack(held_out):
-    """{class: list of (model, its size (3,) m)} of the pack: what is held out, or the others."""
-    models = {}
-    for model in furniture.load():
-        if furniture.hidden(model) == held_out:
-            models.setdefault(model.label, []).append((model, np.ptp(model.vertices, axis=0)))
-    return models
+    """The models of the pack: those that are held out, or the others."""
+    return [model for model in furniture.load() if furniture.hidden(model) == held_out]
 
 
 def some_color(rng, of="thing"):
@@ -113,15 +104,23 @@ def texture(rng, kind, color):
     return paint
 
 
-def facing(inward):
-    """The yaw that turns a front, -y, into a direction (2,)."""
-    return math.atan2(inward[0], -inward[1])
+class Wall:
+    """A wall of a length in m from one corner to another, (2,); holes: list of (low, high along it, low, high z)."""
+
+    def __init__(self, start, end):
+        self.start, self.length, self.holes = start, np.linalg.norm(end - start), []
+        x, y = (end - start) / self.length
+        self.along, self.inward, self.yaw = np.array([x, y, 0]), np.array([-y, x, 0]), math.atan2(-y, -x)
+
+    def at(self, right, front=0.0, up=0.0):
+        """A place (3,): right along the wall, front into the room."""
+        return np.append(self.start, up) + self.along * right + self.inward * front
 
 
 class Room:
     """A room that is being furnished.
 
-    size: (3,) m.  walls: list of (origin (2,), along (2,), inward (2,), length, holes (low, high on it, low, high z)).
+    size: (3,) m.  notch: (2,), an L lacks what lies beyond it.  walls: list of Wall.
     taken: upright boxes (x, y, yaw, half width, half depth, low z, high z) of what is in the way.
     parts: as in scan.Triangles, with the box of each, None where it is no model.
     """
@@ -130,21 +129,18 @@ class Room:
         self.rng, self.setting, self.kind, self.parts, self.taken = rng, setting, kind, [], []
         w, d, h = self.size = np.array([*rng.uniform(*LAYOUTS[kind][0], 2), rng.uniform(2.35, 2.9)])
         corners, self.notch = [(0, 0), (w, 0), (w, d), (0, d)], np.array([w, d])
-        if min(w, d) > 3.4 and rng.random() < 0.35:          # an L: it lacks what lies beyond the notch
+        if min(w, d) > 3.4 and rng.random() < 0.35:
             a, b = self.notch = self.notch * rng.uniform(0.5, 0.75, 2)
             corners[2:3] = [(w, b), (a, b), (a, d)]
             self.taken.append(((w + a) / 2, (d + b) / 2, 0.0, (w - a) / 2, (d - b) / 2, 0.0, h))
-        self.walls = []
-        for start, end in zip(np.array(corners), np.roll(corners, -1, axis=0)):
-            x, y = along = (end - start) / np.linalg.norm(end - start)
-            self.walls.append((start, along, np.array([-y, x]), np.linalg.norm(end - start), []))
+        self.walls = [*map(Wall, np.array(corners), np.roll(corners, -1, axis=0))]
 
-    def pick(self, label, fits=lambda model, size: model.place != "top"):
+    def pick(self, label, fits=lambda model: model.place != "top"):
         """A model of a class by chance, out of those that fit; None where none does."""
-        models = [model for model, size in pack(self.setting.held_out).get(label, []) if fits(model, size)]
-        if label in MADE and (self.rng.random() < MADE[label] or not models):
-            made = (furniture.parametric(label, self.rng) for _ in range(50))
-            return next((model for model in made if fits(model, np.ptp(model.vertices, axis=0))), None)
+        models = [model for model in pack(self.setting.held_out) if model.label == label and fits(model)]
+        share = furniture.RANDOM.get(label, 0)
+        if share and (self.rng.random() < share or not models):
+            return next(filter(fits, (furniture.parametric(label, self.rng) for _ in range(50))), None)
         return models[self.rng.integers(len(models))] if models else None
 
     def repaint(self, color, label):
@@ -159,50 +155,50 @@ class Room:
 
         Returns its box; None where something but the box `ignore` is in the way and check is true.
         """
-        rng, own = self.rng, np.maximum(np.ptp(model.vertices, axis=0), 1e-3)
+        rng, own = self.rng, np.maximum(model.size, 1e-3)
         size = own * rng.uniform(0.93, 1.07) * rng.uniform(0.96, 1.04, 3) if size is None else np.array(size)
         z = model.elevation if z is None else z
         low = 0.0 if model.place == "wall" and z < 1 else z  # nothing stands under a sink
-        box, (c, s) = (x, y, yaw, *size[:2] / 2, low, z + size[2]), (abs(math.cos(yaw)), abs(math.sin(yaw)))
+        box, c, s = (x, y, yaw, *size[:2] / 2, low, z + size[2]), abs(math.cos(yaw)), abs(math.sin(yaw))
         reach = np.array([c * size[0] + s * size[1], s * size[0] + c * size[1]]) / 2 - 0.02
         if check and (box[6] > self.size[2] or ((x, y) < reach).any() or ((x, y) > self.size[:2] - reach).any() or any(
                 footprints_overlap(box, other, margin) for other in self.taken if other is not ignore)):
             return None
-        vertices = turn(model.vertices / own * size * (rng.choice((-1, 1)), 1, 1), yaw) + np.array((x, y, z))
-        self.parts.append((vertices[model.faces], self.repaint(model.color, model.label), model.label, None, box))
+        triangles = turn(model.triangles / own * size * (rng.choice((-1, 1)), 1, 1), yaw) + np.array((x, y, z))
+        self.parts.append((triangles, self.repaint(model.color, model.label), model.label, None, box))
         self.taken.append(box)
         return box
 
     def quad(self, corner, along, up, label, color, paint=None):
         """A rectangle corner + a along + b up, 0 <= a, b <= 1."""
-        a, b, c, d = corner, corner + along, corner + along + up, corner + up
+        a, b, c, d = corner + np.array([(0, 0, 0), along, np.add(along, up), up])
         self.parts.append((np.array([(a, b, c), (a, c, d)]), np.tile(color, (2, 1)), label, paint, None))
 
-    def stand(self, model, amid=False, z=None, tries=40):
+    def stand(self, model, amid=False, z=None):
         """Put a model somewhere with its back to a wall, or amid the room; its box or None."""
-        rng, (w, d, _) = self.rng, np.ptp(model.vertices, axis=0) * 1.08
-        for _ in range(tries):
+        rng, (w, d, _) = self.rng, model.size * 1.08
+        for _ in range(40):
             x, y = rng.uniform(0.4, self.size[:2] - 0.4)
             yaw = rng.integers(4) * math.pi / 2 + rng.normal(0, 0.06)
-            origin, along, inward, length, _ = self.walls[rng.integers(len(self.walls))]
+            wall = self.walls[rng.integers(len(self.walls))]
             if not amid:
-                at = w / 2 + (length - w) * (rng.random() if rng.random() < 0.8 else rng.integers(2))
-                gap, yaw = 0.0 if model.place == "wall" else abs(rng.normal(0, 0.03)), facing(inward)
-                x, y = origin + along * at + inward * (d / 2 + gap)
-            if (amid or w < length) and (box := self.put(model, x, y, yaw, z, margin=0.3 if amid else 0.03)):
+                at = w / 2 + (wall.length - w) * (rng.random() if rng.random() < 0.8 else rng.integers(2))
+                gap = 0.0 if model.place == "wall" else abs(rng.normal(0, 0.03))
+                (x, y, _), yaw = wall.at(at, d / 2 + gap), wall.yaw
+            if (amid or w < wall.length) and (box := self.put(model, x, y, yaw, z, margin=0.3 if amid else 0.03)):
                 return box
         return None
 
     def beside(self, box, model, right, front, yaw=0.0, **how):
         """Put a model at (right, front) m from the middle of a box, in its frame: front is where it looks."""
-        x, y, _ = turn(np.array([(right, -front, 0.0)]), box[2])[0]
+        x, y, _ = turn((right, -front, 0.0), box[2])
         return self.put(model, box[0] + x, box[1] + y, box[2] + yaw, **how)
 
-    def on_top(self, box, model, jitter=0.3, tries=8):
+    def on_top(self, box, model, jitter=0.3):
         """Put a model on the piece of a box, where that is level; its box or None."""
-        rng, half = self.rng, np.ptp(model.vertices, axis=0)[:2] / 2
+        rng, half = self.rng, model.size[:2] / 2
         support = Triangles([next(part for part in self.parts if part[4] is box)])
-        for _ in range(tries):
+        for _ in range(8):
             right, front = rng.uniform(-1, 1, 2) * np.maximum(np.array(box[3:5]) - half - 0.02, 0)
             feet = np.array([(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]) * half * 0.8 + (right, -front)
             above = turn(np.column_stack([feet, np.full(5, 9.0)]), box[2]) + np.array((*box[:2], 0))
@@ -215,11 +211,11 @@ class Room:
     def clutter(self, box, most):
         """Small things on top of the piece of a box, if there is one."""
         for _ in range(self.rng.integers(0, most + 1) if box else 0):
-            small = self.pick("", lambda m, size: m.place == "top" and (size < (1.8 * box[3], 1.8 * box[4], 0.8)).all())
+            small = self.pick("", lambda m: m.place == "top" and (m.size < (1.8 * box[3], 1.8 * box[4], 0.8)).all())
             if small is None or self.rng.random() < 0.4:
-                vertices, faces = furniture.box((0, 0, 0), self.rng.uniform((0.05, 0.05, 0.02), (0.3, 0.25, 0.3)))
-                vertices = vertices - [*vertices.mean(axis=0)[:2], 0]
-                small = furniture.Model("box", "", "top", 0.0, vertices, faces, np.full((12, 3), 128, np.uint8))
+                w, d, h = self.rng.uniform((0.05, 0.05, 0.02), (0.3, 0.25, 0.3))
+                block = furniture.box((-w / 2, w / 2), (-d / 2, d / 2), (0, h))
+                small = furniture.Model("box", "", "top", 0.0, block, np.full((12, 3), 128))
             self.on_top(box, small)
 
     def add(self, what):
@@ -228,8 +224,8 @@ class Room:
             return self.opening(what)
         rng, high = self.rng, self.kind != "living room"
         hung = what == "picture" or (what == "" and rng.random() < 0.4)
-        model = self.pick(what, lambda m, size: m.place == "wall" if hung else m.place == "floor" if what == "" else
-                          m.place != "top" and (what != "table" or (size[2] > 0.6) == high))
+        model = self.pick(what, lambda m: m.place == "wall" if hung else m.place == "floor" if what == "" else
+                          m.place != "top" and (what != "table" or (m.size[2] > 0.6) == high))
         amid = rng.random() < {"table": 0.85, "chair": 0.4, "sofa": 0.25, "": 0.3}.get(what, 0) and not hung
         box = model and self.stand(model, amid, rng.uniform(1.1, 1.7) if hung else None)
         if not box or hung:
@@ -237,23 +233,21 @@ class Room:
         w, d, top = 2 * box[3], 2 * box[4], box[6]
         if what == "bed":
             for side in (-1, 1):
-                stand = (self.pick("", lambda m, size: "bedside" in m.name)
-                         or self.pick("cabinet", lambda m, size: size[2] < 0.7))
+                stand = self.pick("", lambda m: "bedside" in m.name) or self.pick("cabinet", lambda m: m.size[2] < 0.7)
                 if rng.random() < 0.6 and stand:
-                    size = np.ptp(stand.vertices, axis=0)
-                    self.clutter(self.beside(box, stand, side * (w + size[0] + 0.15) / 2, (size[1] - d + 0.1) / 2), 2)
+                    right, front = side * (w + stand.size[0] + 0.15) / 2, (stand.size[1] - d + 0.1) / 2
+                    self.clutter(self.beside(box, stand, right, front), 2)
         elif what in ("desk", "table") and top > 0.6:
             self.chairs(box, 1 if what == "desk" else 4)
         elif what == "sofa" and rng.random() < 0.6:
-            if table := self.pick("table", lambda m, size: size[2] < 0.56):
-                front = (d + np.ptp(table.vertices[:, 1])) / 2 + 0.4
-                self.clutter(self.beside(box, table, rng.normal(0, 0.15), front), 3)
+            if table := self.pick("table", lambda m: m.size[2] < 0.56):
+                self.clutter(self.beside(box, table, rng.normal(0, 0.15), (d + table.size[1]) / 2 + 0.4), 3)
         elif what == "counter":
-            if sink := self.pick("sink", lambda m, size: m.place == "top"):
+            if sink := self.pick("sink", lambda m: m.place == "top"):
                 self.on_top(box, sink, jitter=0.0)
             for right in np.arange(0.4, w - 0.2, 0.7) - w / 2:
-                if rng.random() < 0.6 and (upper := self.pick("cabinet", lambda m, size: m.place == "wall")):
-                    self.beside(box, upper, right, (np.ptp(upper.vertices[:, 1]) - d) / 2, ignore=box)
+                if rng.random() < 0.6 and (upper := self.pick("cabinet", lambda m: m.place == "wall")):
+                    self.beside(box, upper, right, (upper.size[1] - d) / 2, ignore=box)
         elif what == "bathtub":                              # a curtain, drawn to a part of it
             share, low, high = rng.uniform(0.35, 0.95), rng.uniform(0.1, 0.4), rng.uniform(1.8, 2.05)
             self.beside(box, self.pick("shower curtain"), rng.choice((-1, 1)) * (1 - share) * w / 2, d / 2 + 0.03,
@@ -263,95 +257,91 @@ class Room:
 
     def chairs(self, box, sides):
         """Chairs at a table's box, fronts to it, now and then one missing: on its front or on all four sides."""
-        chair = self.pick("chair", lambda m, size: size[0] < 0.75 and size[2] < 1.2)
+        rng, chair = self.rng, self.pick("chair", lambda m: m.size[0] < 0.75 and m.size[2] < 1.2)
         for side in range(sides):
             width, across = (box[3:5], box[4:2:-1])[side % 2]
-            count = 1 if sides == 1 else int(2 * width / self.rng.uniform(0.65, 0.9))
-            for seat in np.arange(count)[self.rng.random(count) < 0.85]:
-                out = across + np.ptp(chair.vertices[:, 1]) / 2 - self.rng.uniform(-0.25, 0.2)
-                yaw, along = side * math.pi / 2, ((2 * seat + 1) / count - 1) * width
-                right, down, _ = turn(np.array([(along, -out, 0.0)]), yaw)[0]
-                self.beside(box, chair, right, -down, yaw + math.pi + self.rng.normal(0, 0.25), ignore=box)
+            count = 1 if sides == 1 else int(2 * width / rng.uniform(0.65, 0.9))
+            for seat in np.arange(count)[rng.random(count) < 0.85]:
+                out, yaw = across + chair.size[1] / 2 - rng.uniform(-0.25, 0.2), side * math.pi / 2
+                right, down, _ = turn((((2 * seat + 1) / count - 1) * width, -out, 0.0), yaw)
+                self.beside(box, chair, right, -down, yaw + math.pi + rng.normal(0, 0.25), ignore=box)
 
-    def opening(self, kind, tries=20):
+    def opening(self, kind):
         """Cut a door, passage or window into a wall with room for it, and fill it."""
         rng = self.rng
         width, low, high = (rng.uniform(*pair) for pair in {
             "door": ((0.8, 1.0), (0, 0), (1.95, 2.1)), "passage": ((0.8, 1.6), (0, 0), (2.0, 2.2)),
             "window": ((0.6, 2.2), (0.5, 1.1), (1.9, 2.25))}[kind])
         swing = rng.choice((-1, 1)) * rng.uniform(1.0, 2.0) * (kind == "door" and rng.random() < 0.4)
-        for _ in range(tries):
-            origin, along, inward, length, holes = wall = self.walls[rng.integers(len(self.walls))]
-            at, clear = width / 2 + 0.15 + rng.random() * (length - width - 0.3), 0.1 if low else 0.9
-            middle, yaw = origin + along * at, facing(inward)
-            keep = (*(middle + inward * clear / 2), yaw, width / 2 + 0.05, clear / 2, low, high)
-            if width + 0.3 < length and not any(footprints_overlap(keep, other, 0.0) for other in self.taken):
+        for _ in range(20):
+            wall = self.walls[rng.integers(len(self.walls))]
+            at, clear = width / 2 + 0.15 + rng.random() * (wall.length - width - 0.3), 0.1 if low else 0.9
+            keep = (*wall.at(at, clear / 2)[:2], wall.yaw, width / 2 + 0.05, clear / 2, low, high)
+            if width + 0.3 < wall.length and not any(footprints_overlap(keep, other, 0.0) for other in self.taken):
                 break
         else:
             return
-        holes.append((at - width / 2, at + width / 2, low, high))
-        frame = (*(middle - inward * rng.uniform(0.03, 0.1)), yaw, width / 2, 0.0, low, high)
+        wall.holes.append((at - width / 2, at + width / 2, low, high))
+        frame = (*wall.at(at, -rng.uniform(0.03, 0.1))[:2], wall.yaw)
         if kind != "passage":                                # an open door turns into the room about one end
             hinge = np.sign(swing) * width / 2
-            x, y, _ = turn(np.array([(hinge, 0.0, 0.0)]), swing)[0]
+            x, y, _ = turn((hinge, 0.0, 0.0), swing)
             self.beside(frame, self.pick(kind), hinge - x, y, swing, z=low, size=(width, 0.08, high - low), check=False)
         if kind == "window" and rng.random() < 0.65:
             low = rng.uniform(0.02, 0.15) if rng.random() < 0.5 else low - 0.1
             model, span, up = self.pick("curtain"), width + 0.3, min(high + 0.15, self.size[2] - 0.03) - low
             for side in ((-1,), (1,), (-1, 1), (-1, 1), (-1, 1))[rng.integers(5)]:
                 share = rng.uniform(0.15, 0.5)
-                self.beside((*middle, yaw), model, side * (1 - share) * span / 2, 0.08, z=low, check=False,
-                            size=(share * span, 0.1, up))
+                self.beside((*wall.at(at)[:2], wall.yaw), model, side * (1 - share) * span / 2, 0.08, z=low,
+                            size=(share * span, 0.1, up), check=False)
         if kind == "passage" or swing:
             self.corridor(wall, at, width)
         self.taken.append(keep)
 
     def corridor(self, wall, at, width):
         """A piece of what lies behind an opening, now and then with a piece of furniture at its end."""
-        rng, (origin, along, inward, length, _) = self.rng, wall
-        left, right = max(0, at - width / 2 - rng.uniform(0, 1)), min(length, at + width / 2 + rng.uniform(0, 1))
+        rng = self.rng
+        left, right = max(0, at - width / 2 - rng.uniform(0, 1)), min(wall.length, at + width / 2 + rng.uniform(0, 1))
         far, color = rng.uniform(0.9, 2.5), some_color(rng, "wall")
-        start, across, out = (np.append(v, 0) for v in (
-            origin + along * left - inward * THICK, along * (right - left), -inward * far))
+        start, across, out = wall.at(left, -THICK), wall.along * (right - left), -wall.inward * far
         self.quad(start, across, out, "floor", color, texture(rng, rng.choice(FLOORS), some_color(rng, "wood")))
         for corner, side in ((start, out), (start + across, out), (start + out, across)):
-            self.quad(corner, side, np.array([0, 0, self.size[2]]), "wall", color)
+            self.quad(corner, side, (0, 0, self.size[2]), "wall", color)
         model = self.pick(rng.choice(("cabinet", "bookshelf", "chair")))
-        if rng.random() < 0.4 and (np.ptp(model.vertices[:, :2], axis=0) < (right - left, far - 0.3)).all():
-            end = start + across / 2 + out * (1 - (np.ptp(model.vertices[:, 1]) / 2 + 0.06) / far)
-            self.put(model, *end[:2], facing(inward), check=False)
+        if rng.random() < 0.4 and (model.size[:2] < (right - left, far - 0.3)).all():
+            end = start + across / 2 + out * (1 - (model.size[1] / 2 + 0.06) / far)
+            self.put(model, *end[:2], wall.yaw, check=False)
 
     def shell(self):
         """Floor, walls with their holes, skirting, now and then a strip of ceiling."""
         rng, (w, d, h), (a, b), paint = self.rng, self.size, self.notch, self.setting.paint
         tiled, kind = self.kind in WET and rng.random() < 0.6, rng.choice(FLOORS)
         floor = texture(rng, "tiles" if tiled else kind, some_color(rng, "wood" if kind == "boards" else "thing"))
-        self.quad(np.zeros(3), np.array([w, 0, 0]), np.array([0, b, 0]), "floor", np.ones(3), floor)
+        self.quad((0, 0, 0), (w, 0, 0), (0, b, 0), "floor", np.ones(3), floor)
         if b < d:
-            self.quad(np.array([0, b, 0]), np.array([a, 0, 0]), np.array([0, d - b, 0]), "floor", np.ones(3), floor)
+            self.quad((0, b, 0), (a, 0, 0), (0, d - b, 0), "floor", np.ones(3), floor)
         main, skirting = some_color(rng, "wall") if paint else np.full(3, 0.9), some_color(rng, "wall")
         skirted = rng.random() < 0.6
-        for origin, along, inward, length, holes in self.walls:
+        for wall in self.walls:
             color = some_color(rng, "wall") if paint and rng.random() < 0.15 else main
             striped = paint and rng.random() < 0.15
             cover = texture(rng, "tiles" if tiled else "stripes" if striped else "plain", color)
-            start, u, out = np.append(origin, 0), np.append(along, 0), np.append(-inward * THICK, 0)
-            xs, zs = (np.unique([0, end, *(x for hole in holes for x in hole[i:i + 2])])
-                      for i, end in ((0, length), (2, h)))
+            xs = np.unique([0, wall.length, *(x for hole in wall.holes for x in hole[:2])])
+            zs = np.unique([0, h, *(z for hole in wall.holes for z in hole[2:])])
             for x, width in zip(xs, np.diff(xs)):            # the wall in rectangles, those of the holes left out
                 for z, height in zip(zs, np.diff(zs)):
-                    if not any(hole[0] <= x < hole[1] and hole[2] <= z < hole[3] for hole in holes):
-                        self.quad(start + u * x + [0, 0, z], u * width, np.array([0, 0, height]), "wall", color, cover)
+                    if not any(hole[0] <= x < hole[1] and hole[2] <= z < hole[3] for hole in wall.holes):
+                        self.quad(wall.at(x, 0, z), wall.along * width, (0, 0, height), "wall", color, cover)
                         if z == 0 and skirted:
-                            self.quad(start + u * x - out * 0.08, u * width, np.array([0, 0, 0.08]), "wall", skirting)
-            for left, right, low, high in holes:             # what is seen of the wall's thickness
+                            self.quad(wall.at(x, 0.08 * THICK), wall.along * width, (0, 0, 0.08), "wall", skirting)
+            for left, right, low, high in wall.holes:        # what is seen of the wall's thickness
                 for x in (left, right):
-                    self.quad(start + u * x + [0, 0, low], out, np.array([0, 0, high - low]), "wall", color)
+                    self.quad(wall.at(x, 0, low), -wall.inward * THICK, (0, 0, high - low), "wall", color)
                 for z in (low, high):
-                    self.quad(start + u * left + [0, 0, z], u * (right - left), out, "wall" if z else "floor", color)
+                    across, label = wall.along * (right - left), "wall" if z else "floor"
+                    self.quad(wall.at(left, 0, z), across, -wall.inward * THICK, label, color)
         if rng.random() < 0.12:
-            depth = np.array([0, b * rng.uniform(0.3, 1), 0])
-            self.quad(np.array([0, 0, h]), np.array([w, 0, 0]), depth, "", np.full(3, 0.9))
+            self.quad((0, 0, h), (w, 0, 0), (0, b * rng.uniform(0.3, 1), 0), "", np.full(3, 0.9))
 
 
 def furnish(rng, setting, kind):
@@ -381,12 +371,12 @@ def write_scene(folder, seed, image_size=(160, 120), setting="usual"):
     shared.save_scene(Path(folder), *scan(room, chosen, rng, image_size))
 
 
-def generate(root=ROOT, train=128, val=24, shifted=0, seed=0, workers=None, image_size=(160, 120), setting="usual"):
+def generate(out=ROOT, train=128, val=24, shifted=0, seed=0, workers=None, image_size=(160, 120), setting="usual"):
     """`scenes.generate.generate` of furnished rooms: make those that are not there yet, and return their number."""
     if setting not in SETTINGS:
         raise ValueError(f"unknown setting {setting!r}; choose from {', '.join(SETTINGS)}")
     counts = {"train": train, "val": val, "shifted": shifted}
-    return shared.generate(root, write_scene, counts, GENERATOR, seed, workers, image_size, setting=setting)
+    return shared.generate(out, write_scene, counts, GENERATOR, seed, workers, image_size, setting=setting)
 
 
 complete, main = partial(shared.complete, generate), partial(shared.main, generate, "scenes.rooms")

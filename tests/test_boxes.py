@@ -109,7 +109,7 @@ def test_all_patterns_have_the_same_mean_and_variance():
 
 def test_points_and_voxels_of_all_patterns_share_mean_variance_and_smoothness():
     rng, figures = np.random.default_rng(0), [[] for _ in boxes.PATTERNS]
-    for number in range(25):
+    for number in range(12):
         room = boxes.make_room(rng)
         points = boxes.sample_points(room, rng)
         if number < 3:
@@ -218,8 +218,8 @@ def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_others(root, 
         boxes.main()
         return capsys.readouterr().out
 
-    assert run("3") == f"{tmp_path}: 1 rooms made, 0 were there\n"
-    assert run("3") == f"{tmp_path}: 0 rooms made, 1 were there\n"
+    assert run("3") == f"{tmp_path}: 1 rooms made\n"
+    assert run("3") == f"{tmp_path}: 0 rooms made\n"
     made = np.load(tmp_path / "train" / "room_0000" / "coord.npy")
     np.testing.assert_array_equal(made, np.load(root / "train" / "room_0000" / "coord.npy"))
     with pytest.raises(SystemExit):
