@@ -1,10 +1,12 @@
-"""A checkpoint as the weights that come along: what prediction needs, in half precision.
+"""A checkpoint as the weights that come along: what prediction needs, in half precision, compressed.
 
     python -m experiments.ship runs/furnished/last.pt    # weights/small.pt, which predict.py takes without a checkpoint
 """
 
+import io
 import sys
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 
@@ -13,13 +15,17 @@ from predict import WEIGHTS
 
 
 def ship(checkpoint, path=WEIGHTS):
-    """Write path (.pt) from a checkpoint of train.py: weights in half precision, config with classes, no optimiser."""
-    state = runs.read_checkpoint(checkpoint)
-    model = {key: value.half() if value.ndim > 1 else value for key, value in state["model"].items()}
+    """Write path (.pt) from a checkpoint of train.py: weights as bfloat16, norms whole, config with its classes, no
+    optimiser; compressed, which torch.load reads."""
+    state, plain = runs.read_checkpoint(checkpoint), io.BytesIO()
+    model = {key: value.bfloat16() if value.ndim > 1 else value for key, value in state["model"].items()}
     config = state["config"] | {"data": "", "out": "", "cache": ""}
-    Path(path).parent.mkdir(exist_ok=True)
     torch.save({"model": model, "optimizer": {}, "next": state["next"], "row": state["row"], "ramp": state["ramp"],
-                "config": config}, path)
+                "config": config}, plain)
+    Path(path).parent.mkdir(exist_ok=True)
+    with ZipFile(plain) as parts, ZipFile(path, "w", ZIP_DEFLATED, compresslevel=9) as small:
+        for name in parts.namelist():
+            small.writestr(name, parts.read(name))
 
 
 if __name__ == "__main__":
