@@ -506,9 +506,9 @@ def test_a_voxel_samples_the_map_where_its_pixel_is_for_image_sizes_off_the_stri
 
 @pytest.mark.parametrize(("name", "epoch"), [
     *((name, epoch) for name in FEW for epoch in (10, 30, 50, 70)), ("MobileCLIP2-S0", 30)])  # timm's batch norms
-def test_nothing_of_a_pretrained_tower_moves_before_stage_three_and_all_of_it_trains_then_at_its_rate(
+def test_nothing_of_a_pretrained_tower_moves_before_epoch_41_and_all_of_it_trains_then_at_its_rate(
         make_bifusion, make_batch, row, train_steps, name, epoch):
-    model, held, trains = make_bifusion(name), row(epoch, pretrained=True, tower_rate=0.5), epoch == 70
+    model, held, trains = make_bifusion(name), row(epoch, pretrained=True, tower_rate=0.5), epoch > 40
     before, neck = (copy.deepcopy(part.state_dict()) for part in (model.tower.visual, model.tower.neck))
     optimizer = train_steps(model, held, make_batch(), steps=3)
     assert all((p.grad is not None) == trains for p in model.tower.visual.parameters())
