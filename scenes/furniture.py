@@ -136,10 +136,9 @@ class Shape:
             self.box(self.paint("bright bright bright any dark"), (0, w), (y[0] * 0.6, y[0] * 0.5), z)
         wings, (across, up) = self.rng.integers(1, 3 + (w > 1.4)), self.pick((1, 1), self.rng.integers(1, 4, 2))
         for posts, rails, thick in ((wings, 1, edge), (wings * up, across, edge / 3)):
-            for x in np.linspace(0, w, posts + 1):
-                self.box(color, np.clip((x - thick, x + thick), 0, w), y, (0, h))
-            for z in np.linspace(0, h, rails + 1):
-                self.box(color, (0, w), y, np.clip((z - thick, z + thick), 0, h))
+            bars = [((x - thick, x + thick), (0, h)) for x in np.linspace(0, w, posts + 1)]
+            for x, z in (*bars, *(((0, w), (z - thick, z + thick)) for z in np.linspace(0, h, rails + 1))):
+                self.box(color, np.clip(x, 0, w), y, np.clip(z, 0, h))
         if self.u() < 0.6:
             self.box(self.paint("white cream wood"), (-0.04, w + 0.04), (-self.u(0.1, 0.25), 0), (-0.03, 0))
         return "wall", low

@@ -70,6 +70,7 @@ LAYOUTS = {
 KINDS, WET, FLOORS = list(LAYOUTS), ("bathroom", "washroom"), ("plain", "carpet", "tiles", "boards", "boards")
 WHITE = ("refrigerator", "toilet", "bathtub", "sink")       # seldom painted in another colour
 
+
 @cache
 def pack(held_out):
     """The models of the pack: those that are held out, or the others."""

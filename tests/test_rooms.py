@@ -20,7 +20,7 @@ ARRAYS = {"coord": "f4", "color": "u1", "normal": "f4", "segment20": "i4", "inst
 def root(tmp_path_factory):
     """A usual room, as those of train are, and a shifted one, made by two processes."""
     folder = tmp_path_factory.mktemp("furnished")
-    assert rooms.generate(folder, train=0, val=1, shifted=1, seed=3, workers=2, image_size=SIZE) == 2
+    assert rooms.generate(folder, train=0, val=1, shifted=1, seed=2, workers=2, image_size=SIZE) == 2
     return folder
 
 
@@ -37,11 +37,11 @@ def scene(root, request):
 
 @pytest.fixture(scope="module")
 def plans():
-    """The first eight rooms of a val split, furnished, and the models that stand in them."""
+    """The first eight rooms of a val split, of a seed that needs few tries, furnished, and their models."""
     put, models = rooms.Room.put, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rooms.Room, "put", lambda self, model, *a, **k: models.append(model) or put(self, model, *a, **k))
-        rng = [np.random.default_rng((0, 1, i)) for i in range(len(rooms.KINDS))]
+        rng = [np.random.default_rng((2, 1, i)) for i in range(len(rooms.KINDS))]
         return [rooms.furnish(rng[i], rooms.USUAL, kind) for i, kind in enumerate(rooms.KINDS)], models
 
 
@@ -155,12 +155,12 @@ def test_without_the_scan_points_lie_exactly_on_all_surfaces_and_with_it_only_on
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(root, tmp_path):
-    assert rooms.generate(tmp_path, train=0, val=1, seed=3, workers=1, image_size=SIZE) == 1
+    assert rooms.generate(tmp_path, train=0, val=1, seed=2, workers=1, image_size=SIZE) == 1
     first, second = ({path.relative_to(folder): path.read_bytes() for path in (folder / "val").rglob("*.*")}
                      for folder in (root, tmp_path))
     assert first == second and len(first) == 6 + 3 * generate.FRAMES + 2
     with pytest.raises(ValueError, match=r"holds rooms made with .* choose another folder with --out or delete"):
-        rooms.generate(tmp_path, train=0, val=1, seed=3, image_size=SIZE, setting="no_scan")
+        rooms.generate(tmp_path, train=0, val=1, seed=2, image_size=SIZE, setting="no_scan")
     with pytest.raises(ValueError, match="unknown setting 'none'; choose from usual, no_scan, no_paint"):
         rooms.generate(tmp_path, setting="none")
 
