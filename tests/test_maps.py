@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 
+import stages
 import tower as tower_module
 import train
 from conftest import SMALL_IMAGE
@@ -367,7 +369,8 @@ def encodes():
 
 @pytest.fixture(scope="module")
 def stage_two(run_train, encodes, tmp_path_factory):
-    """Function: run stage 2 (two epochs) with flags after one and the same stage 1, whose weight file is gone by then.
+    """Function: run stage 2 (two epochs), here with the tower frozen to its end, with flags after one and the same
+    stage 1, whose weight file is gone by then.
 
     -> (run folder, lines of the log, passes through the tower in stage 2); the cache folder is one for all.
     """
@@ -384,7 +387,11 @@ def stage_two(run_train, encodes, tmp_path_factory):
         log = run_train(folder / name, "--stage", 2, "--cache", cache, *flags)
         return folder / name, log, list(encodes)
 
-    return run
+    frozen = tuple(replace(row, trains=tuple({*row.trains} - {"tower"} if row.stage == 2 else row.trains))
+                   for row in stages.CURRICULUM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "CURRICULUM", frozen)
+        yield run
 
 
 @pytest.fixture(scope="module")
