@@ -127,8 +127,8 @@ def table(lines):
 
 def draw(lines, path):
     """Val mIoU, val loss and ratio over the rate: mean and range of the seeds, a curve a recipe."""
-    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
-    axes = figure.subplot_mosaic([["val mIoU", "val loss"], ["fusion_2d_ratio", "."]], height_ratios=(3, 2))
+    figure = Figure(figsize=(13, 4), dpi=100, layout="constrained")
+    axes = figure.subplot_mosaic([["val mIoU", "val loss", "fusion_2d_ratio"]])
     for i, recipe in enumerate(dict.fromkeys(line["recipe"] for line in lines)):
         own = [line for line in lines if line["recipe"] == recipe]
         for axis, key in zip(axes.values(), ("miou", "loss", "ratio")):
