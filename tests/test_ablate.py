@@ -226,4 +226,4 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
             for _ in range(2):
                 train.set_rates(optimizer, row, 1.0, 4)
         rates.append([group["steps"] for group in optimizer.param_groups])
-    assert rates == [[0, 2], [2, 4]]  # the tower, which joins in stage 3; the 3D part
+    assert rates == [[0, 2], [2, 4]]  # the tower, which does not train in stage 1; the 3D part

@@ -17,7 +17,7 @@ import train
 from runs import Run, read_checkpoint, read_log
 from tower import MapCache
 
-SHORT = ("--compress", 43, "--batch-size", 1)  # 4 epochs of 4 steps: one of stage 1, one of stage 2, two of stage 3
+SHORT = ("--compress", 43, "--batch-size", 1)  # 4 epochs of 4 steps: one of stage 1, two of stage 2, one of stage 3
 
 
 @pytest.fixture(scope="module")
