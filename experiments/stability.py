@@ -31,7 +31,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 RECIPES = ("baseline", "naive", "joint", "only_2d", "concat", "kept")  # of experiments.ablate
 NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation",
-         "joint": "joint, all measures but the stages"}
+         "joint": "all at once, with the measures"}
 
 
 def line_of(folder, recipe, rate, seed):
@@ -140,7 +140,7 @@ def draw(lines, path):
     for name, axis in axes.items():
         axis.set(xscale="log", xlabel="peak learning rate", title=name)
         axis.grid(color="#d5d9de", lw=0.6)
-    axes["val mIoU"].legend(frameon=False)
+    figure.legend(*axes["val mIoU"].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     axes["fusion_2d_ratio"].axhspan(0.3, 0.7, color="C2", alpha=0.12, lw=0)
     figure.savefig(path)
 
