@@ -92,7 +92,7 @@ class SceneDataset(torch.utils.data.Dataset):
         folder = Path(root, split)
         self.folders = sorted(p.parent for p in folder.glob("[!.]*/coord.npy"))
         if not self.folders:
-            raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.rooms --out {root}, "
+            raise FileNotFoundError(f"no scene in {folder}; generate rooms with: python -m scenes.boxes --out {root}, "
                                     "or give --data a folder with train/ and val/ scene folders, its place if moved")
         self.voxel_size, self.image_size, self.views, self.seed = voxel_size, tuple(image_size), views, seed
         self.classes = read_classes(root)

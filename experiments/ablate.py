@@ -212,7 +212,7 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_joining_warm_up": (fused(), train.new_model),
     "less_decoder_rate": (fused(), train.new_model),  # the decoder at the base rate
     "less_tower_rate": (lambda rows: tuple(replace(row, tower_rate=float("tower" in row.trains)) for row in rows),
-                        train.new_model),  # the tower, too
+                        train.new_model),  # the pretrained tower at it
     "less_query_key_norm": (fused(), no_query_key_norm),
     "beta2_95": (fused(), train.new_model),  # what might widen the plateau, from here on
     "beta2_99": (fused(), train.new_model),

@@ -124,7 +124,7 @@ def test_data_or_weights_that_cannot_be_had_stop_the_run_before_it_begins(lacks,
         (root / "val" / "empty").mkdir(parents=True)
     said = message_of(main, ["--data", str(root), "--out", str(tmp_path / "run"), "--device", "cpu", *flags])
     assert said.startswith("error: weights " if flags else f"error: no scene in {root / lacks}; generate rooms "
-                           f"with: python -m scenes.rooms --out {root}, or give --data a folder with train/ and val/")
+                           f"with: python -m scenes.boxes --out {root}, or give --data a folder with train/ and val/")
     assert (f"nowhere.pt of {LITE0[0]} cannot be had" in said) == (lacks == "weights")
     assert "\n" not in said and not (tmp_path / "run").exists()
 
@@ -137,7 +137,7 @@ def test_default_rooms_are_completed_with_their_own_seed_and_broken_json_is_name
         if text:
             spec.parent.mkdir(parents=True)
             spec.write_text(text)
-        assert "python -m scenes.rooms" in message_of(main, ["--device", "cpu", "--out", "run"])
+        assert "python -m scenes.boxes" in message_of(main, ["--device", "cpu", "--out", "run"])
     assert asked == [(0, (160, 120)), (5, (64, 48))]
     for path in (spec, Path("run/config.json")):
         path.parent.mkdir(exist_ok=True)
