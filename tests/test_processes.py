@@ -195,6 +195,7 @@ def torchrun_trains_all_stages(device, data, folder):
     out, script, tests = folder / "run", folder / "script.py", Path(__file__).parent
     script.write_text(f"""
 import sys
+from pathlib import Path
 sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]
 from test_processes import SHORT, fingerprint, runs, train, training
 evaluate = train.evaluate
@@ -204,6 +205,8 @@ def look(model, *args):
     return evaluate(model, *args)
 train.evaluate = look
 training({str(out)!r}, {str(data)!r}, *SHORT, "--device", {device!r})()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads  # alive at the interpreter's end they can abort it
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
                           capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
