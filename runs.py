@@ -256,7 +256,7 @@ def joined():
     """For as long as main runs (also as its decorator): join the processes that torchrun started; rank 0 alone has a
     stdout. Where one dies, torchrun ends the others and says which it was."""
     if together := int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch.distributed.nn  # noqa: F401 - loaded later, by an optimiser, its default arguments hold the group
+        import torch.distributed.nn  # loaded later, by an optimiser, its default arguments hold the group
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
         yield

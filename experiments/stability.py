@@ -2,6 +2,7 @@
 
     python -m experiments.stability                              # every run that is missing, two at a time; resumable
     python -m experiments.stability --recipes naive kept --rates 1e-2 3e-2 --seeds 0
+    python -m experiments.stability --at-a-time 12 --device cuda # other flags are train.py's
     python -m experiments.stability --table results/stability    # table and stability.png of the lines that are there
 
 A run is `experiments.ablate RECIPE SEED --lr RATE --compress 8`, a thread each; its line goes to OUT/RECIPE.jsonl.
@@ -56,7 +57,7 @@ def read_lines(folder):
     return list(found.values())
 
 
-def sweep(out, recipes, rates, seeds, flags, at_a_time=2):
+def sweep(out, recipes, rates, seeds, flags, at_a_time):
     """Make every run that has no line yet; one that was stopped goes on where it was."""
     there = {(line["recipe"], line["rate"], line["seed"]) for line in read_lines(out)}
     jobs = [(recipe, rate, seed) for seed in seeds for rate in rates for recipe in recipes]
@@ -151,11 +152,11 @@ def main(argv=None):
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--out", default="results/stability", help="folder of the lines")
-    parser.add_argument("--compress", default="8")
+    parser.add_argument("--at-a-time", type=int, default=2, help="runs, a core each")
     parser.add_argument("--table", metavar="FOLDER", help="no runs: the table of the lines in this folder")
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
     if not args.table:
-        sweep(args.out, args.recipes, args.rates, args.seeds, ["--compress", args.compress])
+        sweep(args.out, args.recipes, args.rates, args.seeds, ["--compress", "8", *flags], args.at_a_time)
     lines = read_lines(args.table or args.out)
     print(table(lines))
     draw(lines, Path(args.table or args.out, "stability.png"))

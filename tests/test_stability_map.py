@@ -57,7 +57,10 @@ def test_a_sweep_makes_what_has_no_line_yet_goes_on_where_a_run_stopped_and_name
 
     monkeypatch.setattr(stability.subprocess, "run", run)
     monkeypatch.setattr(stability, "line_of", lambda folder, recipe, rate, seed: line(rate, 0.2, 1.0, seed, recipe))
-    stability.sweep("out", ["kept", "naive"], [1e-3, 1e-2], [0], ["--compress", "8"])
+    monkeypatch.setattr(stability, "draw", lambda lines, path: None)
+    flags = "--out out --recipes kept naive --rates 1e-3 1e-2 --seeds 0 --at-a-time 1 --device cuda"
+    stability.main(flags.split())
+    assert all(c[7:11] == ["--compress", "8", "--device", "cuda"] for c in commands)
     assert sorted((c[3], c[6], "--resume" in c) for c in commands) == [
         ("kept", "0.01", True), ("naive", "0.001", False), ("naive", "0.01", False)]
     assert len(stability.read_lines("out")) == 2
