@@ -49,12 +49,16 @@ PRESETS = {
 @functools.cache
 def import_spconv():
     """spconv.pytorch without the warning that torch.fx logs at its first import; or spconv_triton.pytorch, of the same
-    classes and weights, where it is installed and there is a GPU or no spconv."""
+    classes and weights, where it is installed and there is a GPU or no spconv. Without a GPU it does not describe its
+    CUDA kernels, which takes seconds."""
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     triton = importlib.util.find_spec("spconv_triton")
     if triton and (torch.cuda.is_available() or not importlib.util.find_spec("spconv")):
         print("sparse convolutions by spconv-triton, because it is installed")
         return importlib.import_module("spconv_triton.pytorch")
+    if not torch.cuda.is_available():
+        core = importlib.import_module("spconv.core")
+        core.ALL_NATIVE_PARAMS, core.ALL_IMPGEMM_PARAMS = [], []
     return importlib.import_module("spconv.pytorch")
 
 
