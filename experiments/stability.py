@@ -33,6 +33,8 @@ SEEDS = (0, 1, 2)
 RECIPES = ("baseline", "naive", "joint", "only_2d", "concat", "kept")  # of experiments.ablate
 NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation",
          "joint": "all at once, with the measures"}
+FIGURES = {"miou": "val mIoU", "loss": "val loss", "ap": "AP", "ratio": "ratio", "images_black": "images black",
+           "points_black": "points black"}
 
 
 def line_of(folder, recipe, rate, seed):
@@ -114,16 +116,33 @@ def table(lines):
     for recipe in dict.fromkeys(line["recipe"] for line in lines):
         own = [line for line in lines if line["recipe"] == recipe]
         found = judge(own)
-        cells = [NAMES.get(recipe, recipe), f"{len(own)}", f"{found['best']:g}"]
-        for key in ("miou", "ap", "ratio", "images_black", "points_black"):
-            values = [line[key] for line in own if line["rate"] == found["best"] and line[key] is not None]
-            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "-")
+        best = [line for line in own if line["rate"] == found["best"]]
+        cells = [NAMES.get(recipe, recipe), f"{len(own)}", f"{found['best']:g}",
+                 *(mean_and_deviation(best, key) for key in FIGURES if key != "loss")]
         clipped = ", ".join(f"{branch} {share:.2f}" for branch, share in (found["clipped"] or {}).items())
         rows.append(f"| {' | '.join(cells)} | {found['sensitivity_loss']:.3f} | {found['sensitivity_miou']:.3f} "
                     f"| {found['plateau']:.1f} | {found['diverged'] or '-'} | {found['skipped']} "
                     f"| {found['spikes'] or 0:.4f} | {clipped} |")
     return "\n".join(rows)
+
+
+def table_by_rate(lines):
+    """Markdown: a row a recipe and figure, a column a rate; mean ± deviation of the seeds that there are."""
+    rates = sorted({line["rate"] for line in lines})
+    rows = [f"| | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for recipe in dict.fromkeys(line["recipe"] for line in lines):
+        for key, name in FIGURES.items():
+            cells = [mean_and_deviation([line for line in lines if (line["recipe"], line["rate"]) == (recipe, rate)],
+                                        key) for rate in rates]
+            rows.append(f"| {NAMES.get(recipe, recipe)}, {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def mean_and_deviation(lines, key):
+    """A figure of some runs, as a cell; those that diverged have none and are counted."""
+    values, diverged = [line[key] for line in lines if line[key] is not None], sum(line["diverged"] for line in lines)
+    return (f"{np.mean(values):.3f}" if values else "-") + (
+        f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "") + f", {diverged} diverged" * (diverged > 0)
 
 
 def draw(lines, path):
@@ -158,7 +177,7 @@ def main(argv=None):
     if not args.table:
         sweep(args.out, args.recipes, args.rates, args.seeds, ["--compress", "8", *flags], args.at_a_time)
     lines = read_lines(args.table or args.out)
-    print(table(lines))
+    print(table(lines), table_by_rate(lines), sep="\n\n")
     draw(lines, Path(args.table or args.out, "stability.png"))
 
 
