@@ -64,7 +64,7 @@ def build_visual(name, weights, load=True):
     own, load = name.removeprefix(TIMM), load and weights != SCRATCH
     names = [*open_clip.list_models(), *(TIMM + model for model in timm.list_models())]
     if name not in names:
-        close = difflib.get_close_matches(own.split(".")[0], [known.removeprefix(TIMM) for known in names], 6)
+        close = difflib.get_close_matches(own.split(".")[0], {known.removeprefix(TIMM) for known in names}, 6)
         close = [known for near in close for known in names if known.removeprefix(TIMM) == near] or ["RN50", LITE0[0]]
         raise ValueError(f"unknown image tower {name!r}; choose from open_clip.list_models() or {TIMM}NAME of "
                          f"timm.list_models(), as {', '.join(close)}; a tag is given by --tower-weights")
@@ -107,15 +107,21 @@ def timm_visual(name, weights, tags, load):
     import timm
 
     package = importlib.util.find_spec(LITE0_PACKAGE.replace("-", "_")) if (TIMM + name, weights) == LITE0 else None
-    state = {}
+    state, classes = {}, {}
     if load and package:  # its tensors have other names in the same order; found, not imported
         folder = Path(package.submodule_search_locations[0], "models")
         state = read_weights(next(folder.glob("*.pth"), folder / "*.pth"))
         state = dict(zip(timm.create_model(name).state_dict(), state.values(), strict=True))
     elif load and weights not in tags:
         state = read_weights(weights)
+        head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ""  # is cut away: may be any, or none
+        head = f"{head if isinstance(head, str) else head[0]}.weight"
+        if head in state:
+            classes = {"num_classes": len(state[head])}
+        elif state.keys() <= timm.create_model(name).state_dict().keys():
+            classes = {"num_classes": 0}
     visual = timm.create_model(f"{name}.{weights}" if weights in tags else name, pretrained=load,
-                               pretrained_cfg_overlay={"state_dict": state})
+                               pretrained_cfg_overlay={"state_dict": state} | classes, **classes)
     visual.pretrained_cfg.pop("state_dict")
     return visual, visual.pretrained_cfg["mean"], visual.pretrained_cfg["std"]
 
@@ -251,7 +257,7 @@ class ClipTower(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.multiple = max(strides)  # sides are padded to multiples of it
-        self.stride = min(strides) if len(strides) > 1 else strides[0] // 2  # of the map, in pixels
+        self.stride = min(strides) if len(strides) > 1 else strides[0] / 2  # of the map, in pixels
         lateral = [nn.Conv2d(level.shape[1], out_channels, 1) if len(strides) > 1 else
                    nn.ConvTranspose2d(level.shape[1], out_channels, 2, stride=2) for level in levels]
         smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)

@@ -186,7 +186,7 @@ def test_what_changes_in_the_image_changes_most_at_its_own_place_in_the_map(make
         other.unfold(2, cell, cell).unfold(3, cell, cell)[:, :, row, column] ^= 255
         with torch.no_grad():
             moved = (tower(other, depth) - tower(image, depth)).square().sum(1)  # (1, h, w)
-        energy = F.avg_pool2d(moved, cell // tower.stride)  # a cell each
+        energy = F.avg_pool2d(moved, int(cell / tower.stride))  # a cell each
         assert divmod(energy.argmax().item(), 5) == (row, column)
 
 
@@ -414,6 +414,27 @@ def test_a_tower_of_timm_from_a_file_gives_timms_own_features_of_an_image_padded
         assert tower.multiple == cell and torch.equal(tower(image, depth), tower(image, 0 * depth))
 
 
+@pytest.mark.parametrize(("name", "classes"), [("test_vit", 7), ("test_convnext", 7), ("test_convnext", 0),
+                                               ("test_vit", 0), ("deit_tiny_distilled_patch16_224", 7)])
+def test_a_file_of_a_model_of_timm_may_have_any_classifier_or_none_but_nothing_else_missing(tmp_path, name, classes):
+    state, path = timm.create_model(name, num_classes=classes).state_dict(), str(tmp_path / "tower.pt")
+    torch.save(state, path)
+    visual = build_visual(TIMM + name, path)[0].state_dict()
+    assert visual.keys() == state.keys() and all(torch.equal(visual[key], state[key]) for key in state)
+    del state[key := [*state][5]]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf'Missing key\(s\) in state_dict: "{key}"\.'):
+        build_visual(TIMM + name, path)
+
+
+def test_a_map_of_an_odd_patch_covers_the_image_too(monkeypatch):
+    monkeypatch.setattr(tower_module, "autocast", lambda like, precision: torch.no_grad())  # none on "meta"
+    with torch.device("meta"):
+        tower = ClipTower(build_visual("timm:convmixer_768_32", SCRATCH)[0], 8, *HALVES).eval()  # patch 7
+        maps = tower(torch.zeros(1, 3, 101, 150, dtype=torch.uint8), torch.zeros(1, 101, 150))
+    assert [side * tower.stride for side in maps.shape[2:]] == [105, 154]
+
+
 def test_lite0_has_the_tensors_of_its_package_whose_code_is_not_run():
     path = next(Path(importlib.util.find_spec(PACKAGE).origin).parent.glob("models/*.pth"))
     ours, theirs = build_visual(*LITE0)[0].state_dict(), torch.load(path, weights_only=True)
@@ -479,6 +500,7 @@ def test_a_tag_that_cannot_be_downloaded_names_reason_and_ways_out_and_builds_no
     ("coca_base", "laion2b_s34b_b88k", r"No such file.* tag \(it has none\)"),
     ("timm:resnet18", "in1k", r"^weights in1k of timm:resnet18 .*No such file.* tag \(a1_in1k, .*scratch for"),
     ("timm:tf_eficientnet_lite0", SCRATCH, r"tower 'timm:tf_ef.* as timm:tf_efficientnet_lite0, timm:"),
+    ("timm:convnext_tinny", SCRATCH, r"as convnext_tiny, timm:convnext_tiny, timm:(?!.* convnext_tiny,)"),
     ("timm:vit_small_patch14_dinov2.lvd142m", SCRATCH, r"as timm:vit_small_patch14_dinov2, .*; a tag is given by"),
     ("timm:", SCRATCH, r"timm:NAME of timm\.list_models\(\), as .*timm:")])
 def test_unknown_names_of_towers_and_weights_are_answered_with_the_choices(name, weights, said):
