@@ -174,6 +174,8 @@ def main(argv=None):
     parser.add_argument("--at-a-time", type=int, default=2, help="runs, a core each")
     parser.add_argument("--table", metavar="FOLDER", help="no runs: the table of the lines in this folder")
     args, flags = parser.parse_known_args(argv)
+    if args.table and flags:
+        parser.error(f"--table makes no runs, so it takes no flags of train.py: {' '.join(flags)}")
     if not args.table:
         sweep(args.out, args.recipes, args.rates, args.seeds, ["--compress", "8", *flags], args.at_a_time)
     lines = read_lines(args.table or args.out)

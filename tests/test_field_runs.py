@@ -344,6 +344,7 @@ class SparseConv(nn.Module):
 @pytest.fixture
 def triton(monkeypatch):
     """spconv-triton in place of the one that may be installed; import_spconv forgets what it chose."""
+    model_module.import_spconv()  # the real one, before a test feigns that there is no GPU
     kinds = dict.fromkeys(("SubMConv3d", "SparseConv3d", "SparseInverseConv3d"), SparseConv)
     for name, content in (("spconv_triton", {}), ("spconv_triton.pytorch", kinds)):
         module = types.ModuleType(name)

@@ -12,7 +12,8 @@ from scipy.sparse import csr_matrix
 from data import collate
 from losses import LOSS_WEIGHTS, weighted_sum
 from model import (IN_CHANNELS, PRESETS, Attention, QueryDecoder, SparseUNet, VoxelBatchNorm, build_model,
-                   instances_of_scene, largest_pieces, select_instances, superpoint_graph, superpoint_means)
+                   import_spconv, instances_of_scene, largest_pieces, select_instances, superpoint_graph,
+                   superpoint_means)
 from stages import PARTS
 from train import forward
 
@@ -404,3 +405,9 @@ def test_a_mask_is_cut_to_its_largest_connected_piece():
     masks = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
     assert largest_pieces(masks, graph, sizes).int().tolist() == [
         [0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
+
+
+def test_spconv_describes_its_cuda_kernels_only_where_there_is_a_gpu():
+    import_spconv()
+    from spconv import algo
+    assert bool(algo.ALL_NATIVE_PARAMS) == bool(algo.ALL_IMPGEMM_PARAMS) == torch.cuda.is_available()

@@ -36,6 +36,9 @@ def test_the_table_of_committed_lines_has_a_row_a_recipe_and_is_drawn(tmp_path, 
     assert ("| curriculum | 4 | 0.001 | 0.300 ± 0.000 | 0.250 ± 0.071 | 0.400 ± 0.000 | 0.100 ± 0.000 | - | 0.000 "
             "| 0.000 | 1.0 | - | 0 | 0.0100 | 3d 0.50 |") in said
     assert "| curriculum, AP | 0.250 ± 0.071 | 0.250 ± 0.071 |" in said and "| naive, points black | - | - |" in said
+    with pytest.raises(SystemExit):
+        stability.main(["--table", str(tmp_path), "--device", "cuda"])
+    assert "takes no flags of train.py: --device cuda" in capsys.readouterr().err
     two = line(1e-2, 0.5, 1.0), line(1e-2, None, None, 1)
     assert stability.mean_and_deviation(two, "miou") == "0.500, 1 diverged"
     assert "| naive | 4 |" in said and (tmp_path / "stability.png").stat().st_size > 10_000
