@@ -170,15 +170,11 @@ def test_the_image_side_alone_reads_no_point_and_concatenation_starts_as_the_mea
     assert ablate.no_zero_start(config).film.mlp[-1].weight.any()
 
 
-def test_any_variant_runs_under_a_stress_and_none_of_it_stays(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "FAULT_RATE", 0.4)
-    recipes, calm = train.RECIPES, run("kept")[0][-1]
-    for stress in ("one_frame", "faults"):
-        name = f"kept+{stress}"
-        (*_, line), result = run(name)
-        assert line["losses"] != calm["losses"] and line["steps"] == calm["steps"] and result["variant"] == name
-        assert (line["seen_share"] < calm["seen_share"]) == (stress == "one_frame")
-        assert (tmp_path / name / "faults.jsonl").exists() == (stress == "faults") and train.RECIPES is recipes
+def test_any_variant_runs_under_a_stress_and_none_of_it_stays(run):
+    recipes, calm, name = train.RECIPES, run("kept")[0][-1], "kept+one_frame"
+    (*_, line), result = run(name)
+    assert line["losses"] != calm["losses"] and line["steps"] == calm["steps"] and result["variant"] == name
+    assert line["seen_share"] < calm["seen_share"] and train.RECIPES is recipes
     with pytest.raises(SystemExit, match="few_rooms"):
         ablate.main(["naive+rain", "0"])
 
