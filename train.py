@@ -190,9 +190,10 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def learning_rate(config, progress):
-    """Half a cosine from the base rate to 0; progress is the share of the curriculum done."""
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate(lr, moment, decays, end):
+    """The base rate lr until the epoch `decays`, when stage 3 begins, then half a cosine to 0 at the epoch `end`: every
+    part, whenever it joins, has its time at that rate (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395)."""
+    return lr * 0.5 * (1 + math.cos(math.pi * max(0.0, (moment - decays) / (end - decays))))
 
 
 def forward(model, batch, row):
@@ -354,7 +355,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         for batch in stop.until(scenes.batches(epoch, step), agree=True):
             batch, moment = to_device(batch, device), epoch + step / steps
             model.ramp = row.ramp(moment)
-            set_rates(optimizer, row, learning_rate(config, moment / epochs), WARM_UP * epochs * steps)
+            set_rates(optimizer, row, learning_rate(config.lr, moment, stages[3][0], epochs), WARM_UP * epochs * steps)
             # ---- forward and losses
             guard.remember()
             terms, stats = forward(model, batch, row)
