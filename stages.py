@@ -24,7 +24,7 @@ PARTS = {  # part of the model -> the branch whose gradient is clipped together 
     "tower": "2d",  # the image tower
     "gate": "fusion", "film": "fusion",
 }
-RATES = {"decoder": 0.1, "film": 0.1, "gate": 0.1}  # over the base rate where not 1: of what no batch norm follows
+RATES = {"decoder": 0.1}  # learning rates over the base rate where not 1; attention bears less than sparse convolutions
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 
 

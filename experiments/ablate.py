@@ -27,7 +27,7 @@ from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE, load_frames
-from stages import INSTANCE, PARTS, RATES, apply_row, curriculum, set_rates
+from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates
 from tower import SCRATCH
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -216,7 +216,6 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_blanked_scenes": (fused(blank=0.0), train.new_model),
     "less_joining_warm_up": (fused(), train.new_model),
     "less_decoder_rate": (fused(), train.new_model),  # the decoder at the base rate
-    "less_fusion_rate": (fused(), train.new_model),  # FiLM and gate at it
     "less_stable_rate": (fused(), train.new_model),  # the rate falls from the start
     "less_tower_rate": (lambda rows: tuple(replace(row, tower_rate=float("tower" in row.trains)) for row in rows),
                         train.new_model),  # the pretrained tower at it
@@ -227,11 +226,9 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
 }
 PATCHES = {  # variant: {name: other value}
     "naive": {"train.WARM_UP": 0.02, "stages.RATES": {}, "train.learning_rate": cosine},
-    "concat": {"stages.RATES": RATES | {"gate": 1.0}},  # where its Linear is
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
     "less_joining_warm_up": {"train.set_rates": warm_up_once},
-    "less_decoder_rate": {"stages.RATES": RATES | {"decoder": 1.0}},
-    "less_fusion_rate": {"stages.RATES": {"decoder": RATES["decoder"]}},
+    "less_decoder_rate": {"stages.RATES": {}},
     "less_stable_rate": {"train.learning_rate": cosine},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
