@@ -11,6 +11,7 @@ from scipy.spatial import cKDTree
 IGNORE = -1
 VERSION = 2  # of what `complete` computes: raise it whenever the same scan gets other numbers
 MARGIN = 1.0  # metres around a tile that the network sees as well
+SMALLEST = 20  # points of a superpoint
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
 
 
@@ -79,29 +80,25 @@ def estimate_normals(coord, neighbours=12, chunk=50_000):
     return normal
 
 
-def superpoints_from_points(coord, normal, angle=10.0, offset=0.02, neighbours=8, cell=1.0, smallest=20):
+def superpoints_from_points(coord, normal):
     """Superpoints of a scan from its points alone, coord, normal (N, 3) float, metres and unit: (N,) int64, 0..S-1.
 
-    Components of the neighbour graph whose edges join points on one smooth surface (normals within an angle, and
-    neither point off the other's tangent plane), cut at a coarse grid so that a wall is not one piece, tiny ones given
-    to the nearest larger one. Where most points are on no smooth surface (normals of noise) the grid alone cuts; it
-    grows until most pieces are large. So every superpoint has `smallest` points: S <= max(1, N / smallest).
-
-    Args:
-        angle: degrees between normals.  offset: metres off the tangent plane.  neighbours: edges a point.
-        cell:  metres, edge of the coarse grid.  smallest: points below which a piece is merged.
+    Components of the graph of 8 neighbours whose edges join points on one smooth surface (normals within 10 degrees,
+    and neither point 2 cm off the other's tangent plane), cut at a grid of 1 m so that a wall is not one piece, those
+    below SMALLEST points given to the nearest larger one. Where most points are on no smooth surface (normals of noise)
+    the grid alone cuts; it grows until most pieces are large. So S <= max(1, N / SMALLEST).
     """
-    n, k = len(coord), min(neighbours + 1, len(coord))
+    n, k, cell = len(coord), min(9, len(coord)), 1.0
     distance, near = (a.reshape(n, k) for a in cKDTree(coord).query(coord, k))
     reach = 3 * np.median(distance[:, 1:]) if k > 1 else 0.0
     a, b = np.repeat(np.arange(n), k), near.ravel()
     step = coord[b] - coord[a]
     off = np.maximum(np.abs((step * normal[a]).sum(1)), np.abs((step * normal[b]).sum(1)))
-    smooth = np.abs((normal[a] * normal[b]).sum(1)) > np.cos(np.radians(angle))
-    keep = smooth & (off < offset) & (distance.ravel() <= reach)
+    smooth = np.abs((normal[a] * normal[b]).sum(1)) > np.cos(np.radians(10))
+    keep = smooth & (off < 0.02) & (distance.ravel() <= reach)
     graph = coo_matrix((np.ones(keep.sum(), bool), (a[keep], b[keep])), shape=(n, n))
     surface = connected_components(graph, directed=False)[1].astype(np.int64)
-    least, large = min(smallest, n), np.zeros(n, bool)
+    least, large = min(SMALLEST, n), np.zeros(n, bool)
     surface *= (np.bincount(surface)[surface] >= least).mean() >= 0.5
     while large.mean() < 0.5:
         piece = np.unique(surface * n + voxelise(coord, cell)[1], return_inverse=True)[1]

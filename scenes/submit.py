@@ -19,14 +19,13 @@ import torch
 from tqdm import tqdm
 
 from predict import open_checkpoint, predict_scene
-from scenes.folder import fault
 from scenes.scannet import read_split
 
 
 def submit(checkpoint, data, split, out, device="cpu"):
     """Label the scenes of a split and pack them; returns a list of the .zip files written.
 
-    Raises FileNotFoundError, ValueError: a scene of the split is missing, or a prediction has not a label a vertex.
+    Raises FileNotFoundError: a scene of the split is missing.
     """
     data, out = Path(data), Path(out)
     file = data / f"scannetv2_{split}.txt"
@@ -42,8 +41,6 @@ def submit(checkpoint, data, split, out, device="cpu"):
         for name in tqdm(names, desc="scenes", unit="scene"):
             scene, prediction = predict_scene(model, config, data / split / name, device)
             count, labels, classes = len(scene["coord"]), prediction["labels"], scene["classes"]
-            if len(labels) != count:
-                raise fault(f"prediction of {name}", f"{count} labels, one a vertex", len(labels))
             semantic.writestr(f"{name}.txt", "".join(f"{classes.ids[label]}\n" for label in labels))
             things, lines = np.flatnonzero(~np.isin(prediction["classes"], classes.stuff)), []
             for i, row in enumerate(things):

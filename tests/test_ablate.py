@@ -151,8 +151,8 @@ def test_unknown_words_get_the_variants():
 
 @pytest.mark.parametrize("with_cure, code", [(0.0, 0), (0.5, 1)])
 def test_failures_exits_with_1_where_one_is_not_as_promised(capsys, monkeypatch, with_cure, code):
-    monkeypatch.setattr(failures, "FAILURES", {})
-    failures.failure("jolt", "jump of the logits", sick=0.1, well=1e-5)(lambda cured: with_cure if cured else 1.5)
+    jolt = "jump of the logits", lambda cured: with_cure if cured else 1.5, 0.1, 1e-5
+    monkeypatch.setattr(failures, "FAILURES", {"jolt": jolt})
     assert failures.main() == code
     assert capsys.readouterr().out.split()[-1] == ("NO" if code else "yes")
 

@@ -51,9 +51,6 @@ def test_labels_and_instances_of_each_scene_of_the_list_are_packed(tmp_path, run
 def test_what_cannot_be_packed_is_named_and_the_files_that_were_there_stay(tmp_path, run, found):
     run()
     before = {path: path.read_bytes() for path in (tmp_path / "sub").glob("*.zip")}
-    found["labels"] = found["labels"][:29]
-    with pytest.raises(SystemExit, match="scene0708_00: expected 30 labels, one a vertex, found 29"):
-        run()
     shutil.rmtree(tmp_path / "data" / "test" / "scene0707_00")
     with pytest.raises(SystemExit, match=r"1 of 2 scenes of the split are not in .* first scene0707_00; "
                                          r"python -m scenes\.scannet SCANS --out"):
