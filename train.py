@@ -190,10 +190,11 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def learning_rate(lr, moment, decays, end):
-    """The base rate lr until the epoch `decays`, when the last stage begins, then half a cosine to 0 at epoch `end`:
-    every part, whenever it joins, has its time at that rate (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
-    return lr * 0.5 * (1 + math.cos(math.pi * max(0.0, (moment - decays) / (end - decays))))
+def learning_rate(lr, moment, last_stage):
+    """The base rate lr until the last stage (its first and last epoch) begins, then half a cosine to 0 at its end: every
+    part, whenever it joins, has its time at that rate (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
+    first, last = last_stage
+    return lr * 0.5 * (1 + math.cos(math.pi * max(0.0, (moment - first) / (last + 1 - first))))
 
 
 def forward(model, batch, row):
@@ -331,7 +332,6 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
 
     # ---- where to begin: one position, the next (epoch, step)
     stages, epochs, steps = stage_epochs(rows), rows[-1].last_epoch + 1, scenes.steps
-    *_, (decays, _) = stages.values()  # where the last stage begins
     first, end = stages.get(config.stage, (0, epochs - 1))
     epoch, step, sums = go_on(config, run, model, optimizer, guard, scenes, first, device) if goes_on else \
         (0, 0, runs.Sums())
@@ -356,7 +356,7 @@ def train(config, rows=None, build=new_model, evaluated=None, stop=None):
         for batch in stop.until(scenes.batches(epoch, step), agree=True):
             batch, moment = to_device(batch, device), epoch + step / steps
             model.ramp = row.ramp(moment)
-            set_rates(optimizer, row, learning_rate(config.lr, moment, decays, epochs), WARM_UP * epochs * steps)
+            set_rates(optimizer, row, learning_rate(config.lr, moment, max(stages.values())), WARM_UP * epochs * steps)
             # ---- forward and losses
             guard.remember()
             terms, stats = forward(model, batch, row)

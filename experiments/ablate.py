@@ -118,9 +118,9 @@ def warm_up_once(optimizer, row, lr, warm_up):
     set_rates(optimizer, replace(row, trains=tuple(PARTS)), lr, warm_up)
 
 
-def cosine(lr, moment, decays, end, learning_rate=train.learning_rate):
+def cosine(lr, moment, last_stage, learning_rate=train.learning_rate):
     """train.learning_rate, which falls from the start."""
-    return learning_rate(lr, moment, 0, end)
+    return learning_rate(lr, moment, (0, last_stage[1]))
 
 
 def no_query_key_norm(config, load=True):

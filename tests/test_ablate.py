@@ -213,8 +213,8 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
             betas.append(train.torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).defaults["betas"])
     assert betas == [(0.9, 0.95), (0.9, 0.999)]
     with ablate.patched("naive", ""):
-        assert train.WARM_UP == 0.02 and train.learning_rate(1.0, 5, 5, 10) == pytest.approx(0.5)
-    assert train.WARM_UP == 0.1 and train.learning_rate(1.0, 5, 5, 10) == 1
+        assert train.WARM_UP == 0.02 and train.learning_rate(1.0, 5, (5, 9)) == pytest.approx(0.5)
+    assert train.WARM_UP == 0.1 and train.learning_rate(1.0, 5, (5, 9)) == 1
     optimizer = torch.optim.SGD([{"name": name, "params": [torch.ones(3)]} for name in ("tower", "3d")], 1.0)
     row, rates = curriculum()[0], []
     for which in ("", "less_joining_warm_up"):

@@ -148,7 +148,7 @@ def test_default_rooms_are_completed_with_their_own_seed_and_broken_json_is_name
 
 
 def test_the_learning_rate_stays_until_stage_three_and_falls_to_zero():
-    rates = [learning_rate(2.0, i / 10, 60, 100) for i in range(1001)]
+    rates = [learning_rate(2.0, i / 10, (60, 99)) for i in range(1001)]
     assert [rates[i] for i in (0, 599, 800, 1000)] == pytest.approx([2, 2, 1, 0], abs=1e-9)
     assert sorted(rates)[::-1] == rates
 
