@@ -191,7 +191,7 @@ def to_device(batch, device):
 
 
 def learning_rate(lr, moment, last_stage):
-    """The base rate lr until the last stage (its first and last epoch) begins, then half a cosine to 0 at its end: every
+    """The base rate lr until the last stage (first, last epoch) begins, then half a cosine to 0 at its end: every
     part, whenever it joins, has its time at that rate (warm-up, stable, decay: Hu et al., arXiv 2404.06395)."""
     first, last = last_stage
     return lr * 0.5 * (1 + math.cos(math.pi * max(0.0, (moment - first) / (last + 1 - first))))
