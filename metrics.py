@@ -156,7 +156,9 @@ class InstanceAP:
             self.false_alarms[c, o] += [score for score, share in zip(scores, most) if share <= threshold]
 
     def merge(self, other):
-        """Count the scenes of another InstanceAP of the same classes too."""
+        """Count the scenes of another InstanceAP of the same classes too. Raises ValueError where these differ."""
+        if not np.array_equal(self.class_ids, other.class_ids):
+            raise ValueError(f"cannot merge AP over the classes {self.class_ids} with AP over {other.class_ids}")
         self.num_scenes += other.num_scenes
         for own, more in ((self.truth, other.truth), (self.false_alarms, other.false_alarms)):
             for key, scores in more.items():

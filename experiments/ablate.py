@@ -195,7 +195,8 @@ def with_faults(config, load=True, build=train.new_model):
 
 VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "baseline": (fused(), train.new_model),
-    # all at once, one rate, no clip, prior or blanked scenes; FiLM of geometry, the gate's start and the guard stay
+    # all at once, one rate that falls throughout, no clip, prior or blanked scenes; FiLM of geometry, the gate's start
+    # and the guard stay
     "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0, clip=math.inf, blank=0.0),
               unprotected),
     "joint": (joint, train.new_model),  # all at once with every measure but the stages

@@ -135,8 +135,9 @@ def generate(root, write_scene, counts, generator, seed, workers, image_size, **
     Raises ValueError: a number is out of range, or root holds other scenes, or rooms made with other settings.
     """
     root, workers = Path(root), os.cpu_count() if workers is None else workers
-    if min(*counts.values(), seed) < 0:
-        raise ValueError(f"expected {', '.join(counts)} and seed >= 0; got {counts}, seed {seed}")
+    if min(*counts.values(), seed) < 0 or workers < 1 or min(image_size) < 8:
+        raise ValueError(f"expected {', '.join(counts)} and seed >= 0, workers >= 1 and images of 8x8 or more; got "
+                         f"{counts}, seed {seed}, workers {workers}, images {image_size}")
     asked, found = {"generator": generator, "seed": seed, "image_size": list(image_size), **more}, read_spec(root)
     if found and found != asked:
         raise ValueError(f"{root} holds rooms made with {found}, asked for {asked}; "

@@ -233,8 +233,8 @@ def test_the_command_makes_what_is_missing_and_refuses_a_folder_of_others(root, 
     assert not (tmp_path / "rooms.json").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}])
+@pytest.mark.parametrize("wrong", [{"train": -1}, {"seed": -1}, {"workers": 0}, {"image_size": (0, 120)}])
 def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, wrong):
-    with pytest.raises(ValueError, match="expected train, val and seed >= 0; got"):
+    with pytest.raises(ValueError, match="expected train, val and seed >= 0, workers >= 1 and images of 8x8 or more"):
         boxes.generate(tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()

@@ -394,6 +394,8 @@ def test_shares_of_the_scenes_merge_into_the_ap_over_all_of_them(monkeypatch):
     assert first.num_scenes == 30
     for key, value in first.result().items():
         np.testing.assert_array_equal(value, whole[key])
+    with pytest.raises(ValueError, match="cannot merge AP over the classes"):
+        first.merge(InstanceAP([5, 3]))
 
 
 @pytest.mark.parametrize("bad, message", [([], "distinct"), ([3, 3], "distinct"), ([0, 1], "must lie in 1..9999"),

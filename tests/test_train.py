@@ -221,6 +221,8 @@ def test_gradients_losses_and_gate_change_at_the_same_step(tiny_config, build, m
         row = next(row for row in rows if row.first_epoch <= step // 2 <= row.last_epoch)
         assert found == ([row.fusion] * (row.fusion != "identity"), set(row.trains), set(row.losses)), step
     assert all(line["val_miou"] is None for line in log)  # none was to be evaluated
+    _, *rates, last = (line["lr"]["3d"] for line in log)  # of an epoch's last step; the first are the warm-up's
+    assert {*rates} == {0.01} and last == pytest.approx(0.005)  # halfway through the one epoch of stage 3
 
 
 def test_the_ramp_of_a_checkpoint_and_of_a_run_stopped_in_its_evaluation_is_that_of_the_logged_miou(
