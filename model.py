@@ -341,7 +341,7 @@ class Baseline3D(nn.Module):
         return out
 
     def encode_3d(self, batch):
-        """-> feat_3d (M, D) of RMS 1."""
+        """-> feat_3d (M, D) of RMS Standardise.RMS."""
         feat = torch.cat([batch["color"], batch["normal"]], 1)  # (M, 6)
         return self.standardise_3d(self.unet(feat, batch["grid_coord"], batch["batch_index"], len(batch["names"])))
 
@@ -392,7 +392,7 @@ class BiFusion(Baseline3D):
         return out | self.segment(fused, batch)
 
     def encode_2d(self, batch):
-        """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
+        """-> feat_2d (M, D), of the same RMS where seen, else 0; seen (M,) bool."""
         depth, voxels = batch["depth"], batch["world_coord"]
         feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
         seen = voxels.new_zeros(len(voxels), dtype=torch.bool)

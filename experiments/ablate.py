@@ -60,7 +60,7 @@ def film_of_2d(config, load=True):
 
 def no_standardisation(config, load=True, build=train.new_model):
     model = build(config, load)
-    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
+    model.standardise_2d, model.standardise_3d = model.standardise_2d.linear, model.standardise_3d.linear
     return model
 
 
