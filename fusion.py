@@ -139,14 +139,12 @@ def sample_views(feature_maps, links, extent, num_points):
 
 
 class Standardise(nn.Module):
-    """Range standardisation: Linear + LayerNorm, so both branches enter the fusion with one width and one RMS.
+    """Range standardisation: Linear + LayerNorm, so both branches enter the fusion with one width and RMS 1.
 
     Neither part has a bias or a scale to learn, so the output is the same for x and for 1000 x, and no branch can grow
     over the other during training. eps is small enough to hold from input scales of 1e-4 on.
-    forward: (N, in_channels) float -> (N, dim) float of RMS 4 a row; rows of zeros stay zero.
+    forward: (N, in_channels) float -> (N, dim) float of RMS 1 a row; rows of zeros stay zero.
     """
-
-    RMS = 4.0  # Adam moves a weight by the rate, so the logits of a head behind this move by rate * RMS * dim at most
 
     def __init__(self, in_channels, dim):
         super().__init__()
@@ -157,7 +155,7 @@ class Standardise(nn.Module):
         if feat.shape[-1] != self.linear.in_features:
             raise ValueError(f"features have {feat.shape[-1]} channels, expected {self.linear.in_features}; "
                              "build Standardise with the branch's own width")
-        return self.RMS * self.norm(self.linear(feat))
+        return self.norm(self.linear(feat))
 
 
 class SimpleFusion(nn.Module):

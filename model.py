@@ -311,6 +311,8 @@ def instances_of_scene(prediction, batch, i):
 class Baseline3D(nn.Module):
     """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder (of D = dim)."""
 
+    gain = 4.0  # of what head and decoder read: a step of Adam moves a logit by rate * gain * D at most
+
     def __init__(self, unet, decoder, dim, num_classes):
         super().__init__()
         self.unet = unet
@@ -332,7 +334,8 @@ class Baseline3D(nn.Module):
         return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
 
     def segment(self, feat, batch):
-        """(M, D) -> logits of the voxels and instances of the scenes, as `forward` returns them."""
+        """(M, D) of RMS 1 -> logits of the voxels and instances of the scenes, as `forward` returns them."""
+        feat = self.gain * feat
         out = {"logits": self.semantic_head(feat)}
         if "decoder" in self.row.trains:
             superpoint, scene = superpoint_means(feat, batch), batch["superpoint_batch"]
@@ -341,7 +344,7 @@ class Baseline3D(nn.Module):
         return out
 
     def encode_3d(self, batch):
-        """-> feat_3d (M, D) of RMS Standardise.RMS."""
+        """-> feat_3d (M, D) of RMS 1."""
         feat = torch.cat([batch["color"], batch["normal"]], 1)  # (M, 6)
         return self.standardise_3d(self.unet(feat, batch["grid_coord"], batch["batch_index"], len(batch["names"])))
 
@@ -392,7 +395,7 @@ class BiFusion(Baseline3D):
         return out | self.segment(fused, batch)
 
     def encode_2d(self, batch):
-        """-> feat_2d (M, D), of the same RMS where seen, else 0; seen (M,) bool."""
+        """-> feat_2d (M, D) of RMS 1 where seen, else 0; seen (M,) bool."""
         depth, voxels = batch["depth"], batch["world_coord"]
         feat_2d = voxels.new_zeros(len(voxels), self.tower.out_channels)
         seen = voxels.new_zeros(len(voxels), dtype=torch.bool)

@@ -60,14 +60,14 @@ def film_of_2d(config, load=True):
 
 def no_standardisation(config, load=True, build=train.new_model):
     model = build(config, load)
-    model.standardise_2d, model.standardise_3d = model.standardise_2d.linear, model.standardise_3d.linear
+    model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
     return model
 
 
 def unprotected(config, load=True):
-    """No standardisation, no query-key norm, and the batch norms of the tower take the batch's statistics."""
+    """No standardisation, gain or query-key norm, and the batch norms of the tower take the batch's statistics."""
     model = no_standardisation(config, load, no_query_key_norm)
-    model.tower.pretrained = False
+    model.gain, model.tower.pretrained = 1.0, False
     return model
 
 
