@@ -24,7 +24,7 @@ PARTS = {  # part of the model -> the branch whose gradient is clipped together 
     "tower": "2d",  # the image tower
     "gate": "fusion", "film": "fusion",
 }
-RATES = {"decoder": 0.03}  # learning rates over the base rate where not 1; peers train their decoders at 1e-4
+RATES = {"decoder": 0.1}  # learning rates over the base rate where not 1; peers train their decoders at 1e-4
 INSTANCE = ("instance_cls", "instance_bce", "instance_dice", "instance_score")
 
 
