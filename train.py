@@ -44,7 +44,7 @@ WARM_UP = 0.1  # share of the curriculum's steps over which the rate of a part r
 
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
-    "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 1e-2,
+    "small": {"voxel_size": 0.08, "image_size": (160, 120), "views": 5, "batch_size": 2, "lr": 3e-3,
               "weight_decay": 0.05, "tower_rate": 0.1},
     "base": {"voxel_size": 0.02, "image_size": (320, 240), "views": 10, "batch_size": 4, "lr": 1e-3,
              "weight_decay": 0.05, "tower_rate": 0.01},

@@ -17,7 +17,7 @@ import train
 from experiments import ablate, failures, probe, stability
 from fusion import FiLM
 from scenes.folder import load_frames, usable_frames
-from stages import INSTANCE, PARTS, curriculum
+from stages import INSTANCE, PARTS, apply_row, curriculum
 
 CHANGES = {  # of the rows with 2D on; gate: whether it trains, prior: whether it is among the losses
     "less_blanked_scenes": {"blank": 0.0}, "less_gate_prior": {"prior": False}, "less_ramp": {"ramp_epochs": 0.0},
@@ -206,6 +206,9 @@ def test_the_optimisers_and_norms_that_are_tried_do_what_they_say(tmp_path):
         attention.to_query.bias.data *= 100
         found.append(attention(*feat).allclose(before, atol=1e-3))
     assert found == [True, False]  # with the norm the size of the queries says nothing
+    for build, gain in ((train.new_model, 4), (ablate.unprotected, 1)):
+        model = apply_row(build(config), curriculum()[0])
+        assert model.segment(feat[0], {})["logits"].allclose(model.semantic_head(gain * feat[0]))
 
     betas = []
     for which in ("beta2_95", "kept"):
