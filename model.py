@@ -311,12 +311,12 @@ def instances_of_scene(prediction, batch, i):
 class Baseline3D(nn.Module):
     """The 3D baseline: sparse U-Net, standardisation, semantic head, query decoder (of D = dim)."""
 
-    gain = 4.0  # of what head and decoder read: a step of Adam moves a logit by rate * gain * D at most
-
     def __init__(self, unet, decoder, dim, num_classes):
         super().__init__()
         self.unet = unet
         self.standardise_3d = Standardise(unet.out_channels, dim)
+        # of what head and decoder read: a step of Adam, about as long as the rate, moves a logit by the gain times that
+        self.register_buffer("gain", torch.tensor(4.0))
         self.semantic_head = nn.Linear(dim, num_classes)
         self.decoder = decoder
         self.row, self.ramp = CURRICULUM[-1], 1.0  # what is on; stages.apply_row gives it another
@@ -334,7 +334,7 @@ class Baseline3D(nn.Module):
         return {"feat_3d": feat_3d} | self.segment(feat_3d, batch)
 
     def segment(self, feat, batch):
-        """(M, D) of RMS 1 -> logits of the voxels and instances of the scenes, as `forward` returns them."""
+        """(M, D) -> logits of the voxels and instances of the scenes, as `forward` returns them."""
         feat = self.gain * feat
         out = {"logits": self.semantic_head(feat)}
         if "decoder" in self.row.trains:

@@ -59,15 +59,17 @@ def film_of_2d(config, load=True):
 
 
 def no_standardisation(config, load=True, build=train.new_model):
+    """Nor the gain behind it, which makes up for its small range."""
     model = build(config, load)
+    model.gain.fill_(1)
     model.standardise_2d.norm = model.standardise_3d.norm = torch.nn.Identity()
     return model
 
 
 def unprotected(config, load=True):
-    """No standardisation, gain or query-key norm, and the batch norms of the tower take the batch's statistics."""
+    """No standardisation, no query-key norm, and the batch norms of the tower take the batch's statistics."""
     model = no_standardisation(config, load, no_query_key_norm)
-    model.gain, model.tower.pretrained = 1.0, False
+    model.tower.pretrained = False
     return model
 
 

@@ -113,6 +113,7 @@ def test_a_checkpoint_or_device_that_cannot_be_used_says_why_in_one_line(checkpo
     for name, content, reason in [
             ("cut", checkpoints["bifusion"].read_bytes()[:5000], "readable"), ("code", {"model": print}, "readable"),
             ("keys", state | {"model": {k: v for k, v in weights.items() if k != key}}, key),
+            ("old", state | {"model": {k: v for k, v in weights.items() if k != "gain"}}, "gain"),
             ("classes", state | {"model": weights | {key: torch.zeros(7)}}, f"{key}: copying a param with shape"),
             ("config", state | {"config": config | {"colour": 1}}, "colour"), ("row", state | {"row": {}}, "version"),
             ("preset", state | {"config": config | {"preset": "huge"}}, "choose from ['base', 'small']")]:
