@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 SMALL_IMAGE = (64, 48)  # (W, H), instead of 160x120
 
@@ -22,6 +23,7 @@ class Payload:
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the tensors are tiny, and results do not depend on the number of cores
+    tqdm.monitor_interval = 0  # its thread may hold a lock while a test forks, and the fork would wait for ever
 
 
 def pytest_collection_modifyitems(items):

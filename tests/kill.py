@@ -17,11 +17,13 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import train
 from runs import read_checkpoint, read_log
@@ -38,6 +40,7 @@ def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # killed, it would hold for good the one that all forks share
         train.RECIPES["small"] |= TINY
         prepare()
         train.main(["--out", str(out), "--device", "cpu", "--cache", f"{out}_cache",
