@@ -195,12 +195,14 @@ def with_faults(config, load=True, build=train.new_model):
     return model
 
 
+# all at once, one rate that falls throughout, no clip, prior or blanked scenes; FiLM of geometry, the gate's start and
+# the guard stay
+NAIVE = (partial(joint, losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0, clip=math.inf, blank=0.0),
+         unprotected)
 VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "baseline": (fused(), train.new_model),
-    # all at once, one rate that falls throughout, no clip, prior or blanked scenes; FiLM of geometry, the gate's start
-    # and the guard stay
-    "naive": (partial(joint, losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0, clip=math.inf, blank=0.0),
-              unprotected),
+    "naive": NAIVE,
+    "naive_warm": NAIVE,  # with the curriculum's warm-up
     "joint": (joint, train.new_model),  # all at once with every measure but the stages
     "only_2d": (lambda rows: fused(prior=False, fusion="simple", film=False, ramp_epochs=0.0, blank=0.0)(
         from_the_start(rows)), only_2d),
@@ -229,6 +231,7 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
 }
 PATCHES = {  # variant: {name: other value}
     "naive": {"train.WARM_UP": 0.02, "stages.RATES": {}, "train.learning_rate": cosine},
+    "naive_warm": {"stages.RATES": {}, "train.learning_rate": cosine},
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
     "less_joining_warm_up": {"train.set_rates": warm_up_once},
     "less_decoder_rate": {"stages.RATES": {}},
