@@ -1,5 +1,6 @@
 """What the tests share: made-up batches, networks of a few thousand parameters, tiny generated rooms."""
 
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class Payload:
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the tensors are tiny, and results do not depend on the number of cores
-    tqdm.monitor_interval = 0  # its thread may hold a lock while a test forks, and the fork would wait for ever
+    tqdm.set_lock(threading.RLock())  # in place of one shared with all forks: killed, a fork would hold it for good
+    tqdm.monitor_interval = 0  # its thread may hold the lock while a test forks, and the fork would wait for ever
 
 
 def pytest_collection_modifyitems(items):

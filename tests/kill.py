@@ -40,7 +40,6 @@ def start(out, data, *flags, output=os.devnull, prepare=lambda: None):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        tqdm.set_lock(threading.RLock())  # killed, it would hold for good the one that all forks share
         train.RECIPES["small"] |= TINY
         prepare()
         train.main(["--out", str(out), "--device", "cpu", "--cache", f"{out}_cache",
@@ -134,6 +133,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=24, help="of the whole curriculum (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
+    tqdm.set_lock(threading.RLock())  # as conftest.py does, and for its reason
     from scenes import boxes
 
     with tempfile.TemporaryDirectory() as folder:
