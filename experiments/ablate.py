@@ -27,7 +27,7 @@ from data import SceneDataset, collate
 from experiments.failures import FiLMOf2D
 from guard import Diverged
 from scenes.folder import IGNORE, load_frames
-from stages import INSTANCE, PARTS, apply_row, curriculum, set_rates
+from stages import INSTANCE, PARTS, apply_row, curriculum
 from tower import SCRATCH
 
 FAULTS, FAULT_RATE = ("nan", "inf", "burst", "ignored"), 0.01  # share of the training steps, for each
@@ -113,11 +113,6 @@ def no_zero_start(config, load=True):
         for mlp in (model.film.mlp, model.gates["learned"].mlp):
             mlp[-1].reset_parameters()
     return model
-
-
-def warm_up_once(optimizer, row, lr, warm_up):
-    """set_rates, where all parts warm up together at the start, whenever they join."""
-    set_rates(optimizer, replace(row, trains=tuple(PARTS)), lr, warm_up)
 
 
 def cosine(lr, moment, last_stage, learning_rate=train.learning_rate):
@@ -208,10 +203,8 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
         from_the_start(rows)), only_2d),
     "concat": (fused("gate", fusion="simple"), concat),
     "kept": (fused(), train.new_model),  # the curriculum
-    "scratch": (fused(), train.new_model),  # its tower of random weights
     "less_stage_1": (from_the_start, train.new_model),  # the curriculum less one part, from here on
     "less_frozen_tower": (lambda rows: fused("tower", tower_rate=rows[-1].tower_rate)(rows), train.new_model),
-    "less_fixed_gate": (fused(fusion="learned"), train.new_model),
     "less_standardisation": (fused(), no_standardisation),
     "less_branch_clip": (fused(), train.new_model),  # one clip for all
     "less_ramp": (fused(ramp_epochs=0.0), train.new_model),
@@ -219,12 +212,6 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead
     "less_gate_prior": (fused(prior=False), train.new_model),
     "less_blanked_scenes": (fused(blank=0.0), train.new_model),
-    "less_joining_warm_up": (fused(), train.new_model),
-    "less_decoder_rate": (fused(), train.new_model),  # the decoder at the base rate
-    "less_stable_rate": (fused(), train.new_model),  # the rate falls from the start
-    "less_tower_rate": (lambda rows: tuple(replace(row, tower_rate=float("tower" in row.trains)) for row in rows),
-                        train.new_model),  # the pretrained tower at it
-    "less_query_key_norm": (fused(), no_query_key_norm),
     "beta2_95": (fused(), train.new_model),  # what might widen the plateau, from here on
     "beta2_99": (fused(), train.new_model),
     "independent_decay": (fused(), independent_decay),
@@ -233,9 +220,6 @@ PATCHES = {  # variant: {name: other value}
     "naive": {"train.WARM_UP": 0.02, "stages.RATES": {}, "train.learning_rate": cosine},
     "naive_warm": {"stages.RATES": {}, "train.learning_rate": cosine},
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
-    "less_joining_warm_up": {"train.set_rates": warm_up_once},
-    "less_decoder_rate": {"stages.RATES": {}},
-    "less_stable_rate": {"train.learning_rate": cosine},
     "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
     "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
 }
@@ -321,7 +305,6 @@ def main(argv):
         case [name, seed, *flags] if (variant := name.partition("+"))[0] in VARIANTS and variant[2] in ("", *STRESS):
             with patched(variant[0], variant[2]):
                 run(name, ["--model", "baseline" if variant[0] == "baseline" else "bifusion", "--seed", seed,
-                           *["--tower-weights", SCRATCH] * (variant[0] == "scratch"),
                            "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
         case _:
             sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}; stress: {', '.join(STRESS)}")
