@@ -127,13 +127,6 @@ def no_query_key_norm(config, load=True):
     return model
 
 
-def independent_decay(config, load=True):
-    """Weights shrink by the same share a step whatever the rate: that of the preset's rate (arXiv 2309.14322)."""
-    own = train.RECIPES[config.preset]
-    config.weight_decay = own["weight_decay"] * own["lr"] / config.lr
-    return train.new_model(config, load)
-
-
 def poses_off(folder, frames, *args, **kwargs):
     """load_frames, where the camera of every second frame of a train room, by its name, stands 0.5 m away."""
     found = load_frames(folder, frames, *args, **kwargs)
@@ -190,8 +183,8 @@ def with_faults(config, load=True, build=train.new_model):
     return model
 
 
-# all at once, one rate that falls throughout, no clip, prior or blanked scenes; FiLM of geometry, the gate's start and
-# the guard stay
+# all at once, AdamW's own betas and decay, one rate that falls throughout, no clip, prior or blanked scenes; FiLM of
+# geometry, the gate's start and the guard stay
 NAIVE = (partial(joint, losses=("semantic", *INSTANCE, "alignment"), tower_rate=1.0, clip=math.inf, blank=0.0),
          unprotected)
 VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
@@ -212,16 +205,12 @@ VARIANTS = {  # name: function rows -> rows; function (config, load) -> model
     "less_film_geometry": (fused(), film_of_2d),  # FiLM from 2D onto 3D instead
     "less_gate_prior": (fused(prior=False), train.new_model),
     "less_blanked_scenes": (fused(blank=0.0), train.new_model),
-    "beta2_95": (fused(), train.new_model),  # what might widen the plateau, from here on
-    "beta2_99": (fused(), train.new_model),
-    "independent_decay": (fused(), independent_decay),
 }
+PLAIN = {"stages.RATES": {}, "train.learning_rate": cosine, "train.BETAS": (0.9, 0.999)}
 PATCHES = {  # variant: {name: other value}
-    "naive": {"train.WARM_UP": 0.02, "stages.RATES": {}, "train.learning_rate": cosine},
-    "naive_warm": {"stages.RATES": {}, "train.learning_rate": cosine},
+    "naive": {"train.WARM_UP": 0.02} | PLAIN,
+    "naive_warm": PLAIN,
     "less_branch_clip": {"stages.PARTS": dict.fromkeys(PARTS, "all")},
-    "beta2_95": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95))},
-    "beta2_99": {"torch.optim.AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.99))},
 }
 STRESS = {  # any variant + one of these: {name: other value}
     "poses": {"data.load_frames": poses_off},
@@ -305,6 +294,7 @@ def main(argv):
         case [name, seed, *flags] if (variant := name.partition("+"))[0] in VARIANTS and variant[2] in ("", *STRESS):
             with patched(variant[0], variant[2]):
                 run(name, ["--model", "baseline" if variant[0] == "baseline" else "bifusion", "--seed", seed,
+                           *["--weight-decay", "0.05"] * variant[0].startswith("naive"),
                            "--out", f"runs/ablate/{name}_s{seed}", "--workers", "0", *flags])
         case _:
             sys.exit(f"{__doc__}\nvariants: {', '.join(VARIANTS)}; stress: {', '.join(STRESS)}")

@@ -101,6 +101,11 @@ def test_flags_left_out_take_the_presets_values_and_plan_b_its_own(tmp_path, mon
     careful = parse_config(["--plan", "B"])
     assert (careful.lr, careful.weight_decay) == (1e-5, 1e-6)
     assert parse_config(["--plan", "B", "--lr", "2e-5"]).lr == 2e-5
+    for lr in (0.03, 3e-4):  # the share by which a step shrinks the weights is that at the preset's rate
+        config = parse_config(["--lr", str(lr)])
+        assert config.lr * config.weight_decay == pytest.approx(3e-3 * 0.05)
+    assert parse_config(["--lr", "0.03", "--weight-decay", "0.05"]).weight_decay == 0.05
+    assert parse_config(["--lr", "0"]).weight_decay == 0.05
 
 
 def test_a_run_that_goes_on_takes_its_own_settings_and_a_flag_that_differs_is_refused(tmp_path):
