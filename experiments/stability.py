@@ -30,7 +30,7 @@ from experiments.report import mean, read_run
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
-RECIPES = ("baseline", "naive", "joint", "only_2d", "concat", "kept")  # of experiments.ablate
+RECIPES = ("baseline", "naive", "naive_warm", "only_2d", "concat", "kept")  # of experiments.ablate
 NAMES = {"kept": "curriculum", "baseline": "3D baseline", "only_2d": "2D alone", "concat": "concatenation",
          "joint": "all at once, with the measures", "naive_warm": "naive, the curriculum's warm-up"}
 FIGURES = {"miou": "val mIoU", "loss": "val loss", "ap": "AP", "ratio": "ratio", "images_black": "images black",

@@ -65,7 +65,7 @@ def run_copy(short_run, tmp_path):
     ("--compress 0.5", "--compress must be from 1 to 1e+06, got 0.5"),
     ("--cache-gb nan", "--cache-gb must be from 0 to 1e+06, got nan"),
     ("--workers -1", "--workers must be from 0 to 1000, got -1"),
-    ("--weight-decay -1", "--weight-decay must be from 0 to 10, got -1.0"),
+    ("--weight-decay -1", "--weight-decay must be from 0 to 1e+06, got -1.0"),
     ("--tower-rate 1.5", "--tower-rate must be from 0 to 1, got 1.5"),
     ("--batch-size 0", "--batch-size must be from 1 to 10000, got 0"),
     ("--voxel-size -1", "--voxel-size must be from 0.001 to 10, got -1.0"),
