@@ -41,7 +41,7 @@ from tower import SCRATCH, RGBDConv
 
 ROOMS = rooms.ROOT  # generated on first use
 WARM_UP = 0.1  # share of the curriculum's steps over which the rate of a part rises once it trains
-BETAS = (0.9, 0.95)  # of AdamW; with 0.999 its mean of g^2 lags behind at a high rate (arXiv 2304.13013)
+BETAS = (0.9, 0.95)  # of AdamW; with 0.999 its mean of g^2 may lag behind (arXiv 2304.13013)
 
 # What a preset trains with unless a flag says otherwise.
 RECIPES = {
@@ -76,7 +76,7 @@ class Config:
     views: int = option(None, "frames of a scene in a training step; evaluation takes twice as many")
     batch_size: int = option(None, "scenes a step, of all processes together")
     lr: float = option(None, "base learning rate")
-    weight_decay: float = option(None, "of AdamW; by default as much a step at any --lr as at the preset's")
+    weight_decay: float = option(None, "of AdamW; by default as much a step at any --lr as at the preset's, at most 10")
     tower: str = option(None, "image tower: a model of open_clip, as ViT-B-16, or timm:NAME of timm")
     tower_weights: str = option(None, f"a local file, a pretrained tag of the tower's library, or {SCRATCH!r}")
     tower_rate: float = option(None, "learning rate of a pretrained tower over the base rate")
@@ -89,7 +89,7 @@ class Config:
 
 
 RANGES = {"compress": (1, 1e6), "voxel_size": (1e-3, 10), "views": (1, 1e4), "batch_size": (1, 1e4), "lr": (0, 10),
-          "weight_decay": (0, 1e6), "tower_rate": (0, 1), "workers": (0, 1e3), "cache_gb": (0, 1e6)}
+          "weight_decay": (0, 10), "tower_rate": (0, 1), "workers": (0, 1e3), "cache_gb": (0, 1e6)}
 OF_THE_CALL = {"stage", "resume", "device", "workers", "out"}  # never taken from the run that goes on
 MAY_CHANGE = {"data", "cache", "cache_gb", "batch_size", "views"}  # taken from it unless given: moved, or lacks memory
 
@@ -133,7 +133,8 @@ def parse_config(argv=None):
     elif config.tower not in (None, own["tower"]) and not config.tower_weights:
         sys.exit(f"--tower {config.tower} needs --tower-weights: a local file, a pretrained tag of its library, or "
                  f"{SCRATCH} for random weights")
-    own["weight_decay"] *= own["lr"] / (config.lr or own["lr"])  # independent of the rate (arXiv 2309.14322)
+    decay = own["weight_decay"] * own["lr"] / (config.lr or own["lr"])  # independent of the rate (arXiv 2309.14322)
+    own["weight_decay"] = min(decay, RANGES["weight_decay"][1])
     for name, value in own.items():
         if name in fields and getattr(config, name) is None:
             setattr(config, name, value)

@@ -93,9 +93,13 @@ def test_a_run_is_evaluated_after_its_last_epoch_alone_also_where_it_was_resumed
     ("less_branch_clip", lambda line, state: set(line["grad_norm"]) == {"all"}),
     ("naive", lambda line, state: abs(line["rms_3d"] - 1) > 1e-3)])  # nothing standardises it
 def test_another_model_is_trained_and_read_back_as_it_was_built(run, tmp_path, variant, check):
-    log, result = run(variant)
+    log, result = run(variant, "--lr", "0.01")
     path = tmp_path / variant / "last.pt"
-    assert check(log[-1], torch.load(path, weights_only=True)["model"])
+    state = torch.load(path, weights_only=True)
+    assert check(log[-1], state["model"])
+    group = state["optimizer"]["param_groups"][0]
+    expected = ((0.9, 0.999), 0.05) if variant == "naive" else (train.BETAS, 0.05 * 0.3)  # naive: AdamW's own
+    assert (tuple(group["betas"]), group["weight_decay"]) == (expected[0], pytest.approx(expected[1]))
     said = ablate.blanked(path, device="cpu")
     assert said["as they are"] == pytest.approx(log[-1]["val_miou"], abs=1e-4)
     assert said["images black"] == result["images black"] and set(said) == set(ablate.BLANKED)

@@ -65,7 +65,7 @@ def run_copy(short_run, tmp_path):
     ("--compress 0.5", "--compress must be from 1 to 1e+06, got 0.5"),
     ("--cache-gb nan", "--cache-gb must be from 0 to 1e+06, got nan"),
     ("--workers -1", "--workers must be from 0 to 1000, got -1"),
-    ("--weight-decay -1", "--weight-decay must be from 0 to 1e+06, got -1.0"),
+    ("--weight-decay -1", "--weight-decay must be from 0 to 10, got -1.0"),
     ("--tower-rate 1.5", "--tower-rate must be from 0 to 1, got 1.5"),
     ("--batch-size 0", "--batch-size must be from 1 to 10000, got 0"),
     ("--voxel-size -1", "--voxel-size must be from 0.001 to 10, got -1.0"),
@@ -105,7 +105,7 @@ def test_flags_left_out_take_the_presets_values_and_plan_b_its_own(tmp_path, mon
         config = parse_config(["--lr", str(lr)])
         assert config.lr * config.weight_decay == pytest.approx(3e-3 * 0.05)
     assert parse_config(["--lr", "0.03", "--weight-decay", "0.05"]).weight_decay == 0.05
-    assert parse_config(["--lr", "0"]).weight_decay == 0.05
+    assert [parse_config(["--lr", lr]).weight_decay for lr in ("0", "1e-6")] == [0.05, 10]  # which --resume takes
 
 
 def test_a_run_that_goes_on_takes_its_own_settings_and_a_flag_that_differs_is_refused(tmp_path):
