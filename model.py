@@ -54,7 +54,7 @@ def import_spconv():
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     triton = importlib.util.find_spec("spconv_triton")
     if triton and (torch.cuda.is_available() or not importlib.util.find_spec("spconv")):
-        print("sparse convolutions by spconv-triton, because it is installed")
+        print("sparse convolutions by spconv-triton, because it is installed; its kernels compile first, for minutes")
         return importlib.import_module("spconv_triton.pytorch")
     if not torch.cuda.is_available():
         core = importlib.import_module("spconv.core")
