@@ -224,6 +224,8 @@ BLANKED = {  # what is done to every batch of the val scenes
     "points black": lambda batch: batch | {"color": torch.full_like(batch["color"], -1),
                                            "normal": torch.zeros_like(batch["normal"])},
     "both black": lambda batch: BLANKED["points black"](BLANKED["images black"](batch)),
+    "no frames": lambda batch: batch | {key: batch[key][:0] for key in (
+        "image", "depth", "world_to_camera", "intrinsics", "view_batch")},
 }
 
 
@@ -247,9 +249,9 @@ def rooms(config, split):
                         image_size=train.RECIPES[config.preset]["image_size"])
 
 
-def judge(model, config, device, change=dict):
-    """What train.evaluate says of a model, whose val batches go through the function `change`."""
-    scenes = rooms(config, "val")
+def judge(model, config, device, change=dict, split="val"):
+    """What train.evaluate says of a model on a split, whose batches go through the function `change`."""
+    scenes = rooms(config, split)
     batches = map(change, DataLoader(scenes, config.batch_size, collate_fn=collate))
     return train.evaluate(model, batches, torch.device(device), scenes.classes.things)
 

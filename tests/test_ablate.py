@@ -14,7 +14,7 @@ import torch
 import guard
 import runs
 import train
-from experiments import ablate, failures, probe, stability
+from experiments import ablate, failures, judge, probe, stability
 from fusion import FiLM
 from scenes.folder import load_frames, usable_frames
 from stages import INSTANCE, PARTS, apply_row, curriculum
@@ -115,6 +115,24 @@ def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(r
     run("baseline")
     with pytest.raises(ValueError, match=r"baseline/last\.pt is a 3D baseline"):
         probe.probe(tmp_path / "baseline" / "last.pt", "cpu")
+
+
+def test_the_table_of_checkpoints_on_a_split_says_what_the_log_says(run, tiny_rooms, tmp_path, capsys):
+    def table(*flags):
+        capsys.readouterr()
+        judge.main([*(str(tmp_path / name / "last.pt") for name in log), "--device", "cpu", *flags])
+        head, _, *rows = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+        return head, rows
+
+    log = {name: run(name)[0][-1] for name in ("kept", "baseline")}
+    head, rows = table("--inputs", "as they are", "no frames")
+    assert head[:4] == ["checkpoint, val", "inputs", "mIoU", "AP"] and len(head) == 24
+    assert [row[1] for row in rows] == ["as they are", "no frames", "as they are"] and rows[0][2:] != rows[1][2:]
+    for row, line in zip(rows[::2], log.values()):
+        logged = (line["val_miou"], line["val_ap"], *line["val_iou"])
+        assert row[2:] == ["-" if value is None else f"{value:.3f}" for value in logged]
+    head, found = table("--split", "train", "--data", str(tiny_rooms), "--inputs", *ablate.BLANKED)
+    assert head[0] == "checkpoint, train" and len(found) == len(ablate.BLANKED) + 2 and found[0][2:] != rows[0][2:]
 
 
 def test_injected_faults_are_recorded_and_skipped_or_clipped(run, tmp_path, monkeypatch):
