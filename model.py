@@ -19,7 +19,7 @@ import logging
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, triu
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
@@ -254,14 +254,17 @@ def superpoint_graph(batch):
 
 
 def largest_pieces(masks, graph, sizes):
-    """Cut masks (P, S) bool to their largest connected piece, in points; graph of `superpoint_graph`, sizes (S,)."""
-    out, sizes = torch.zeros_like(masks, device="cpu"), sizes.cpu().numpy()
-    for row, mask in zip(out.numpy(), masks.cpu().numpy()):
-        inside = np.flatnonzero(mask)
-        if len(inside):
-            piece = connected_components(graph[inside][:, inside], directed=False)[1]
-            row[inside[piece == np.bincount(piece, sizes[inside]).argmax()]] = True
-    return out.to(masks.device)
+    """Cut masks (P, S) bool to their largest connected piece, in points, the first of several; graph of
+    `superpoint_graph`, sizes (S,)."""
+    device, graph, sizes, masks = masks.device, triu(graph, 1), sizes.cpu().numpy(), masks.cpu().numpy()
+    row, edge = np.nonzero(masks[:, graph.row] & masks[:, graph.col])  # within a mask
+    ends = (row * masks.shape[1] + end[edge] for end in (graph.row, graph.col))
+    inside = coo_matrix((np.ones(len(row), bool), tuple(ends)), (masks.size, masks.size))
+    piece = connected_components(inside, directed=False)[1]
+    points = np.bincount(piece, (masks * sizes).ravel(), 1)[piece].reshape(masks.shape)
+    piece = piece.reshape(masks.shape)
+    best = np.where(masks, points, -1).argmax(1)
+    return torch.from_numpy(masks & (piece == np.take_along_axis(piece, best[:, None], 1))).to(device)
 
 
 @torch.no_grad()
