@@ -256,7 +256,12 @@ def superpoint_graph(batch):
 def largest_pieces(masks, graph, sizes):
     """Cut masks (P, S) bool to their largest connected piece, in points, the first of several; graph of
     `superpoint_graph`, sizes (S,)."""
-    device, graph, sizes, masks = masks.device, triu(graph, 1), sizes.cpu().numpy(), masks.cpu().numpy()
+    graph, sizes, some = triu(graph, 1), sizes.cpu().numpy(), max(1, 2**16 // len(sizes))  # at a time: little memory
+    cut = [_largest_pieces(part.numpy(), graph, sizes) for part in masks.cpu().split(some)]
+    return torch.from_numpy(np.concatenate(cut)).to(masks.device)
+
+
+def _largest_pieces(masks, graph, sizes):
     row, edge = np.nonzero(masks[:, graph.row] & masks[:, graph.col])  # within a mask
     ends = (row * masks.shape[1] + end[edge] for end in (graph.row, graph.col))
     inside = coo_matrix((np.ones(len(row), bool), tuple(ends)), (masks.size, masks.size))
@@ -264,7 +269,7 @@ def largest_pieces(masks, graph, sizes):
     points = np.bincount(piece, (masks * sizes).ravel(), 1)[piece].reshape(masks.shape)
     piece = piece.reshape(masks.shape)
     best = np.where(masks, points, -1).argmax(1)
-    return torch.from_numpy(masks & (piece == np.take_along_axis(piece, best[:, None], 1))).to(device)
+    return masks & (piece == np.take_along_axis(piece, best[:, None], 1))
 
 
 @torch.no_grad()

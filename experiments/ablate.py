@@ -218,7 +218,7 @@ STRESS = {  # any variant + one of these: {name: other value}
     "few_rooms": {"data.SceneDataset": FewRooms},
     "faults": {},  # with_faults around the variant's own model
 }
-BLANKED = {  # what is done to every batch of the val scenes
+BLANKED = {  # what is done to every batch of a split
     "as they are": dict,
     "images black": lambda batch: batch | {"image": torch.zeros_like(batch["image"])},
     "points black": lambda batch: batch | {"color": torch.full_like(batch["color"], -1),

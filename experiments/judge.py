@@ -7,17 +7,21 @@ Prints a Markdown table, a row a checkpoint and way of blanking (ablate.BLANKED)
 """
 
 import argparse
+from itertools import islice
 
 from experiments.ablate import BLANKED, judge, open_run, rooms
-from train import Config
+from train import Config, classes_of
 
 
 def rows(path, split="val", data=None, inputs=tuple(BLANKED), device=Config.device):
-    """Lines of the table, its head first: list of str. Data None: the checkpoint's own. Of a 3D baseline, which has no
-    images, a way of blanking that differs from another in these alone is left out."""
+    """Lines of the table, its head first: str. Data None: the checkpoint's own. Of a 3D baseline, which has no images,
+    a way of blanking that differs from another in these alone is left out. ValueError: data of other classes."""
     model, config, _ = open_run(path, device)
     config.data = data or config.data
     names = rooms(config, split).classes.names
+    if names != classes_of(config).names:
+        raise ValueError(f"{path} knows the classes {classes_of(config).names}, {config.data} has {names}: give --data "
+                         "of the same classes")
     yield f"| checkpoint, {split} | inputs | mIoU | AP | {' | '.join(names)} |"
     yield "|---" * (4 + len(names)) + "|"
     for name in inputs:
@@ -35,9 +39,12 @@ def main(argv=None):
     parser.add_argument("--inputs", nargs="+", choices=BLANKED, default=["as they are"])
     parser.add_argument("--device", default=Config.device)
     args = parser.parse_args(argv)
-    for i, path in enumerate(args.checkpoint):
-        for line in list(rows(path, args.split, args.data, args.inputs, args.device))[2 * bool(i):]:
-            print(line, flush=True)
+    try:
+        for i, path in enumerate(args.checkpoint):
+            for line in islice(rows(path, args.split, args.data, args.inputs, args.device), 2 * bool(i), None):
+                print(line, flush=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     python -m experiments.stability --at-a-time 12 --device cuda # other flags are train.py's
     python -m experiments.stability --table results/stability    # table and stability.png of the lines that are there
 
-A run is `experiments.ablate RECIPE SEED --lr RATE --compress 8`, a thread each; its line goes to OUT/RECIPE.jsonl.
+A run is `experiments.ablate RECIPE SEED --lr RATE --compress 8`, a thread each; its line goes to OUT/RECIPE.jsonl,
+its files to runs/ and a folder of OUT's name.
 
 LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) = mean over the rates of min(l, l0) - l*: l the val loss at the
 end (semantic, unweighted), l0 the untrained network's, l* the best over the rates; of mIoU: the best less the mean
@@ -68,7 +69,7 @@ def sweep(out, recipes, rates, seeds, flags, at_a_time):
 
     def make(job):
         recipe, rate, seed = job
-        folder = Path(f"runs/stability/{recipe}_{rate:g}_s{seed}")
+        folder = Path("runs", Path(out).name, f"{recipe}_{rate:g}_s{seed}")
         again = ["--resume"] * (folder / "last.pt").is_file()
         command = [sys.executable, "-m", "experiments.ablate", recipe, str(seed), "--lr", str(rate), *flags,
                    "--out", str(folder), *again]

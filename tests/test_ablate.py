@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import runs
 import train
 from experiments import ablate, failures, judge, probe, stability
 from fusion import FiLM
-from scenes.folder import load_frames, usable_frames
+from scenes.folder import SCANNET20, load_frames, usable_frames
 from stages import INSTANCE, PARTS, apply_row, curriculum
 
 CHANGES = {  # of the rows with 2D on; gate: whether it trains, prior: whether it is among the losses
@@ -117,7 +117,7 @@ def test_a_probe_finds_all_that_was_pretrained_in_a_tower_that_has_not_trained(r
         probe.probe(tmp_path / "baseline" / "last.pt", "cpu")
 
 
-def test_the_table_of_checkpoints_on_a_split_says_what_the_log_says(run, tiny_rooms, tmp_path, capsys):
+def test_the_table_of_checkpoints_on_a_split_says_what_the_log_says(run, tiny_rooms, tmp_path, capsys, monkeypatch):
     def table(*flags):
         capsys.readouterr()
         judge.main([*(str(tmp_path / name / "last.pt") for name in log), "--device", "cpu", *flags])
@@ -132,6 +132,13 @@ def test_the_table_of_checkpoints_on_a_split_says_what_the_log_says(run, tiny_ro
         logged = (line["val_miou"], line["val_ap"], *line["val_iou"])
         assert row[2:] == ["-" if value is None else f"{value:.3f}" for value in logged]
     head, found = table("--split", "train", "--data", str(tiny_rooms), "--inputs", *ablate.BLANKED)
+    with pytest.raises(SystemExit, match="2"):
+        table("--split", "test")
+    assert f"no scene in {tiny_rooms}/test" in capsys.readouterr().err
+    monkeypatch.setattr(judge, "classes_of", lambda config: replace(SCANNET20, names=["floor"]))
+    with pytest.raises(SystemExit, match="2"):
+        table()
+    assert "knows the classes ['floor'], " in capsys.readouterr().err
     assert head[0] == "checkpoint, train" and len(found) == len(ablate.BLANKED) + 2 and found[0][2:] != rows[0][2:]
 
 

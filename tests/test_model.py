@@ -407,6 +407,15 @@ def test_a_mask_is_cut_to_its_largest_connected_piece():
         [0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
 
 
+def test_many_masks_are_cut_as_each_alone_is():
+    graph = csr_matrix(torch.rand(200, 200).gt(0.985).float().numpy())
+    masks, sizes = torch.rand(900, 200) < torch.rand(900, 1), torch.randint(1, 5, (200,)).float()
+    found = largest_pieces(masks, graph + graph.T, sizes)
+    assert found.equal(torch.cat([largest_pieces(mask[None], graph + graph.T, sizes) for mask in masks]))
+    assert not (found & ~masks).any() and 0 < found.sum() < masks.sum()
+    assert largest_pieces(masks[:0], graph, sizes).shape == (0, 200)
+
+
 def test_spconv_describes_its_cuda_kernels_only_where_there_is_a_gpu():
     import_spconv()
     from spconv import algo

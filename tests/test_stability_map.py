@@ -49,7 +49,7 @@ def test_a_sweep_makes_what_has_no_line_yet_goes_on_where_a_run_stopped_and_name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept.jsonl").write_text(json.dumps(line(1e-3, 0.3, 1.0)) + "\n")
-    stopped, commands = tmp_path / "runs/stability/kept_0.01_s0", []
+    stopped, commands = tmp_path / "runs/out/kept_0.01_s0", []
     stopped.mkdir(parents=True)
     (stopped / "last.pt").touch()
 
