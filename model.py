@@ -262,6 +262,7 @@ def largest_pieces(masks, graph, sizes):
 
 
 def _largest_pieces(masks, graph, sizes):
+    """`largest_pieces` of arrays, by one graph whose nodes are pairs of mask and superpoint."""
     row, edge = np.nonzero(masks[:, graph.row] & masks[:, graph.col])  # within a mask
     ends = (row * masks.shape[1] + end[edge] for end in (graph.row, graph.col))
     inside = coo_matrix((np.ones(len(row), bool), tuple(ends)), (masks.size, masks.size))

@@ -14,8 +14,7 @@ from train import Config, classes_of
 
 
 def rows(path, split="val", data=None, inputs=tuple(BLANKED), device=Config.device):
-    """Lines of the table, its head first: str. Data None: the checkpoint's own. Of a 3D baseline, which has no images,
-    a way of blanking that differs from another in these alone is left out. ValueError: data of other classes."""
+    """Lines of the table, its head first: str. Data None: the checkpoint's own. ValueError: data of other classes."""
     model, config, _ = open_run(path, device)
     config.data = data or config.data
     names = rooms(config, split).classes.names
@@ -25,10 +24,9 @@ def rows(path, split="val", data=None, inputs=tuple(BLANKED), device=Config.devi
     yield f"| checkpoint, {split} | inputs | mIoU | AP | {' | '.join(names)} |"
     yield "|---" * (4 + len(names)) + "|"
     for name in inputs:
-        if config.model == "bifusion" or name in ("as they are", "points black"):
-            found = judge(model, config, device, BLANKED[name], split)
-            cells = (found["miou"], found.get("AP"), *found["iou"])
-            yield f"| {path} | {name} | {' | '.join('-' if x is None or x != x else f'{x:.3f}' for x in cells)} |"
+        found = judge(model, config, device, BLANKED[name], split)
+        cells = (found["miou"], found.get("AP"), *found["iou"])
+        yield f"| {path} | {name} | {' | '.join('-' if x is None or x != x else f'{x:.3f}' for x in cells)} |"
 
 
 def main(argv=None):

@@ -6,7 +6,7 @@
     python -m experiments.stability --table results/stability    # table and stability.png of the lines that are there
 
 A run is `experiments.ablate RECIPE SEED --lr RATE --compress 8`, a thread each; its line goes to OUT/RECIPE.jsonl,
-its files to runs/ and a folder of OUT's name.
+its run folder is runs/, OUT's own name, RECIPE_RATE_sSEED.
 
 LR sensitivity (Wortsman et al. 2023, arXiv 2309.14322) = mean over the rates of min(l, l0) - l*: l the val loss at the
 end (semantic, unweighted), l0 the untrained network's, l* the best over the rates; of mIoU: the best less the mean
