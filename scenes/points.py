@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 IGNORE = -1
-VERSION = 2  # of what `complete` computes: raise it whenever the same scan gets other numbers
+VERSION = 3  # of what `complete` computes: raise it whenever the same scan gets other numbers
 MARGIN = 1.0  # metres around a tile that the network sees as well
 SMALLEST = 20  # points of a superpoint
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
@@ -61,11 +61,15 @@ def vertex_normals(coord, faces):
     return (total / np.where(length > 0, length, 1)).astype(np.float32)
 
 
+def _ceiling(coord):
+    """Where the top tenth of the height begins; a point far off decides nothing."""
+    return np.quantile(coord[:, 2], (0.001, 0.999)) @ (0.1, 0.9)
+
+
 def estimate_normals(coord, neighbours=12, chunk=50_000):
     """(N, 3) -> (N, 3) f32 unit: the direction of least spread of each point's neighbours; 0 in a scan of one or two.
     Turned to where a room is seen from: up on level surfaces (down in the top tenth of height), else to the middle."""
-    tree, middle = cKDTree(coord), np.median(coord, axis=0)
-    ceiling = np.quantile(coord[:, 2], (0.001, 0.999)) @ (0.1, 0.9)  # a point far off decides nothing
+    tree, middle, ceiling = cKDTree(coord), np.median(coord, axis=0), _ceiling(coord)
     k = min(neighbours, len(coord))
     normal = np.zeros_like(coord, dtype=np.float32)
     for start in range(0, len(coord) if k >= 3 else 0, chunk):
@@ -107,28 +111,41 @@ def superpoints_from_points(coord, normal):
     return np.unique(piece, return_inverse=True)[1]
 
 
-def lacks(scene):
-    """What of a scan `complete` must compute: normal (N, 3) f32, 0 where it is unknown; why, str, of the normals and of
-    the superpoints, "" where nothing is to be computed. Normals are held against the planes of flat patches."""
-    coord, given, s, n = scene["coord"], scene["normal"], scene["superpoint"], len(scene["coord"])
-    pieces = "no superpoints" if s is None else "too many superpoints" * bool(s.max() >= max(1000, n / 20))
-    normal = np.zeros((n, 3), np.float32) if given is None else np.nan_to_num(given)
+def astray(coord, normal):
+    """Why normals (N, 3), 0 = unknown, are not those of a room seen from inside: str, "" where they may be. They are
+    held against the planes of flat patches, and on level surfaces below the top tenth of height against up."""
     known = np.flatnonzero(np.abs(normal) @ np.ones(3, np.float32))
     some = known[:: len(known) // 5000 + 1]
     some = some[np.unique(coord[some] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
-    if len(some) > 30:
-        near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
-        patch = coord[near] - coord[near].mean(1, keepdims=True)
-        spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
-        flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
-        if flat.sum() > 4 and np.abs(normal[near] @ axes[:, :, :1])[flat].mean() < 0.7:
-            return 0 * normal, "normals that do not fit the points", pieces
-    return normal, "no normals" if given is None else "normals that are 0 or NaN" * (len(known) < n), pieces
+    if len(some) <= 30:
+        return ""
+    near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
+    patch = coord[near] - coord[near].mean(1, keepdims=True)
+    spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
+    flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
+    along = (normal[near] @ axes[:, :, :1])[flat]  # (flat patches, 30, 1)
+    if len(along) > 4 and np.abs(along).mean() < 0.7:
+        return "normals that do not fit the points"
+    if len(along) > 4 and np.abs(np.sign(along).mean(1)).mean() < 0.5:  # of random sides 0.15
+        return "normals that point to both sides"
+    level = some[(np.abs(normal[some, 2]) > 0.8) & (coord[some, 2] < _ceiling(coord))]
+    return "normals that point out of the room" * bool(len(level) > 30 and (normal[level, 2] > 0).mean() < 0.3)
+
+
+def lacks(scene):
+    """What of a scan `complete` must compute: normal (N, 3) f32, 0 where it is unknown; why, str, of the normals and of
+    the superpoints, "" where nothing is to be computed."""
+    given, s, n = scene["normal"], scene["superpoint"], len(scene["coord"])
+    pieces = "no superpoints" if s is None else "too many superpoints" * bool(s.max() >= max(1000, n / 20))
+    normal = np.zeros((n, 3), np.float32) if given is None else np.nan_to_num(given)
+    if why := astray(scene["coord"], normal):
+        return 0 * normal, why, pieces
+    return normal, "no normals" if given is None else "normals that are 0 or NaN" * (not normal.any(1).all()), pieces
 
 
 def complete(scene):
     """A scan with normals (by its faces where it has some) and superpoints; list of str, what was computed and why.
-    Placeholders (of `lacks`) are computed anew; points at one place (0.1 mm) count once.
+    Those that are placeholders or `astray` are computed anew; points at one place (0.1 mm) count once.
 
     scene: dict with coord (N, 3) f32; normal (N, 3) or None, superpoint (N,) or None, faces (F, 3) or missing.
     """
@@ -139,7 +156,9 @@ def complete(scene):
     grid, point_to_cell = voxelise(coord, edge)
     if why and scene.get("faces") is not None:
         places = voxel_means(coord, point_to_cell, len(grid))
-        normal[unknown] = vertex_normals(places, point_to_cell[scene["faces"]])[point_to_cell[unknown]]
+        of_faces = vertex_normals(places, point_to_cell[scene["faces"]])
+        if not astray(places, of_faces):
+            normal[unknown] = of_faces[point_to_cell[unknown]]
     left = ~normal.any(1)
     while len(grid) > FINE_POINTS:
         edge = max(0.02, 1.5 * edge)

@@ -100,6 +100,16 @@ def test_triangles_without_area_give_no_normal_and_the_neighbours_do():
     assert notes[0] == "no normals: estimated" and (np.abs(scene["normal"][:, 2]) > 0.999).all()
 
 
+def test_a_mesh_whose_triangles_are_wound_inside_out_gets_the_normals_of_its_points():
+    coord, faces = mesh()
+    scene, notes = complete(bare(coord, faces=faces[:, ::-1]))
+    assert notes[0] == "no normals: estimated"
+    np.testing.assert_array_equal(scene["normal"], complete(bare(coord))[0]["normal"])
+    level = np.abs(scene["normal"][:, 2]) > 0.9
+    assert level.sum() > 1000 and (scene["normal"][level, 2] > 0).all()
+    assert complete(bare(coord, faces=faces))[1][0] == "no normals: from the faces"
+
+
 @pytest.mark.parametrize("at", [(0, 0, 0), (900, 0, 0)], ids=["in the room", "far off"])
 def test_many_points_at_one_place_count_once(room, at, monkeypatch):
     sizes, tree, n = [], points.cKDTree, len(room["coord"])
@@ -219,33 +229,36 @@ def test_colours_out_of_every_range_are_refused(color, tmp_path):
 
 NORMALS = {"all alike": lambda n: 0 * n + [0, 0, 1], "askew": lambda n: 0 * n + [0.6, 0, 0.8],
            "noise": lambda n: np.random.default_rng(0).normal(size=n.shape), "of other axes": lambda n: n[:, [0, 2, 1]],
-           "as colours": lambda n: (n + 1) / 2}
+           "as colours": lambda n: (n + 1) / 2, "inside out": lambda n: -n,
+           "random sides": lambda n: n * np.random.default_rng(0).choice((-1, 1), (len(n), 1))}
+WHY = {"inside out": "point out of the room", "random sides": "point to both sides"}  # others: do not fit the points
 
 
 @pytest.mark.parametrize("kind", NORMALS)
-def test_normals_that_do_not_fit_the_points_count_as_absent(room, kind, tmp_path):
+def test_normals_of_no_room_seen_from_inside_count_as_absent(room, kind, tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, coord=room["coord"], normal=NORMALS[kind](room["normal"]))
     scan, superpoint = read_scan(path)[0], np.arange(len(room["coord"])) // 100
     scene, notes = complete(scan)
     expected, _ = complete(bare(scan["coord"]))
-    assert notes == ["normals that do not fit the points: estimated", "no superpoints: computed"]
+    why = f"normals that {WHY.get(kind, 'do not fit the points')}: estimated"
+    assert notes == [why, "no superpoints: computed"]
     for key in ("normal", "superpoint"):
         np.testing.assert_array_equal(scene[key], expected[key])
     scene, notes = complete(scan | {"superpoint": superpoint})
-    assert notes == ["normals that do not fit the points: estimated"] and scene["superpoint"] is superpoint
+    assert notes == [why] and scene["superpoint"] is superpoint
     np.testing.assert_array_equal(scene["normal"], expected["normal"])
 
 
-def test_normals_of_a_room_are_kept_however_noisy_sparse_or_turned_inside_out(tiny_rooms):
+def test_normals_of_a_room_are_kept_however_noisy_or_sparse(tiny_rooms):
     rng = np.random.default_rng(0)
     for path in tiny_rooms.glob("*/*"):
         coord, normal = np.load(path / "coord.npy"), np.load(path / "normal.npy")
-        for factor, noise in ((1, 0), (-1, 0.01), (1, 0.03), (1, 0.1)):
+        for noise in (0, 0.01, 0.03, 0.1):
             noisy = coord + rng.normal(0, noise, coord.shape).astype("f4")
-            scene, notes = complete(bare(noisy, factor * normal, np.zeros(len(coord), int)))
+            scene, notes = complete(bare(noisy, normal, np.zeros(len(coord), int)))
             assert notes == [] and scene["normal"] is not None
-            np.testing.assert_array_equal(scene["normal"], factor * normal)
+            np.testing.assert_array_equal(scene["normal"], normal)
 
 
 STRAYS = {"below": [[2, 2, -50.0]], "east": [[1e6, 0, 0]], "everywhere": [[-32768.0] * 3],
