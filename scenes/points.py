@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 
 IGNORE = -1
 VERSION = 3  # of what `complete` computes: raise it whenever the same scan gets other numbers
+PATCH = 0.25  # metres, within which a surface is held against its plane
 MARGIN = 1.0  # metres around a tile that the network sees as well
 SMALLEST = 20  # points of a superpoint
 FINE_POINTS = 500_000  # normals and superpoints of more points are computed on means over small cells
@@ -113,23 +114,30 @@ def superpoints_from_points(coord, normal):
 
 def astray(coord, normal):
     """Why normals (N, 3), 0 = unknown, are not those of a room seen from inside: str, "" where they may be. They are
-    held against the planes of flat patches, and on level surfaces below the top tenth of height against up."""
+    held against the planes of flat patches. Those turned round have level surfaces (below the top tenth of height) that
+    look down, and look away from the middle. Not found: where neither says it, as in terrain, or sides that differ by
+    surface."""
     known = np.flatnonzero(np.abs(normal) @ np.ones(3, np.float32))
+    known = known[np.unique(coord[known] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
     some = known[:: len(known) // 5000 + 1]
-    some = some[np.unique(coord[some] @ (1, np.pi, np.e), return_index=True)[1]]  # those at one place count once
     if len(some) <= 30:
         return ""
-    near = some[cKDTree(coord[some]).query(coord[some[:: len(some) // 100 + 1]], 30)[1]]  # (P, 30)
-    patch = coord[near] - coord[near].mean(1, keepdims=True)
-    spread, axes = np.linalg.eigh(patch.transpose(0, 2, 1) @ patch)
-    flat = (spread[:, 0] < 0.02 * spread[:, 1]) & (spread[:, 1] > 0.05 * spread[:, 2])
-    along = (normal[near] @ axes[:, :, :1])[flat]  # (flat patches, 30, 1)
-    if len(along) > 4 and np.abs(along).mean() < 0.7:
+    tree, along = cKDTree(coord[known]), []
+    for seed in some[:: len(some) // 100 + 1]:
+        near = np.sort(tree.query_ball_point(coord[seed], PATCH))
+        near = known[near[:: len(near) // 60 + 1] if len(near) > 15 else tree.query(coord[seed], 30)[1]]
+        patch = coord[near].astype(np.float64) - coord[seed]
+        spread, axes = np.linalg.eigh(np.cov(patch.T))
+        if spread[0] < 0.02 * spread[1] and spread[1] > 0.05 * spread[2]:
+            along.append(normal[near] @ axes[:, 0])
+    if len(along) > 4 and np.mean([np.abs(one).mean() for one in along]) < 0.7:
         return "normals that do not fit the points"
-    if len(along) > 4 and np.abs(np.sign(along).mean(1)).mean() < 0.5:  # of random sides 0.15
+    if len(along) > 4 and np.mean([abs(np.sign(one).mean()) for one in along]) < 0.5:  # of random sides 0.15
         return "normals that point to both sides"
     level = some[(np.abs(normal[some, 2]) > 0.8) & (coord[some, 2] < _ceiling(coord))]
-    return "normals that point out of the room" * bool(len(level) > 30 and (normal[level, 2] > 0).mean() < 0.3)
+    inward = ((np.median(coord, axis=0) - coord[some]) * normal[some]).sum(1) > 0
+    turned = len(level) > 30 and (normal[level, 2] > 0).mean() < 0.5 and inward.mean() < 0.5
+    return "normals that point out of the room" * bool(turned)
 
 
 def lacks(scene):
@@ -157,7 +165,9 @@ def complete(scene):
     if why and scene.get("faces") is not None:
         places = voxel_means(coord, point_to_cell, len(grid))
         of_faces = vertex_normals(places, point_to_cell[scene["faces"]])
-        if not astray(places, of_faces):
+        if odd := astray(places, of_faces):
+            why += f", the faces have {odd}"
+        else:
             normal[unknown] = of_faces[point_to_cell[unknown]]
     left = ~normal.any(1)
     while len(grid) > FINE_POINTS:

@@ -54,7 +54,7 @@ def room(folder, size=(240, 180)):
 
 def main():
     parser = argparse.ArgumentParser("python -m tests.sheet", description=__doc__.splitlines()[0])
-    parser.add_argument("rooms", type=Path, help="folder of scenes, such as data/furnished/val")
+    parser.add_argument("rooms", type=Path, help="folder of generated rooms, such as data/furnished/val")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
     order = [*CLASS_NAMES, ""]

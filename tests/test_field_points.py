@@ -17,7 +17,7 @@ import data
 from data import SceneDataset, Scenes
 from scenes import folder, points
 from scenes.folder import load_scene, read_ply, read_scan
-from scenes.points import complete, superpoints_from_points, vertex_normals
+from scenes.points import astray, complete, superpoints_from_points, vertex_normals
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_triangles_without_area_give_no_normal_and_the_neighbours_do():
 def test_a_mesh_whose_triangles_are_wound_inside_out_gets_the_normals_of_its_points():
     coord, faces = mesh()
     scene, notes = complete(bare(coord, faces=faces[:, ::-1]))
-    assert notes[0] == "no normals: estimated"
+    assert notes[0] == "no normals, the faces have normals that point out of the room: estimated"
     np.testing.assert_array_equal(scene["normal"], complete(bare(coord))[0]["normal"])
     level = np.abs(scene["normal"][:, 2]) > 0.9
     assert level.sum() > 1000 and (scene["normal"][level, 2] > 0).all()
@@ -259,6 +259,26 @@ def test_normals_of_a_room_are_kept_however_noisy_or_sparse(tiny_rooms):
             scene, notes = complete(bare(noisy, normal, np.zeros(len(coord), int)))
             assert notes == [] and scene["normal"] is not None
             np.testing.assert_array_equal(scene["normal"], normal)
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_the_side_of_normals_is_told_in_a_whole_home_as_in_a_room(room, count):
+    width, depth, _ = np.ptp(room["coord"], axis=0) + 0.05  # thin walls between rooms
+    coord = np.concatenate([room["coord"] + np.float32([i % 3 * width, i // 3 * depth, 0]) for i in range(count)])
+    normal = np.tile(room["normal"], (count, 1))
+    assert astray(coord, normal) == ""
+    for kind, why in WHY.items():
+        assert astray(coord, NORMALS[kind](normal)) == f"normals that {why}"
+
+
+def test_an_attic_that_shows_more_of_its_slopes_than_of_its_floor_keeps_its_normals():
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(0, 6, 0.05), np.arange(0, 6, 0.05)))
+    slope, floor = np.minimum(x, 6 - x) * np.tan(np.pi / 6), (x > 2) & (x < 4)
+    coord = np.concatenate([np.stack([x, y, 0.3 + slope], 1), np.stack([x, y, 0 * x], 1)[floor]]).astype("f4")
+    down = np.stack([np.where(x < 3, 0.5, -0.5), 0 * x, np.full(len(x), -np.sqrt(0.75))], 1)
+    normal = np.concatenate([down, np.tile([0, 0, 1], (floor.sum(), 1))]).astype("f4")
+    scene, notes = complete(bare(coord, normal, np.zeros(len(coord), int)))
+    assert notes == [] and scene["normal"] is normal
 
 
 STRAYS = {"below": [[2, 2, -50.0]], "east": [[1e6, 0, 0]], "everywhere": [[-32768.0] * 3],

@@ -3,8 +3,9 @@
     python -m tests.tsdf fuse data/furnished/val --out meshes   # a .ply a room, by Open3D, which must be installed
     python -m tests.tsdf score data/furnished/val --out meshes --checkpoint weights/small.pt
 
-Score: mIoU over the vertices of all meshes, with the frames beside the mesh and without. A vertex has the label of the
-nearest point of the room within 4 cm, none beyond. The mesh covers what its 8 frames see, and has its own holes.
+The rooms are those of scenes.rooms or scenes.boxes. Score: mIoU over the vertices of all meshes, with the frames beside
+the mesh and without. A vertex has the label of the nearest point of the room within 4 cm, none beyond. The mesh covers
+what its 8 frames see, and has its own holes.
 """
 
 import argparse
@@ -64,13 +65,15 @@ def main():
     parser.add_argument("--checkpoint", default=WEIGHTS)
     args = parser.parse_args()
     rooms = sorted(folder for folder in args.rooms.iterdir() if folder.is_dir())
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "fuse":
+        args.out.mkdir(parents=True, exist_ok=True)
         for folder in rooms:
             fuse(folder, args.out / f"{folder.name}.ply")
         return
+    if missing := [folder.name for folder in rooms if not (args.out / f"{folder.name}.ply").is_file()]:
+        parser.error(f"{args.out} has no mesh of {', '.join(missing[:3])}: make them with fuse")
     model, config = open_checkpoint(args.checkpoint)
-    for frames in (False, True):
+    for frames in (False, True)[: 1 + (config.model == "bifusion")]:
         found = score(model, config, rooms, args.out, frames)
         classes = ", ".join(f"{name} {iou:.2f}" for name, iou in zip(CLASS_NAMES, found["iou"]))
         print(f"{len(rooms)} meshes {'and their frames' if frames else 'alone'}: mIoU {found['miou']:.3f}; {classes}")
